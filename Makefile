@@ -1,0 +1,92 @@
+# GNU make. `make` lists the targets; ARGS="..." is passed on to the script or to pytest.
+
+RUFF := 0.17.6
+# Without PYTHON=..., the first of these that is 3.11 or newer.
+PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11)
+
+export PYTHONUNBUFFERED := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-lowest test-gpu bench train-text train-sudoku lint clean
+
+help:  ## list the targets
+	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=/path/to/python]'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  %-14s%s\n", $$1, $$2}'
+
+venv: .venv/.installed  ## create .venv with the pinned dependencies
+
+demo: .venv/.installed  ## run a shipped checkpoint: examples/demo.py
+	@.venv/bin/python examples/demo.py $(ARGS)
+
+test: .venv/.installed  ## run the tests; one file: ARGS=tests/test_house.py
+	@echo 'running pytest'
+	@.venv/bin/python -m pytest -q $(ARGS)
+
+test-lowest: .venv-lowest/.installed  ## run the tests with the oldest supported transformers, in .venv-lowest
+	@echo 'running pytest with the oldest supported transformers'
+	@.venv-lowest/bin/python -m pytest -q $(ARGS)
+
+test-gpu: .venv/.installed  ## run the tests that need a GPU
+	@echo 'running pytest -m gpu'
+	@.venv/bin/python -m pytest -q -m gpu $(ARGS)
+
+bench: .venv/.installed  ## time against transformers' own model: benchmarks/against_transformers.py
+	@.venv/bin/python benchmarks/against_transformers.py $(ARGS)
+
+train-text: .venv/.installed  ## train the text checkpoint: examples/train.py text
+	@.venv/bin/python examples/train.py text $(ARGS)
+
+train-sudoku: .venv/.installed  ## train the sudoku checkpoint: examples/train.py sudoku
+	@.venv/bin/python examples/train.py sudoku $(ARGS)
+
+lint: .venv/.installed  ## check style and formatting with ruff
+	@.venv/bin/python -m ruff --version 2>/dev/null | grep -qxF 'ruff $(RUFF)' || \
+		{ echo 'installing ruff $(RUFF)'; .venv/bin/python -m pip install -q ruff==$(RUFF); }
+	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
+
+clean:  ## remove both environments, caches and build leftovers; keeps runs/
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: requirements.txt setup.py
+	$(install)
+
+.venv-lowest/.installed: requirements-lowest.txt setup.py
+	$(install)
+
+# $(@D) is the environment, $< its requirements. The stamp .installed is touched last, and .installing stands there meanwhile:
+# an environment whose installation was interrupted is built anew, a finished one (or one made by hand) is updated in place.
+define install
+@set -e; \
+supported='import sys; sys.exit(sys.version_info < (3, 11))'; \
+if [ ! -e $(@D)/.installing ] && $(@D)/bin/python -c "import pip; $$supported" 2>/dev/null; then \
+	echo '[1/3] updating $(@D)'; \
+else \
+	python=; found=; \
+	for candidate in $(PYTHONS); do \
+		version=$$("$$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || version='not found'; \
+		found="$$found$${found:+, }$$candidate: $$version"; \
+		if "$$candidate" -c "$$supported" 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "error: Python 3.11 or newer is needed; found $$found. Name one: make venv PYTHON=/path/to/python3.12" >&2; \
+		exit 1; \
+	fi; \
+	echo "[1/3] creating $(@D) with $$python ($$version)"; \
+	rm -rf $(@D); \
+	mkdir $(@D); \
+	touch $(@D)/.installing; \
+	"$$python" -m venv $(@D); \
+fi; \
+touch $(@D)/.installing; \
+$(@D)/bin/python -m pip install -q --upgrade pip; \
+echo '[2/3] installing pinned dependencies (torch is about 200 MB as a CPU build, more with CUDA; a few minutes)'; \
+$(@D)/bin/python -m pip install -r $<; \
+echo '[3/3] installing this package in editable mode'; \
+PYTHONWARNINGS=ignore $(@D)/bin/python -m pip install -q --no-deps -e .; \
+rm -f $(@D)/.installing; \
+touch $@; \
+echo '$(@D) is ready'
+endef
