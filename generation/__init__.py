@@ -1,0 +1,23 @@
+"""Block-diffusion generation. Imports torch and transformers, never a model."""
+
+from .canvas import CanvasState
+from .configuration import DiffusionGenerationConfig
+from .mixin import DiffusionGenerationMixin
+from .noise import MaskNoise, Noise, UniformNoise
+from .output import DiffusionGenerationOutput
+from .samplers import EntropyBoundSampler
+from .schedule import TemperatureSchedule
+from .stopping import StableAndConfident
+
+__all__ = [
+    "CanvasState",
+    "DiffusionGenerationConfig",
+    "DiffusionGenerationMixin",
+    "DiffusionGenerationOutput",
+    "EntropyBoundSampler",
+    "MaskNoise",
+    "Noise",
+    "StableAndConfident",
+    "TemperatureSchedule",
+    "UniformNoise",
+]

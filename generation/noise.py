@@ -1,0 +1,38 @@
+"""What a noised canvas position holds: a uniform random token (the released model) or the mask token.
+
+Both kinds answer to one method, `draw`. They know nothing of models; training and generation use the same objects.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Noise(Protocol):
+    """Draws noise tokens, int64 of the given shape."""
+
+    def draw(self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class UniformNoise:
+    """Uniform random ids over the whole vocabulary, special tokens included: what the released model was trained on."""
+
+    vocab_size: int
+
+    def draw(self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.randint(0, self.vocab_size, tuple(shape), device=device, generator=generator)
+
+
+@dataclass(frozen=True)
+class MaskNoise:
+    """The mask token everywhere: masked (absorbing-state) diffusion. Draws no random numbers."""
+
+    mask_token_id: int
+
+    def draw(self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.full(tuple(shape), self.mask_token_id, dtype=torch.int64, device=device)
+
+
+__all__ = ["MaskNoise", "Noise", "UniformNoise"]
