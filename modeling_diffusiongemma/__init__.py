@@ -1,0 +1,37 @@
+"""DiffusionGemma for Transformers: the model, its loss, its checkpoints. Importing this package registers the Auto classes."""
+
+import importlib.util
+import pathlib
+
+_spec = importlib.util.find_spec("generation")
+if _spec is None or not (pathlib.Path(_spec.origin or "").parent / "mixin.py").is_file():
+    raise ImportError(
+        f"modeling_diffusiongemma needs its sibling package `generation`, but `import generation` finds "
+        f"{_spec.origin if _spec else 'nothing'}; expected generation/mixin.py of this project earlier on sys.path"
+    )
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
+
+from .checkpoints import default_checkpoint  # noqa: E402
+from .collator import BlockDiffusionCollator  # noqa: E402
+from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
+from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
+from .model import DiffusionGemmaBlockModel  # noqa: E402
+from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
+
+# transformers maps this config to classes of its own in AutoModel and AutoModelForImageTextToText, and to none in
+# AutoModelForCausalLM; from here on all three load ours.
+AutoModel.register(DiffusionGemmaConfig, DiffusionGemmaBlockModel, exist_ok=True)
+AutoModelForCausalLM.register(DiffusionGemmaConfig, DiffusionGemmaForMaskedBlockLM, exist_ok=True)
+AutoModelForImageTextToText.register(DiffusionGemmaConfig, DiffusionGemmaForMaskedBlockLM, exist_ok=True)
+
+__all__ = [
+    "BlockDiffusionCollator",
+    "BlockModelOutput",
+    "DiffusionGemmaBlockModel",
+    "DiffusionGemmaConfig",
+    "DiffusionGemmaForMaskedBlockLM",
+    "DiffusionGemmaTextConfig",
+    "MaskedBlockOutput",
+    "default_checkpoint",
+]

@@ -1,0 +1,88 @@
+"""Attention, the same for the prompt pass and the canvas pass: it reads the cached keys and values and its own, and
+writes nothing. The stack above appends the new keys and values to the cache after a prompt pass.
+
+Queries and keys are RMS-normed, so scores are not scaled. Full-attention layers have no value projection: the value is
+the unscaled norm of the key projection.
+"""
+
+import torch
+from torch import nn
+from transformers import DiffusionGemmaTextConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layers import RMSNorm, rotate
+from .masks import LayerCache
+
+
+def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
+    """Softmax attention written out, the reference of every other implementation; keys are never repeated per query head.
+
+    Args: `query` (B, H, Q, head_dim), `key` and `value` (B, K, S, head_dim), `attention_mask` additive (B, 1, Q, S).
+    Returns: output `(B, Q, H, head_dim)` and the attention weights `(B, H, Q, S)`.
+    """
+    batch_size, heads, queries, head_dim = query.shape
+    grouped = query.reshape(batch_size, key.shape[1], -1, head_dim)  # (B, K, H / K * Q, head_dim)
+    scores = torch.matmul(grouped, key.transpose(-2, -1)).view(batch_size, heads, queries, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights.view(batch_size, key.shape[1], -1, key.shape[-2]), value)
+    return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DiffusionGemmaTextConfig, layer_idx: int):
+        super().__init__()
+        layer_config = config.per_layer_config[layer_idx]
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = layer_config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // layer_config.num_key_value_heads
+        self.is_causal = False  # every causal pass brings its mask or says is_causal itself
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = layer_config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias) if is_sliding else None
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.v_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask,
+        cached: LayerCache | None,
+        is_causal: bool,
+    ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
+        """Attends from the new tokens to the cached and the new ones.
+
+        Args:
+            hidden_states (`(B, L, D)`): the new tokens.
+            rotary: cos and sin, each `(B, L, 1, head_dim)`.
+            mask: as `masks.for_attention` makes it, over cached then new keys; None: everything, or causal.
+            cached: what the cache holds for this layer.
+            is_causal: whether a mask of None means causal.
+
+        Returns:
+            The output `(B, L, D)`, the new keys and values, and the attention weights where eager attention makes them.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = rotate(self.q_norm(self.q_proj(hidden_states).view(shape)), *rotary).transpose(1, 2)  # (B, H, L, head_dim)
+        projected = self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape) if self.v_proj is not None else projected
+        key = rotate(self.k_norm(projected), *rotary).transpose(1, 2)  # (B, K, L, head_dim)
+        value = self.v_norm(value).transpose(1, 2)
+        new = LayerCache(key, value)
+        if cached is not None:
+            key, value = (torch.cat(pair, dim=-2) for pair in zip(cached, new, strict=True))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=1.0, is_causal=is_causal)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), new, weights
+
+
+__all__ = ["Attention", "eager_attention"]

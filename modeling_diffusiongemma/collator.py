@@ -1,0 +1,64 @@
+"""From (prompt, response) pairs to the inputs of the training loss, for `transformers.Trainer` or a plain DataLoader."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .loss import IGNORED
+
+
+class BlockDiffusionCollator:
+    """Turns examples into right-padded `input_ids`, `attention_mask` and `labels`.
+
+    Args:
+        tokenizer (*optional*): a tokenizer with a chat template; needed for examples given as text.
+        pad_token_id (`int`, *optional*): default: the tokenizer's.
+        pad_to_multiple_of (`int`): lengths are rounded up to it, which keeps the number of distinct shapes small.
+    """
+
+    def __init__(self, tokenizer=None, pad_token_id: int | None = None, pad_to_multiple_of: int = 1):
+        self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id if pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
+        if self.pad_token_id is None:
+            raise ValueError("`pad_token_id` is None and there is no tokenizer that has one; expected a token id")
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"`pad_to_multiple_of` is {pad_to_multiple_of}; expected a positive integer")
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def encode(self, prompt: str | Sequence[int], response: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids of prompt and response. Text becomes a chat of one turn each; the response ends with the end of its turn."""
+        if isinstance(prompt, str) != isinstance(response, str):
+            raise ValueError("prompt and response are of different kinds; expected both as text or both as token ids")
+        if not isinstance(prompt, str):
+            return list(prompt), list(response)
+        if self.tokenizer is None:
+            raise ValueError("the example is text and `tokenizer` is None; expected a tokenizer with a chat template")
+        turns = [{"role": "user", "content": prompt}]
+        head = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        turns.append({"role": "assistant", "content": response})
+        whole = self.tokenizer.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        inside = [place for place, flag in enumerate(whole["assistant_masks"]) if flag]
+        return head, whole["input_ids"][inside[0] : inside[-1] + 1]
+
+    def __call__(self, examples: Sequence[tuple | Mapping]) -> dict[str, torch.Tensor]:
+        """Args: pairs, or mappings with the keys `prompt` and `response`. Returns int64 tensors `(B, longest example)`."""
+        pairs = [self.encode(*((e["prompt"], e["response"]) if isinstance(e, Mapping) else e)) for e in examples]
+        for place, (prompt, response) in enumerate(pairs):
+            if not prompt or not response:
+                raise ValueError(f"example {place} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
+        longest = max(len(prompt) + len(response) for prompt, response in pairs)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = torch.full((len(pairs), length), self.pad_token_id)
+        labels = torch.full((len(pairs), length), IGNORED)
+        attention_mask = torch.zeros((len(pairs), length), dtype=torch.int64)
+        for row, (prompt, response) in enumerate(pairs):
+            end = len(prompt) + len(response)
+            input_ids[row, :end] = torch.tensor([*prompt, *response])
+            labels[row, len(prompt) : end] = torch.tensor(response)
+            attention_mask[row, :end] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+__all__ = ["BlockDiffusionCollator"]

@@ -1,0 +1,43 @@
+"""The configuration: transformers' own `DiffusionGemmaConfig`, and what this implementation demands of it.
+
+The defaults of transformers' class differ from the released model; build from a checkpoint's config.json.
+"""
+
+from transformers import DiffusionGemmaConfig, DiffusionGemmaTextConfig
+
+
+def check_config(config: DiffusionGemmaConfig) -> None:
+    """Raises ValueError for values no model can be built from, naming the field, what it holds and what it expects."""
+    text = config.text_config
+    positive = {name: getattr(text, name) for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "num_experts", "top_k_experts", "moe_intermediate_size", "sliding_window",
+    )}  # fmt: skip
+    positive["canvas_length"] = config.canvas_length
+    for name, value in positive.items():
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"`{name}` in the config is {value!r}; expected a positive integer")
+    if text.top_k_experts > text.num_experts:
+        raise ValueError(f"`top_k_experts` is {text.top_k_experts}; expected at most `num_experts`, {text.num_experts}")
+    if len(text.layer_types) != text.num_hidden_layers:
+        raise ValueError(f"`layer_types` names {len(text.layer_types)} layers; expected `num_hidden_layers`, {text.num_hidden_layers}")
+    if unknown := set(text.layer_types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"`layer_types` holds {sorted(unknown)}; expected only 'sliding_attention' and 'full_attention'")
+    if text.use_bidirectional_attention not in (None, "vision"):
+        raise ValueError(f"`use_bidirectional_attention` is {text.use_bidirectional_attention!r}; expected 'vision' or None")
+    if not config.tie_word_embeddings:
+        raise ValueError("`tie_word_embeddings` is False; expected True: the released layout stores no lm_head")
+    if text.final_logit_softcapping is None or text.final_logit_softcapping <= 0:
+        raise ValueError(f"`final_logit_softcapping` is {text.final_logit_softcapping!r}; expected a positive number")
+    for layer_idx in range(text.num_hidden_layers):
+        layer = text.per_layer_config[layer_idx]
+        if layer.head_dim <= 0 or layer.head_dim % 2:
+            raise ValueError(f"`head_dim` of layer {layer_idx} is {layer.head_dim}; expected a positive even number")
+        if layer.num_key_value_heads <= 0 or text.num_attention_heads % layer.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` of layer {layer_idx} is {layer.num_key_value_heads}; "
+                f"expected a divisor of `num_attention_heads`, {text.num_attention_heads}"
+            )
+
+
+__all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "check_config"]

@@ -1,0 +1,74 @@
+"""The mixture of experts: a router that reads the raw residual, and experts stored as two stacked tensors.
+
+The experts go through transformers' experts interface (`experts_implementation=`): `"eager"` is the loop below, the
+reference; `"grouped_mm"` is the default; `"dense_mm"`, registered here, computes every expert for every token as two
+plain matrix products, which is the fastest path where all experts together are small (see benchmarks/RESULTS.md).
+"""
+
+import torch
+from torch import nn
+from transformers import DiffusionGemmaTextConfig
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+from .layers import RMSNorm
+
+
+class Router(nn.Module):
+    """Chooses `top_k_experts` per token: `softmax(proj(norm(x) * scale / sqrt(D)))`, the k largest renormalised to sum
+    to 1, then times `per_expert_scale`. The softmax is in float32."""
+
+    def __init__(self, config: DiffusionGemmaTextConfig):
+        super().__init__()
+        self.top_k = config.top_k_experts
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args: `(N, D)`. Returns the chosen experts' ids, int64 `(N, A)`, and their weights, `(N, A)`."""
+        scores = self.proj(self.norm(hidden_states) * self.scale * hidden_states.shape[-1] ** -0.5)  # (N, E)
+        weights, chosen = torch.topk(scores.softmax(dim=-1, dtype=torch.float32), self.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return chosen, weights * self.per_expert_scale[chosen]
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """E gated MLPs in two tensors: `gate_up_proj` (E, 2 * moe_intermediate_size, D) and `down_proj` (E, D, moe_intermediate_size)."""
+
+    def __init__(self, config: DiffusionGemmaTextConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_activation]
+
+    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Args: `hidden_states` (N, D), `chosen` int64 (N, A), `weights` (N, A). Returns `(N, D)`."""
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(chosen == expert)
+            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            partial = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (partial * weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`Experts.forward` with every expert computed for every token; the experts not chosen get the weight 0."""
+    experts, double, _ = self.gate_up_proj.shape
+    routing = torch.zeros_like(hidden_states[:, :1]).repeat(1, experts)
+    routing = routing.scatter(-1, chosen, weights.to(routing.dtype))  # (N, E)
+    gate_up = nn.functional.linear(hidden_states, self.gate_up_proj.reshape(experts * double, -1))
+    gate, up = gate_up.view(-1, experts, double).chunk(2, dim=-1)  # (N, E, I)
+    weighted = self.act_fn(gate) * up * routing[..., None]
+    return weighted.reshape(-1, experts * double // 2) @ self.down_proj.transpose(1, 2).reshape(experts * double // 2, -1)
+
+
+ALL_EXPERTS_FUNCTIONS.register("dense_mm", dense_experts)
+
+
+__all__ = ["Experts", "Router", "dense_experts"]

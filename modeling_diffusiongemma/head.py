@@ -1,0 +1,164 @@
+"""`DiffusionGemmaForMaskedBlockLM`: the model with its tied head, its training loss and its generation."""
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from generation.mixin import DiffusionGenerationMixin
+
+from .configuration import DiffusionGemmaConfig
+from .loss import block_diffusion_loss
+from .model import DiffusionGemmaBlockModel
+from .outputs import MaskedBlockOutput
+from .pretrained import DiffusionGemmaBlockPreTrainedModel
+
+
+class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, DiffusionGenerationMixin):
+    """DiffusionGemma with its language-model head.
+
+    What is masked are the noised positions of a block (the canvas): the model sees the canvas with some of its tokens
+    replaced by noise and predicts the clean token of every position. The released model's noise is a random token.
+
+    For generation it offers what `generation` asks of any model: `prefill`, `denoise`, `compute_logits`, `soft_embed`,
+    `canvas_masks`.
+    """
+
+    saved_architecture = "DiffusionGemmaForBlockDiffusion"
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: DiffusionGemmaConfig):
+        super().__init__(config)
+        self.model = DiffusionGemmaBlockModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def prefill(self, *args, **kwargs):
+        """`DiffusionGemmaBlockModel.prefill`."""
+        return self.model.prefill(*args, **kwargs)
+
+    def denoise(self, *args, **kwargs):
+        """`DiffusionGemmaBlockModel.denoise`."""
+        return self.model.denoise(*args, **kwargs)
+
+    def canvas_masks(self, *args, **kwargs) -> dict:
+        """`DiffusionGemmaBlockModel.canvas_masks`."""
+        return self.model.canvas_masks(*args, **kwargs)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Soft-capped logits, float32 `(..., V)`: `cap * tanh(head(x) / cap)`."""
+        cap = self.config.text_config.final_logit_softcapping
+        return torch.tanh(self.lm_head(hidden_states).float() / cap) * cap
+
+    def soft_embed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Expected embedding `(B, C, D)` under softmax(logits) `(B, C, V)`: the self-conditioning of the next step."""
+        return self.get_input_embeddings()(logits.softmax(dim=-1, dtype=torch.float32))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        self_conditioning_logits: torch.Tensor | None = None,
+        self_conditioning_mask: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | dict | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_position_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedBlockOutput | tuple:
+        """One prompt pass over `input_ids` (if given) and one canvas pass; or, with `labels`, the training loss.
+
+        Args:
+            input_ids (`int64 (B, P)`): prompt tokens not yet in the cache. For training: prompt and response.
+            attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included; either side.
+            past_key_values (*optional*): a cache to read and append to.
+            position_ids (`(B or 1, P)`, *optional*): default: each row's real tokens counted from 0.
+            decoder_input_ids (`int64 (B, C)`, *optional*): the canvas. Default: `canvas_length` uniform random tokens.
+            self_conditioning_logits (`(B, C, V)`, *optional*): the previous step's shaped logits.
+            self_conditioning_mask (`bool (B,)`, *optional*): rows that are self-conditioned. With `labels` alone it says
+                which rows get the extra pass; default there: each with probability 0.5.
+            decoder_attention_mask (`(B, L + P + C)`, *optional*): 0 at padding. Default: `attention_mask`, canvas unpadded.
+            decoder_position_ids (`(B or 1, C)`, *optional*): default: on from each row's real tokens.
+            pixel_values, image_position_ids, mm_token_type_ids (*optional*): images, from the processor.
+            inputs_embeds (`(B, P, D)`, *optional*): instead of `input_ids`.
+            labels (`int64`, *optional*): `(B, P)`, the response's ids and -100 elsewhere: the whole training objective, with
+                canvas and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
+                a position does not count; the loss is then the canvas's alone.
+            output_hidden_states, output_attentions, return_dict (*optional*): as everywhere in transformers.
+
+        Returns:
+            `MaskedBlockOutput`; `.logits` float32 `(B, C, V)`.
+
+        Raises:
+            ValueError: ids out of range, empty prompts, masks or labels of the wrong shape, images without image tokens.
+        """
+        images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
+        self._check_images(input_ids, pixel_values)
+        if labels is not None and decoder_input_ids is None:
+            unused = {"past_key_values": past_key_values, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+                      "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
+                      "self_conditioning_logits": self_conditioning_logits}  # fmt: skip
+            if given := [name for name, value in unused.items() if value is not None]:
+                raise ValueError(f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}")
+            if input_ids is None:
+                raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
+            trained = block_diffusion_loss(
+                self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images
+            )
+            output = MaskedBlockOutput(
+                loss=trained.diffusion + trained.causal, logits=trained.logits,
+                past_key_values=trained.prefilled.past_key_values,
+                encoder_last_hidden_state=trained.prefilled.last_hidden_state,
+                diffusion_loss=trained.diffusion, causal_loss=trained.causal,
+            )  # fmt: skip
+            return output.to_tuple() if return_dict is False else output
+
+        soft_embeds = None
+        if self_conditioning_logits is not None:
+            soft_embeds = self.soft_embed(self_conditioning_logits)
+            if self_conditioning_mask is not None:
+                soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
+        denoised = self.model(
+            input_ids, attention_mask, past_key_values, position_ids, decoder_input_ids, soft_embeds,
+            decoder_attention_mask, decoder_position_ids, **images, inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
+        logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"`labels` has shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}, the shape of `decoder_input_ids`"
+                )
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        output = MaskedBlockOutput(
+            loss=loss, logits=logits, past_key_values=denoised.past_key_values, hidden_states=denoised.hidden_states,
+            attentions=denoised.attentions, encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
+        )  # fmt: skip
+        return output.to_tuple() if return_dict is False else output
+
+    def _check_images(self, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
+        if input_ids is None or pixel_values is not None:
+            return
+        if bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                f"`input_ids` holds image tokens (id {self.config.image_token_id}) but `pixel_values` is None; "
+                "expected the images: let the processor return a dict and pass all of it"
+            )
+
+
+__all__ = ["DiffusionGemmaForMaskedBlockLM"]

@@ -1,0 +1,126 @@
+"""The small layers of DiffusionGemma: norms, rotary positions, the tied embedding, the gated MLP, self-conditioning.
+
+Every module here is a pure function of the tensors it is given; none of them knows about caches, masks or generation.
+Numerics follow Gemma 4: norms and rotary angles are computed in float32 whatever the weights' dtype.
+Source: the released checkpoint's layout and config.json (google/diffusiongemma-26B-A4B-it), Gemma 4's published design.
+"""
+
+import torch
+from torch import nn
+from transformers import DiffusionGemmaTextConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, `x / sqrt(mean(x^2) + eps) * weight`, in float32; without a scale if `with_scale=False`."""
+
+    def __init__(self, size: int, eps: float = 1e-6, with_scale: bool = True):
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size)) if with_scale else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        return nn.functional.rms_norm(hidden_states.float(), (self.size,), weight, self.eps).type_as(hidden_states)
+
+
+def rotary_frequencies(config: DiffusionGemmaTextConfig, layer_type: str) -> torch.Tensor:
+    """Inverse frequencies of one layer type, float32 `(head_dim / 2,)`.
+
+    `"default"` is `theta^(-2i/d)`; every other type (`"proportional"` on the released full-attention layers: the first
+    quarter of the pairs rotate, the others stay) comes from transformers' table of RoPE types.
+    """
+    layer_config, parameters = config.per_layer_config[layer_type], config.rope_parameters[layer_type]
+    if parameters["rope_type"] != "default":
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](layer_config, "cpu", layer_type=layer_type)
+        if scaling != 1.0:
+            raise ValueError(f"`rope_parameters[{layer_type!r}]` scales attention by {scaling}; expected a type that does not")
+        return frequencies.float()
+    rotated = int(layer_config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
+    return 1.0 / parameters["rope_theta"] ** exponents
+
+
+class RotaryPositions(nn.Module):
+    """Cosines and sines of the rotary angles, for every layer type at once.
+
+    The frequencies are no buffers: `.to(bfloat16)` must not round them, and a model built on the meta device must not
+    lose them. They are recomputed from the config at first use on a device.
+    """
+
+    def __init__(self, config: DiffusionGemmaTextConfig):
+        super().__init__()
+        self.config = config
+        self._frequencies: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def frequencies(self, layer_type: str, device: torch.device) -> torch.Tensor:
+        if (layer_type, device) not in self._frequencies:
+            self._frequencies[layer_type, device] = rotary_frequencies(self.config, layer_type).to(device)
+        return self._frequencies[layer_type, device]
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Args: `position_ids` integer `(B, L)`. Returns per layer type (cos, sin), each `(B, L, 1, head_dim)` in `dtype`."""
+        tables = {}
+        for layer_type in sorted(set(self.config.layer_types)):
+            frequencies = self.frequencies(layer_type, position_ids.device)
+            angles = position_ids[..., None].float() * frequencies  # (B, L, head_dim / 2)
+            angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (B, L, 1, head_dim)
+            tables[layer_type] = (angles.cos().to(dtype), angles.sin().to(dtype))
+        return tables
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (i, i + head_dim / 2) of `states` `(B, L, heads, head_dim)` by the position's angles."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class ScaledEmbedding(nn.Embedding):
+    """The tied embedding times sqrt(hidden_size), for token ids and for distributions over the vocabulary.
+
+    The scale is rounded to the weights' dtype first, as Gemma does. Both uses go through `forward`, so that a hook
+    which brings offloaded weights in (Accelerate) serves both.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Args: integer ids `(B, L)`, or probabilities `(B, L, V)` in a floating dtype. Returns `(B, L, D)`."""
+        scale = torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
+        if inputs.is_floating_point():
+            return torch.matmul(inputs.to(self.weight.dtype), self.weight) * scale
+        return super().forward(inputs) * scale
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DiffusionGemmaTextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class SelfConditioning(GatedMLP):
+    """Adds what the previous denoising step believed to the canvas embeddings: `norm(canvas + mlp(norm(soft)))`.
+
+    The last norm has no scale and runs also at the first step, where the soft embedding is zero.
+    Self-conditioning: Chen et al. 2022 (arXiv 2208.04202).
+    """
+
+    def __init__(self, config: DiffusionGemmaTextConfig):
+        super().__init__(config)
+        self.pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
+
+    def forward(self, canvas_embeds: torch.Tensor, soft_embeds: torch.Tensor) -> torch.Tensor:
+        """Args: both `(B, C, D)`. Returns `(B, C, D)`."""
+        return self.post_norm(canvas_embeds + super().forward(self.pre_norm(soft_embeds)))
+
+
+__all__ = ["GatedMLP", "RMSNorm", "RotaryPositions", "ScaledEmbedding", "SelfConditioning", "rotary_frequencies", "rotate"]

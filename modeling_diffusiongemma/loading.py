@@ -1,0 +1,85 @@
+"""Loading and saving in the released layout, with errors that name the file and the tensor.
+
+The state dict already has the released names, so transformers' own `from_pretrained` and `save_pretrained` do the work.
+Added here: what they raise on a damaged checkpoint becomes an OSError or ValueError that says what is wrong, and
+`architectures` in a saved config.json stays transformers' class, by which every other runtime finds its own model.
+"""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def damaged_files(folder: str | os.PathLike) -> list[str]:
+    """Describes every safetensors file of a local checkpoint that is missing or shorter than its header says."""
+    folder, problems = Path(folder), []
+    index = folder / "model.safetensors.index.json"
+    names = {path.name for path in folder.glob("*.safetensors")}
+    if index.is_file():
+        names |= set(json.loads(index.read_text())["weight_map"].values())
+    for name in sorted(names):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing, though {index.name} names it")
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(8)
+            length = struct.unpack("<Q", header)[0] if len(header) == 8 else 0
+            if not 0 < length <= size - 8:
+                problems.append(f"{name} has no safetensors header ({size} bytes)")
+                continue
+            try:
+                tensors = json.loads(file.read(length))
+            except ValueError:
+                problems.append(f"{name} has a damaged safetensors header")
+                continue
+        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
+        if size != 8 + length + max(ends, default=0):
+            problems.append(f"{name} has {size} bytes where its header says {8 + length + max(ends, default=0)}")
+    return problems
+
+
+class LoadingMixin:
+    """`from_pretrained` and `save_pretrained` of both model classes."""
+
+    saved_architecture: str
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            OSError: a weight file is missing, truncated or not a safetensors file.
+            ValueError: a tensor's shape is not the config's, or the config holds impossible values.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except (SafetensorError, FileNotFoundError) as error:
+            problems = damaged_files(pretrained_model_name_or_path) if os.path.isdir(pretrained_model_name_or_path) else []
+            raise OSError(f"cannot load {pretrained_model_name_or_path}: {'; '.join(problems) or error}") from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
+                raise ValueError(f"cannot load {pretrained_model_name_or_path}: {error}") from error
+            raise
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; config.json names transformers' architecture.
+
+        Raises:
+            ValueError: `push_to_hub=True`; call `model.push_to_hub(repo_id)`, which saves through here.
+        """
+        if push_to_hub:
+            raise ValueError("`push_to_hub` is True; expected False here: call `model.push_to_hub(repo_id)` instead")
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.architectures = [self.saved_architecture]
+        if kwargs.get("is_main_process", True):
+            self.config.save_pretrained(save_directory)
+
+
+__all__ = ["LoadingMixin", "damaged_files"]

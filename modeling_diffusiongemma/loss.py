@@ -1,0 +1,152 @@
+"""The training objective: denoise a corrupted canvas, and predict the response causally.
+
+For each row, one canvas of its response is chosen at random. A noise proportion t ~ U(1e-4, 1 - 1e-4) is drawn, each
+canvas token is replaced by noise with probability t, and the loss is the plain cross-entropy of the clean tokens over
+all canvas positions, the fill behind the response included. The canvas sees the prompt and the strictly earlier clean
+canvases. In half of the rows a first canvas pass without gradient gives the self-conditioning of the second. The
+next-token loss of the prompt pass on the response is added 1:1, which keeps that pass usable as an autoregressive model.
+Source: google-deepmind/gemma `gemma/diffusion`, TRL's example for this model, NeMo AutoModel's block-causal mask.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from generation.noise import Noise, UniformNoise
+
+from .checks import check_mask
+
+NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
+SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
+IGNORED = -100  # transformers' label for "no target"
+
+
+class CleanCanvas(NamedTuple):
+    """One canvas per row, cut from the response: `ids` int64 (B, C) and `start` int64 (B,), the index of its first token."""
+
+    ids: torch.Tensor
+    start: torch.Tensor
+
+
+def check_labels(input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """`labels` must be `input_ids` on one unbroken response that ends the row's real tokens, and -100 elsewhere."""
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}; expected {tuple(input_ids.shape)}, the shape of `input_ids`")
+    target = labels != IGNORED
+    if not bool(target.any(dim=1).all()):
+        rows = (~target.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"`labels` is -100 everywhere in rows {rows}; expected a response in every row")
+    if bool((target[:, 1:].int().diff(dim=1, prepend=target[:, :1].int()) > 0).sum(dim=1).gt(1).any()):
+        raise ValueError("`labels` holds several responses in a row; expected one unbroken run of targets")
+    if bool(target[:, 0].any()):
+        raise ValueError("`labels` begins with a target; expected at least one prompt token before the response")
+    if bool((labels[target] != input_ids[target]).any()):
+        raise ValueError("`labels` differs from `input_ids` at a target; expected equal ids there and -100 elsewhere")
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        if bool((target & ~real).any()) or bool((real[:, 1:] & target[:, :-1] & ~target[:, 1:]).any()):
+            raise ValueError("`labels` and `attention_mask` disagree; expected the response to end where the real tokens end")
+
+
+def choose_canvas(input_ids: torch.Tensor, labels: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
+    """Cuts one canvas out of each row's response, all of its canvases being equally likely; what lies behind the
+    response is filled with `fill` (the pad token)."""
+    target = labels != IGNORED
+    begin = target.int().argmax(dim=1)  # (B,)
+    length = target.sum(dim=1)
+    canvases = (length + canvas_length - 1) // canvas_length
+    chosen = (torch.rand(begin.shape, device=begin.device) * canvases).long().clamp(max=canvases - 1)
+    start = begin + chosen * canvas_length
+    index = start[:, None] + torch.arange(canvas_length, device=begin.device)  # (B, C)
+    inside = index < (begin + length)[:, None]
+    ids = input_ids.gather(1, index.clamp(max=input_ids.shape[1] - 1))
+    return CleanCanvas(torch.where(inside, ids, fill), start)
+
+
+def noise_proportions(batch_size: int, device: torch.device) -> torch.Tensor:
+    """t of each row, float32 `(B,)`, uniform in `[1e-4, 1 - 1e-4]`; stratified, so that a batch covers the whole range."""
+    strata = torch.randperm(batch_size, device=device) + torch.rand(batch_size, device=device)
+    return NOISE_MARGIN + (1 - 2 * NOISE_MARGIN) * strata / batch_size
+
+
+def corrupt(clean: torch.Tensor, proportion: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """Replaces each token of `clean` (B, C) by noise with its row's probability `proportion` (B,)."""
+    noised = torch.rand(clean.shape, device=clean.device) < proportion[:, None]
+    return torch.where(noised, noise.draw(clean.shape, clean.device), clean)
+
+
+class TrainingLoss(NamedTuple):
+    """`logits` float32 (B, C, V) of the canvas pass, the two losses (scalars, nats), and the prompt pass's output."""
+
+    logits: torch.Tensor
+    diffusion: torch.Tensor
+    causal: torch.Tensor | None
+    prefilled: BaseModelOutputWithPast
+
+
+def block_diffusion_loss(
+    model,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    noise: Noise | None = None,
+    self_conditioning_mask: torch.Tensor | None = None,
+    causal: bool = True,
+    canvas_length: int | None = None,
+    **images: torch.Tensor,
+) -> TrainingLoss:
+    """Both losses on whole examples (prompt and response in one row).
+
+    Args:
+        model: `DiffusionGemmaForMaskedBlockLM`.
+        input_ids (`int64 (B, P)`): prompt, response and, on either side, padding.
+        labels (`int64 (B, P)`): the response's ids, -100 elsewhere.
+        attention_mask (`(B, P)`, *optional*): 0 at padding.
+        noise (*optional*): what corrupted tokens become. Default: uniform random ids.
+        self_conditioning_mask (`bool (B,)`, *optional*): rows whose canvas is self-conditioned. Default: each with
+            probability 0.5.
+        causal: False leaves out the next-token loss, and the prompt pass over what no canvas of the batch can see.
+        canvas_length: default: the config's. Narrower canvases train faster and generalise to wider ones trained late.
+        images: as `prefill` takes them.
+    """
+    check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
+    check_labels(input_ids, labels, attention_mask)
+    config, batch_size = model.config.text_config, input_ids.shape[0]
+    canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    clean = choose_canvas(input_ids, labels, canvas_length, config.pad_token_id)
+    noise = UniformNoise(config.vocab_size) if noise is None else noise
+    noised = corrupt(clean.ids, noise_proportions(batch_size, clean.ids.device), noise)
+
+    length = input_ids.shape[1] if causal else int(clean.start.max())
+    prefilled = model.prefill(input_ids[:, :length], real[:, :length], past_key_values=DynamicCache(), **images)
+    causal_loss = None
+    if causal:
+        target = labels[:, 1:] != IGNORED
+        next_logits = model.compute_logits(prefilled.last_hidden_state[:, :-1][target])
+        causal_loss = torch.nn.functional.cross_entropy(next_logits, labels[:, 1:][target])
+
+    before = real.cumsum(dim=1).gather(1, clean.start[:, None] - 1)  # (B, 1), real tokens before the canvas
+    padding = torch.cat((real[:, :length], torch.ones_like(noised, dtype=torch.bool)), dim=1)
+    canvas_inputs = {
+        "past_key_values": prefilled.past_key_values,
+        "attention_mask": model.canvas_masks(prefilled.past_key_values, noised.shape, padding, prefix_length=clean.start),
+        "position_ids": before + torch.arange(canvas_length, device=before.device),
+    }
+    if self_conditioning_mask is None:
+        self_conditioning_mask = torch.rand(batch_size, device=noised.device) < SELF_CONDITIONING_PROBABILITY
+    soft_embeds = None
+    if bool(self_conditioning_mask.any()):
+        with torch.no_grad():
+            first = model.compute_logits(model.denoise(noised, **canvas_inputs).last_hidden_state)
+            soft_embeds = model.soft_embed(first)
+            soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
+    denoised = model.denoise(noised, soft_embeds=soft_embeds, **canvas_inputs)
+    logits = model.compute_logits(denoised.last_hidden_state)  # (B, C, V)
+    diffusion_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.ids.flatten())
+    return TrainingLoss(logits, diffusion_loss, causal_loss, prefilled)
+
+
+__all__ = ["CleanCanvas", "TrainingLoss", "block_diffusion_loss", "check_labels", "choose_canvas", "corrupt", "noise_proportions"]

@@ -1,0 +1,132 @@
+"""What may attend to what: one rule for the prompt pass and for the canvas pass.
+
+A pass sees the slots of the cache followed by its own new tokens. Slot j of a layer that stores K of the L tokens seen
+so far holds token j + max(L - K, 0). Token t is visible to a query when it is not padding and
+
+- prompt pass, query at i:  t <= i, and on sliding layers t > i - sliding_window; or both lie in the same image;
+- canvas pass, any query:   t < n, and on sliding layers t > n - sliding_window, where n is the row's prompt length
+  (the canvas begins there); and every token of the canvas.
+
+"Strictly earlier" in the canvas rule is the invariant of training: `t <= n` would show the canvas its own first clean
+token (guarded by tests/test_loss.py::test_canvas_sees_nothing_clean_from_itself_on).
+Where a batch is padded, a window counts only real tokens, so that a row sees what it would see alone.
+The rule holds for every cache of transformers: dynamic sliding layers keep the last sliding_window - 1 tokens, static
+ones the last sliding_window (one more than may be seen), and a `DynamicCache()` built without a config keeps all.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import Cache, DiffusionGemmaTextConfig
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each `(B, K, slots, head_dim)`, read and never written by the attention."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def read_cache(cache: Cache | None, layer_idx: int, device: torch.device) -> LayerCache | None:
+    """The stored keys and values of a layer, on `device`, or None while nothing is stored."""
+    if cached_slots(cache, layer_idx) == 0:
+        return None
+    layer = cache.layers[layer_idx]
+    return LayerCache(layer.keys.to(device), layer.values.to(device))
+
+
+def cached_slots(cache: Cache | None, layer_idx: int) -> int:
+    """How many slots the layer's cache shows to a pass: 0 while nothing is stored, also where they are allocated."""
+    if cache is None or layer_idx >= len(cache.layers) or int(cache.get_seq_length(layer_idx)) == 0:
+        return 0
+    return cache.layers[layer_idx].keys.shape[-2]
+
+
+def slot_tokens(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
+    """Index of the token in each slot and of each new token, int64 `(slots + new,)`; a slot not yet filled gets -1."""
+    token = torch.arange(slots, device=device) + max(seen - slots, 0)
+    return torch.cat((token.masked_fill(token >= seen, -1), torch.arange(seen, seen + new, device=device)))
+
+
+def prompt_mask(
+    token: torch.Tensor, query: torch.Tensor, window: int | None, padding: torch.Tensor | None, images: torch.Tensor | None
+) -> torch.Tensor:
+    """Boolean `(B or 1, 1, Q, S)` of the prompt rule.
+
+    Args:
+        token (`int64 (S,)`): token in each key slot, from `slot_tokens`.
+        query (`int64 (Q,)`): token index of each query; the queries are the last Q keys.
+        window (`int`, *optional*): `sliding_window` on sliding layers.
+        padding (`bool (B, L + Q)`, *optional*): False at padding, which a window does not count.
+        images (`int64 (B, Q)`, *optional*): number of the image each new token belongs to, -1 for text.
+    """
+    visible = ((token >= 0) & (token <= query[:, None]))[None]  # (1, Q, S)
+    if window is not None:
+        rank = _ranks(token, padding)  # (B or 1, S)
+        visible = visible & (rank[:, None] > rank[:, -query.shape[0] :, None] - window)
+    if images is not None:
+        cached = images.new_full((images.shape[0], token.shape[0] - query.shape[0]), -1)
+        key_images = torch.cat((cached, images), dim=1)
+        visible = visible | ((images[:, :, None] == key_images[:, None]) & (images[:, :, None] >= 0))  # (B, Q, S)
+    if padding is not None:
+        visible = visible & padding[:, token.clamp(min=0)][:, None]
+        # A padding query would see nothing and softmax to NaN, which a zero weight does not erase: it sees itself.
+        visible = visible | (token == query[:, None])
+    return visible[:, None]
+
+
+def canvas_mask(
+    token: torch.Tensor, canvas_length: int, prefix: torch.Tensor, window: int | None, padding: torch.Tensor | None
+) -> torch.Tensor:
+    """Boolean `(B or 1, 1, 1, S)` of the canvas rule: the same for every query of a row.
+
+    Args:
+        token (`int64 (S,)`): token in each key slot, from `slot_tokens`; the last `canvas_length` are the canvas.
+        prefix (`int64 (B or 1,)`): n, the index of the first token the canvas must not see.
+        window (`int`, *optional*): `sliding_window` on sliding layers.
+        padding (`bool (B, L + C)`, *optional*): False at padding, which a window does not count.
+    """
+    visible = (token >= 0) & (token < prefix[:, None])  # (B or 1, S)
+    if window is not None:
+        start = prefix if padding is None else (padding.cumsum(dim=1) * _before(padding, prefix)).amax(dim=1)
+        visible = visible & (_ranks(token, padding) > start[:, None] - window)
+    visible[:, -canvas_length:] = True
+    if padding is not None:
+        visible = visible & padding[:, token.clamp(min=0)]
+    return visible[:, None, None]
+
+
+def _ranks(token: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Place of each slot's token among the tokens that are no padding, `(B or 1, S)`: what a sliding window counts."""
+    return token[None] if padding is None else (padding.cumsum(dim=1) - 1)[:, token.clamp(min=0)]
+
+
+def _before(padding: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+    """1 at the tokens before each row's canvas, `(B, L + C)`."""
+    return (torch.arange(padding.shape[1], device=padding.device) < prefix[:, None]).long()
+
+
+def for_attention(visible: torch.Tensor, queries: int, batch_size: int, implementation: str, dtype: torch.dtype):
+    """Turns a boolean mask `(B or 1, 1, Q or 1, S)` into what `attn_implementation` takes: boolean for sdpa, additive
+    for eager, a `BlockMask` for flex_attention."""
+    visible = visible.expand(batch_size, 1, queries, visible.shape[-1])
+    if implementation == "flex_attention":
+        return create_block_mask(
+            lambda batch, head, query, key: visible[batch, 0, query, key],
+            batch_size, None, queries, visible.shape[-1], device=visible.device,
+        )  # fmt: skip
+    if implementation == "eager":
+        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=visible.device)
+        return torch.where(visible, torch.zeros((), dtype=dtype, device=visible.device), hidden)
+    return visible
+
+
+def image_numbers(mm_token_type_ids: torch.Tensor) -> torch.Tensor:
+    """Numbers the images of each row: int64 `(B, P)`, -1 at text. Consecutive positions of type 1 or 2 are one image."""
+    is_image = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
+    before = torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+    return torch.where(is_image, (is_image & ~before).cumsum(dim=1), -1)
+
+
+__all__ = ["LayerCache", "canvas_mask", "cached_slots", "for_attention", "image_numbers", "prompt_mask", "read_cache", "slot_tokens"]

@@ -1,0 +1,50 @@
+"""The base class of every model class here: what transformers asks about initialisation, placement and implementations."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .configuration import DiffusionGemmaConfig
+from .experts import Experts, Router
+from .loading import LoadingMixin
+
+
+class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
+    """Knows nothing of layers or passes."""
+
+    config: DiffusionGemmaConfig
+    config_class = DiffusionGemmaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over canvas positions, whatever the number of labels
+    _no_split_modules = ["BlockLayer", "Gemma4VisionEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    # transformers looks for these two in the source text of the class's own module; ours stand in other files.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "layer_scalar"):
+            init.ones_(module.layer_scalar)
+        elif isinstance(module, Router):
+            init.ones_(module.scale)
+            init.ones_(module.per_expert_scale)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+
+
+__all__ = ["DiffusionGemmaBlockPreTrainedModel"]

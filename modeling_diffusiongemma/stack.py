@@ -1,0 +1,128 @@
+"""One stack of layers, called two ways: `causal=True` over the prompt, `causal=False` over the canvas.
+
+The parameters live under the names of the released checkpoint's decoder. The layers read the cache and never write it;
+the stack appends to it after each layer of a prompt pass, so that a layer stays a pure function of tensors (which is
+what gradient checkpointing and `torch.compile` want).
+"""
+
+import torch
+from torch import nn
+from transformers import Cache, DiffusionGemmaTextConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import Attention
+from .experts import Experts, Router
+from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
+from .masks import LayerCache, read_cache
+from .pretrained import DiffusionGemmaBlockPreTrainedModel
+
+
+class BlockLayer(GradientCheckpointingLayer):
+    """Attention, then a dense gated MLP and a mixture of experts side by side.
+
+    The router reads the raw residual; both branches have their own norm before and after; the sum is normed again,
+    added to the residual and multiplied by `layer_scalar`, the one value that the two passes hold apart.
+    """
+
+    def __init__(self, config: DiffusionGemmaTextConfig, layer_idx: int):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = GatedMLP(config)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.post_feedforward_layernorm_1 = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(size, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(size, eps)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+        self.layer_scalar = nn.Buffer(torch.ones(1))  # the canvas pass's
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask,
+        cached: LayerCache | None,
+        is_causal: bool,
+        layer_scalar: torch.Tensor,
+    ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
+        """Args and Returns as `Attention.forward`, for the whole layer."""
+        attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cached, is_causal)
+        hidden_states = hidden_states + self.post_attention_layernorm(attended)
+
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_states)))
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, D)
+        routed = self.experts(self.pre_feedforward_layernorm_2(tokens), *self.router(tokens))
+        routed = self.post_feedforward_layernorm_2(routed.view_as(hidden_states))
+        hidden_states = hidden_states + self.post_feedforward_layernorm(dense + routed)
+        return hidden_states * layer_scalar.to(hidden_states.device), new, weights
+
+
+class BlockStack(DiffusionGemmaBlockPreTrainedModel):
+    """Embedding, self-conditioning, layers, last norm. A `PreTrainedModel` of its own, so that transformers finds the text
+    config's attention and experts implementations where it looks for them."""
+
+    config: DiffusionGemmaTextConfig
+    config_class = DiffusionGemmaTextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: DiffusionGemmaTextConfig):
+        super().__init__(config)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.self_conditioning = SelfConditioning(config)
+        self.layers = nn.ModuleList(BlockLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryPositions(config)
+        self.post_init()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        masks: dict,
+        cache: Cache | None,
+        causal: bool,
+        layer_scalars: list[torch.Tensor],
+        keep_states: bool = False,
+        keep_weights: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        """Runs the layers over new tokens.
+
+        Args:
+            hidden_states (`(B, L, D)`): embeddings of the new tokens.
+            position_ids (`int64 (B or 1, L)`): their positions.
+            masks: per layer type, what `masks.for_attention` made, or None.
+            cache: read by every layer; appended to where `causal`.
+            causal: True for the prompt pass.
+            layer_scalars: one tensor a layer, this pass's own.
+            keep_states, keep_weights: whether to return what every layer put out.
+
+        Returns:
+            The normed output `(B, L, D)`; the layers' inputs and the normed output, or None; attention weights, or None.
+        """
+        rotary = self.rotary(position_ids, hidden_states.dtype)
+        states, all_weights = [], []
+        for layer_idx, layer in enumerate(self.layers):
+            layer_type = self.config.layer_types[layer_idx]
+            if keep_states:
+                states.append(hidden_states)
+            cached = read_cache(cache, layer_idx, hidden_states.device)
+            hidden_states, new, weights = layer(
+                hidden_states, rotary[layer_type], masks[layer_type], cached, causal, layer_scalars[layer_idx]
+            )
+            if causal and cache is not None:
+                cache.update(new.keys, new.values, layer_idx)
+            if keep_weights:
+                all_weights.append(weights)
+        hidden_states = self.norm(hidden_states)
+        return (
+            hidden_states,
+            (*states, hidden_states) if keep_states else None,
+            tuple(all_weights) if keep_weights else None,
+        )
+
+
+__all__ = ["BlockLayer", "BlockStack"]
