@@ -1,0 +1,189 @@
+"""The two shipped checkpoints as recipes: tokenizer, configuration, training batches, held-out evaluation.
+
+A recipe knows its data; `train.py` knows how to train. Sources: FACTS of the published training recipe in
+`modeling_diffusiongemma/loss.py`; sizes chosen for two CPU cores and a file below 20 MB.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from jobs import TEXT_JOBS, sudoku
+from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
+
+from modeling_diffusiongemma import BlockDiffusionCollator
+
+# transformers turns `vision_config: null` into a full-size vision tower; a tiny one keeps every runtime able to load us.
+TINY_VISION = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+    "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 64,
+}  # fmt: skip
+
+
+def small_config(vocab_size: int, hidden_size: int, layers: int, canvas_length: int, rope_theta: float, **ids) -> DiffusionGemmaConfig:
+    """A small DiffusionGemma: every third layer attends fully, four experts of which two are active."""
+    types = ["full_attention" if place % 3 == 2 or place == layers - 1 else "sliding_attention" for place in range(layers)]
+    heads = hidden_size // 32
+    text = {
+        "vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "layer_types": types,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "num_global_key_value_heads": heads,
+        "head_dim": 32, "global_head_dim": 32, "intermediate_size": 2 * hidden_size,
+        "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": hidden_size // 2,
+        "sliding_window": 512, "max_position_embeddings": 8192, "use_bidirectional_attention": "vision",
+        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": rope_theta},
+            "full_attention": {"rope_type": "proportional", "rope_theta": rope_theta, "partial_rotary_factor": 0.5},
+        },
+    }  # fmt: skip
+    return DiffusionGemmaConfig(text_config=text, vision_config=TINY_VISION, canvas_length=canvas_length, **ids)
+
+
+class TextRecipe:
+    """Six small exact text jobs in chat form, on a canvas of 256 (trained mostly on narrower ones)."""
+
+    name = "text"
+    causal = True
+    defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
+    # canvas, padded length of prompt and response, share of the batches: few shapes, so that each compiles once
+    SHORT, NOTES, WIDE = (16, 56), (64, 112), (256, 112)
+    NOTE_SHARE = 0.45
+    WIDE_FROM, WIDE_SHARE = 0.85, 0.5  # the released canvas length comes in the last part of training
+
+    def __init__(self, data: str | None = None):
+        self.tokenizer = build_tokenizer(640)
+        self.end = SPECIAL_IDS["<turn|>"]
+        self.short = [job for name, job in TEXT_JOBS.items() if name != "note_to_json"]
+
+    def config(self, hidden_size: int, layers: int) -> DiffusionGemmaConfig:
+        return small_config(
+            640, hidden_size, layers, 256, 10_000.0, eos_token_id=[1, 106],
+            image_token_id=SPECIAL_IDS["<|image|>"], boi_token_id=SPECIAL_IDS["<|image>"], eoi_token_id=SPECIAL_IDS["<image|>"],
+        )  # fmt: skip
+
+    def generation_config(self) -> dict:
+        return {"max_new_tokens": 256, "eos_token_id": [1, 106, 50], "pad_token_id": 0}
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], int]:
+        """Model inputs of `size` training examples, and the canvas length to train them on."""
+        notes = rng.random() < self.NOTE_SHARE
+        canvas, length = self.NOTES if notes else self.SHORT
+        if progress >= self.WIDE_FROM and rng.random() < self.WIDE_SHARE:
+            canvas, length = self.WIDE
+            size = max(1, size // 3)
+        pairs = []
+        while len(pairs) < size:
+            job = TEXT_JOBS["note_to_json"] if notes else rng.choice(self.short)
+            pairs.append(job.sample(rng, "train"))
+        prompts = self.encode([prompt for prompt, _ in pairs])
+        answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+        fitting = [(p, [*a, self.end]) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) < length and len(a) < canvas]
+        return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting), canvas
+
+    def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
+        """Exact answers by each job's own checker on `count` unseen inputs a job."""
+        rng, results = random.Random(seed), {}
+        for name, job in TEXT_JOBS.items():
+            prompts = [job.sample(rng, split)[0] for _ in range(count)]
+            answers, steps, passes = [], [], []
+            for first in range(0, count, batch_size):
+                part = self.tokenizer.pad({"input_ids": self.encode(prompts[first : first + batch_size])}, return_tensors="pt")
+                output = model.generate(**part, return_dict_in_generate=True, **settings)
+                new = output.sequences[:, part["input_ids"].shape[1] :]
+                answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+                steps += output.denoising_steps.tolist()
+                passes += output.tokens_per_forward.tolist()
+            right = sum(job.check(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+            results[name] = {"exact": right / count, "cases": count, "steps": np.mean(steps).item(), "tokens_per_forward": np.mean(passes).item()}
+        return results
+
+
+class SudokuRecipe:
+    """Sudoku 9x9: 81 cells in the prompt, the solution on a canvas of 81."""
+
+    name = "sudoku"
+    causal = False  # the solution cannot be read off left to right, and its one canvas is never continued
+    defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
+    CELLS = 81
+
+    def __init__(self, data: str | None = None):
+        self.tokenizer = self._tokenizer()
+        self.puzzles = None
+        if data is not None:
+            if not Path(data).is_file():
+                raise ValueError(f"`data` is {data!r}; expected the file that `python examples/jobs/sudoku.py make` wrote")
+            stored = np.load(data)
+            self.puzzles, self.solutions = stored["puzzles"], stored["solutions"]
+
+    @staticmethod
+    def _tokenizer() -> PreTrainedTokenizerFast:
+        """One token a cell; blanks may be written '.', '0' or '_', and white space is dropped."""
+        words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", ".", *"123456789", "<|image|>"]
+        tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"[0_]"), "."), normalizers.Replace(Regex(r"\s"), "")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>", mask_token="<mask>",
+            padding_side="left", model_max_length=512, clean_up_tokenization_spaces=False,
+            chat_template="{{ bos_token }}{{ messages[-1]['content'] }}",
+        )  # fmt: skip
+
+    def config(self, hidden_size: int, layers: int) -> DiffusionGemmaConfig:
+        # 0.698^-16: frequencies fall by 2 pi / 9 each, so that periods of 9, 27 and 81 cells (row, band, grid) are among them
+        return small_config(
+            16, hidden_size, layers, self.CELLS, 315.0, eos_token_id=[1], image_token_id=15, boi_token_id=3, eoi_token_id=3
+        )
+
+    def generation_config(self) -> dict:
+        return {"max_new_tokens": self.CELLS, "eos_token_id": [1], "pad_token_id": 0}
+
+    def encode(self, grids: np.ndarray) -> torch.Tensor:
+        """Token ids of grids `(n, 81)`: id 5 is '.', 5 + d is the digit d."""
+        return torch.from_numpy(grids.astype(np.int64)) + 5
+
+    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], int]:
+        """Model inputs of `size` training examples, and the canvas length to train them on."""
+        if self.puzzles is None:
+            raise ValueError("`data` is None; expected the file that `python examples/jobs/sudoku.py make` wrote")
+        draw = np.random.default_rng(rng.getrandbits(64))
+        puzzles, solutions = sudoku.sample_training(self.puzzles, self.solutions, size, draw)
+        bos = torch.full((size, 1), 2)
+        input_ids = torch.cat((bos, self.encode(puzzles), self.encode(solutions)), dim=1)
+        labels = torch.cat((torch.full((size, 1 + self.CELLS), -100), input_ids[:, 1 + self.CELLS :]), dim=1)
+        return {"input_ids": input_ids, "labels": labels}, self.CELLS
+
+    def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
+        """Solved puzzles out of `count` newly generated ones with 26 to 36 clues, by the real checker, and by difficulty."""
+        rng, groups = random.Random(1_000_003 + seed), {}
+        puzzles = np.stack([sudoku.generate(rng, rng.randint(26, 36))[0] for _ in range(count)])
+        for first in range(0, count, batch_size):
+            part = puzzles[first : first + batch_size]
+            prompts = torch.cat((torch.full((len(part), 1), 2), self.encode(part)), dim=1)
+            output = model.generate(prompts, return_dict_in_generate=True, **settings)
+            answers = self.tokenizer.batch_decode(output.sequences[:, prompts.shape[1] :], skip_special_tokens=True)
+            for place, (puzzle, answer) in enumerate(zip(part, answers, strict=True)):
+                right = sudoku.is_solution(puzzle, answer)
+                level = "singles only" if sudoku.singles_only(puzzle) else "needs search"
+                row = (right, output.denoising_steps[place].item(), output.tokens_per_forward[place].item())
+                for group in ("all", level):
+                    groups.setdefault(group, []).append(row)
+        means = {group: np.mean(rows, axis=0).tolist() for group, rows in groups.items()}
+        return {
+            group: {"exact": exact, "cases": len(groups[group]), "steps": steps, "tokens_per_forward": per_forward}
+            for group, (exact, steps, per_forward) in means.items()
+        }
+
+
+RECIPES = {recipe.name: recipe for recipe in (TextRecipe, SudokuRecipe)}
+
+__all__ = ["RECIPES", "SudokuRecipe", "TextRecipe", "small_config"]

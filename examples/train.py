@@ -1,0 +1,188 @@
+"""Trains a small DiffusionGemma from scratch, on a CPU or a GPU; resumes; shows progress; evaluates held-out exact match.
+
+    python examples/train.py text --out runs/text
+    python examples/jobs/sudoku.py make --count 250000 --clues 26-36 --seed 1 --out runs/sudoku.npz
+    python examples/train.py sudoku --data runs/sudoku.npz --out runs/sudoku
+
+Running the same command again continues where the last one stopped. `--out` then holds `checkpoint/`, loadable with
+`from_pretrained`, and `state.pt`, what training needs to continue.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from recipes import RECIPES
+from tqdm import tqdm
+
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+from modeling_diffusiongemma.loss import block_diffusion_loss
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=sorted(RECIPES))
+    parser.add_argument("--out", required=True, help="folder for the checkpoint and the state of training")
+    parser.add_argument("--data", help="sudoku: the puzzles' .npz file")
+    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps; the learning rate ends at 0 there")
+    parser.add_argument("--batch-size", type=int, help="examples a step (default: the recipe's)")
+    parser.add_argument("--hidden-size", type=int, help="default: the recipe's")
+    parser.add_argument("--layers", type=int, help="default: the recipe's")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="Muon for the matrices, not AdamW")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the layers")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
+    parser.add_argument("--save-every", type=float, default=300, help="seconds between saved states")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between lines of the log")
+    parser.add_argument("--eval-cases", type=int, default=200, help="held-out inputs (a job) to evaluate on at the end")
+    return parser.parse_args(arguments)
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak: linear warm-up, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+class Optimizers:
+    """Muon for the layers' matrices, AdamW for everything else (embedding, router, stacked experts, norms); one interface.
+
+    Muon (Jordan et al. 2024, torch.optim.Muon) with its update scaled to AdamW's, so that one learning rate serves both.
+    """
+
+    def __init__(self, model: torch.nn.Module, lr: float, muon: bool):
+        trained = {name: p for name, p in model.named_parameters() if "encoder." not in name}
+        matrices = [p for name, p in trained.items() if muon and p.dim() == 2 and "embed" not in name and "router" not in name]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in trained.values() if id(p) not in chosen]
+        groups = [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.01},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.parts = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, lr: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+            part.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def save(out: Path, recipe, model, optimizer, step: int, rng: random.Random, seconds: float, log: list) -> None:
+    """Writes checkpoint and state beside the old ones and then renames, so that an interruption leaves one whole state."""
+    fresh = out / "checkpoint.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    recipe.tokenizer.save_pretrained(fresh)
+    state = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "log": log,
+             "rng": rng.getstate(), "torch_rng": torch.get_rng_state()}  # fmt: skip
+    torch.save(state, fresh / "state.pt")
+    old = out / "checkpoint.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if (out / "checkpoint").exists():
+        os.replace(out / "checkpoint", old)
+    os.replace(fresh, out / "checkpoint")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def train(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = RECIPES[args.recipe](args.data)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {key: getattr(args, key) or default for key, default in recipe.defaults.items()}
+    batch_size, device = sizes.pop("batch_size"), torch.device(args.device)
+    torch.manual_seed(args.seed)
+    rng, step, seconds, log = random.Random(args.seed), 0, 0.0, []
+    state = None
+    if (out / "checkpoint" / "state.pt").is_file():
+        model = DiffusionGemmaForMaskedBlockLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
+        state = torch.load(out / "checkpoint" / "state.pt", weights_only=False)
+        print(f"continuing {out} at step {state['step']}", flush=True)
+    else:
+        model = DiffusionGemmaForMaskedBlockLM(recipe.config(**sizes))
+        model.generation_config.update(**recipe.generation_config())
+    model.to(device)
+    # Measured on CPU for models of this size: every expert as two plain products, attention as batched products.
+    model.set_experts_implementation("dense_mm")
+    model.set_attn_implementation("eager")
+    optimizer = Optimizers(model, args.lr, args.muon)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds, log = state["step"], state["seconds"], state["log"]
+        rng.setstate(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+    if args.compile:
+        for layer in model.model.decoder.layers:
+            layer.compile(dynamic=False)
+    print(f"{recipe.name}: {model.num_parameters():,} parameters, {args.steps} steps of {batch_size} on {device}", flush=True)
+
+    model.train()
+    examples, started, saved = 0, time.time(), time.time()
+    sums: dict[str, list[float]] = {}
+    bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=5, disable=not sys.stderr.isatty())
+    while step < args.steps:
+        batch, canvas_length = recipe.batch(rng, batch_size, step / args.steps)
+        rows = batch["input_ids"].shape[0]
+        # Self-conditioning on half of the batches rather than of the rows: the same share, half of the extra passes.
+        conditioned = torch.full((rows,), rng.random() < 0.5, device=device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.bf16):
+            losses = block_diffusion_loss(
+                model, **{key: value.to(device) for key, value in batch.items()},
+                self_conditioning_mask=conditioned, causal=recipe.causal, canvas_length=canvas_length,
+            )  # fmt: skip
+            loss = losses.diffusion + (losses.causal if recipe.causal else 0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(args.lr * learning_rate(step, args.steps, args.warmup))
+        step, examples = step + 1, examples + rows
+        sums.setdefault(f"canvas {canvas_length}", []).append(losses.diffusion.item())
+        if recipe.causal:
+            sums.setdefault("causal", []).append(losses.causal.item())
+        bar.update()
+        if step % args.log_every == 0 or step == args.steps:
+            spent = seconds + time.time() - started
+            entry = {"step": step, "seconds": round(spent), "examples/s": round(examples / (time.time() - started), 1)}
+            entry |= {name: round(sum(values) / len(values), 4) for name, values in sorted(sums.items())}
+            log.append(entry)
+            tqdm.write(json.dumps(entry))
+            sys.stdout.flush()
+            sums = {}
+        if time.time() - saved > args.save_every or step == args.steps:
+            save(out, recipe, model, optimizer, step, rng, seconds + time.time() - started, log)
+            saved = time.time()
+    bar.close()
+
+    model.eval()
+    results = recipe.evaluate(DiffusionGemmaForMaskedBlockLM.from_pretrained(out / "checkpoint"), args.eval_cases)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name, result in results.items():
+        print(f"{name:16s} exact {result['exact']:6.1%} of {result['cases']}, {result['steps']:.1f} steps, "
+              f"{result['tokens_per_forward']:.1f} tokens per forward")  # fmt: skip
+
+
+if __name__ == "__main__":
+    train(parse())
