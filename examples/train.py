@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from evaluate import print_table
 from recipes import RECIPES
 from tqdm import tqdm
 
@@ -136,6 +137,7 @@ def train(args: argparse.Namespace) -> None:
         rng.setstate(state["rng"])
         torch.set_rng_state(state["torch_rng"])
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # every shape, with and without gradient, is a graph of its own
         for layer in model.model.decoder.layers:
             layer.compile(dynamic=False)
     print(f"{recipe.name}: {model.num_parameters():,} parameters, {args.steps} steps of {batch_size} on {device}", flush=True)
@@ -179,9 +181,7 @@ def train(args: argparse.Namespace) -> None:
     model.eval()
     results = recipe.evaluate(DiffusionGemmaForMaskedBlockLM.from_pretrained(out / "checkpoint"), args.eval_cases)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    for name, result in results.items():
-        print(f"{name:16s} exact {result['exact']:6.1%} of {result['cases']}, {result['steps']:.1f} steps, "
-              f"{result['tokens_per_forward']:.1f} tokens per forward")  # fmt: skip
+    print_table(results)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from .noise import MaskNoise, Noise, UniformNoise
 from .output import DiffusionGenerationOutput
 from .samplers import EntropyBoundSampler
 from .schedule import TemperatureSchedule
+from .streaming import CanvasStreamer
 from .stopping import StableAndConfident
 
 __all__ = [
     "CanvasState",
+    "CanvasStreamer",
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
     "DiffusionGenerationOutput",

@@ -23,6 +23,7 @@ OWN_FIELDS = {  # fields no released file holds: default
 }
 RELEASED_DEFAULTS = {"max_new_tokens": 256, **DIFFUSION_FIELDS, **OWN_FIELDS}
 BACKENDS = ("auto", "reference")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOISES = ("uniform", "mask")
 CACHES = ("dynamic", "static")
 SAMPLER_NAME = "EntropyBoundSamplerConfig"  # the name in the released file
@@ -108,10 +109,18 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved: fields that are set, with the entropy bound in the released file's form."""
-        fields = {name: value for name, value in super().to_diff_dict().items() if value is not None and value is not False}
+        fields = super().to_diff_dict()
+        fields = {name: value for name, value in fields.items() if value is not None and value is not False and name[0] != "_"}
         if "entropy_bound" in fields:
             fields["sampler_config"] = {"_cls_name": SAMPLER_NAME, "entropy_bound": float(fields.pop("entropy_bound"))}
         return fields
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "DiffusionGenerationConfig":
+        """What a model without a generation_config.json starts from: its special tokens."""
+        sources = (model_config, model_config.get_text_config())
+        found = {name: [getattr(source, name, None) for source in sources] for name in SPECIAL_TOKENS}
+        return cls(**{name: outer if outer is not None else inner for name, (outer, inner) in found.items()})
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig) -> "DiffusionGenerationConfig":

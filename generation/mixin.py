@@ -28,8 +28,6 @@ from .stopping import StableAndConfident
 class DiffusionGenerationMixin(GenerationMixin):
     """Gives a model `generate` by block diffusion."""
 
-    generation_config_class = DiffusionGenerationConfig
-
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, cache_dir, force_download,
         proxies, local_files_only, token, revision, subfolder, trust_remote_code, **kwargs,

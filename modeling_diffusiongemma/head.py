@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from generation.configuration import DiffusionGenerationConfig
+from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
 
 from .configuration import DiffusionGemmaConfig
@@ -24,6 +26,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     """
 
     saved_architecture = "DiffusionGemmaForBlockDiffusion"
+    generation_config_class = DiffusionGenerationConfig  # PreTrainedModel's own would come first otherwise
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -107,7 +110,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             ValueError: ids out of range, empty prompts, masks or labels of the wrong shape, images without image tokens.
         """
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
-        self._check_images(input_ids, pixel_values)
+        check_images(input_ids, pixel_values, self.config.image_token_id)
         if labels is not None and decoder_input_ids is None:
             unused = {"past_key_values": past_key_values, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
@@ -150,15 +153,6 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             attentions=denoised.attentions, encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
-
-    def _check_images(self, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
-        if input_ids is None or pixel_values is not None:
-            return
-        if bool((input_ids == self.config.image_token_id).any()):
-            raise ValueError(
-                f"`input_ids` holds image tokens (id {self.config.image_token_id}) but `pixel_values` is None; "
-                "expected the images: let the processor return a dict and pass all of it"
-            )
 
 
 __all__ = ["DiffusionGemmaForMaskedBlockLM"]

@@ -1,0 +1,111 @@
+"""A streamer that shows a canvas while it is denoised, in a terminal or in a plain log.
+
+At every step each position is in one of four states, told apart by colour and, without colours, by a mark below:
+accepted by this step; corrected, which is accepted and not the token accepted there before; renoised, where the model's
+best guess is shown; and, for a layout that knows them, given from outside the canvas.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TextIO
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from .canvas import CanvasState
+
+COLOURS = {"accepted": "\033[1;32m", "corrected": "\033[1;35m", "renoised": "\033[2;33m", "given": "\033[1m", "plain": ""}
+MARKS = {"accepted": "^", "corrected": "*", "renoised": ".", "given": " ", "plain": " "}
+RESET = "\033[0m"
+
+
+class Cell(NamedTuple):
+    """What is drawn of one canvas position: its text and one of the states in `COLOURS`."""
+
+    text: str
+    state: str
+
+
+def one_line(cells: Sequence[Cell], paint: Callable[[Cell], str]) -> str:
+    """The default layout: the canvas as running text."""
+    return "".join(paint(cell) for cell in cells)
+
+
+class CanvasStreamer(BaseStreamer):
+    """Draws each denoising step of a batch of one; pass it to `generate` as `streamer`.
+
+    Args:
+        tokenizer: decodes single tokens.
+        layout: `(cells, paint) -> str` arranges the cells of the canvas; default: running text.
+        stop_ids: what lies from the first of these on is not drawn (end of turn, pad).
+        file: default standard output.
+        colour: ANSI colours and redrawing in place; default: where `file` is a terminal. Without, each step is printed below
+            the last, with its marks: `^` accepted, `*` corrected, `.` renoised.
+        delay: seconds to wait after each step.
+    """
+
+    def __init__(
+        self, tokenizer, layout=one_line, stop_ids: Sequence[int] = (), file: TextIO | None = None, colour: bool | None = None,
+        delay: float = 0.0,
+    ):  # fmt: skip
+        self.tokenizer, self.layout, self.stop_ids, self.delay = tokenizer, layout, frozenset(stop_ids), delay
+        self.file = sys.stdout if file is None else file
+        self.colour = self.file.isatty() if colour is None else colour
+        self.step, self._height, self._accepted_ids = 0, 0, None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Prompt and finished canvases: nothing is drawn, the next canvas starts below."""
+        self.step, self._height, self._accepted_ids = 0, 0, None
+
+    def put_state(self, state: CanvasState) -> None:
+        if state.canvas.shape[0] != 1:
+            raise ValueError(f"CanvasStreamer got a batch of {state.canvas.shape[0]}; expected 1")
+        self.step += 1
+        cells = self.cells(state)
+        drawn = self.layout(cells, self.paint if self.colour else lambda cell: cell.text)
+        if self.colour:
+            if self._height:
+                self.file.write(f"\033[{self._height}A\033[J")
+            text = f"  step {self.step}\n{drawn}\n"
+            self._height = text.count("\n")
+        else:
+            marks = self.layout(cells, lambda cell: MARKS[cell.state] * len(cell.text))
+            text = self._log(drawn.splitlines() or [""], marks.splitlines() or [""])
+        self.file.write(text)
+        self.file.flush()
+        time.sleep(self.delay)
+
+    def _log(self, lines: list[str], marks: list[str]) -> str:
+        """A step without colours: marks below a canvas of one line, beside one of several."""
+        head = f"  step {self.step:2d}  "
+        if len(lines) == 1:
+            return f"{head}{lines[0]}\n{' ' * len(head)}{marks[0]}\n"
+        width = max(map(len, lines))
+        sides = zip(lines, marks, strict=True)
+        return "".join(f"{head if place == 0 else ' ' * len(head)}{line:{width}s}{mark}\n" for place, (line, mark) in enumerate(sides))
+
+    def cells(self, state: CanvasState) -> list[Cell]:
+        """The canvas of a step as cells: accepted tokens where accepted, the argmax elsewhere."""
+        accepted = state.accepted[0].tolist()
+        ids = torch.where(state.accepted, state.canvas, state.argmax)[0].tolist()
+        before = self._accepted_ids or [None] * len(ids)
+        self._accepted_ids = [new if kept else old for new, kept, old in zip(ids, accepted, before, strict=True)]
+        cells = []
+        for token, kept, old in zip(ids, accepted, before, strict=True):
+            if token in self.stop_ids:
+                break
+            changed = old is not None and old != token
+            status = "renoised" if not kept else "corrected" if changed else "accepted"
+            cells.append(Cell(self.tokenizer.decode([token]).replace("\n", " "), status))
+        return cells
+
+    @staticmethod
+    def paint(cell: Cell) -> str:
+        return f"{COLOURS[cell.state]}{cell.text}{RESET}"
+
+    def end(self) -> None:
+        self.file.flush()
+
+
+__all__ = ["CanvasStreamer", "Cell", "one_line"]
