@@ -4,8 +4,8 @@ from .canvas import CanvasState
 from .configuration import DiffusionGenerationConfig
 from .mixin import DiffusionGenerationMixin
 from .noise import MaskNoise, Noise, UniformNoise
-from .output import DiffusionGenerationOutput
-from .samplers import EntropyBoundSampler
+from .output import DiffusionGenerationOutput, TokenScores
+from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, Sampler
 from .schedule import TemperatureSchedule
 from .streaming import CanvasStreamer
 from .stopping import StableAndConfident
@@ -13,13 +13,17 @@ from .stopping import StableAndConfident
 __all__ = [
     "CanvasState",
     "CanvasStreamer",
+    "ConfidenceSampler",
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
     "DiffusionGenerationOutput",
     "EntropyBoundSampler",
+    "FixedStepsSampler",
     "MaskNoise",
     "Noise",
+    "Sampler",
     "StableAndConfident",
     "TemperatureSchedule",
+    "TokenScores",
     "UniformNoise",
 ]

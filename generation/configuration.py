@@ -6,6 +6,7 @@ knows are set, writes a file which that class reads in turn.
 
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 DIFFUSION_FIELDS = {  # field: its value in the released checkpoint
@@ -17,31 +18,53 @@ DIFFUSION_FIELDS = {  # field: its value in the released checkpoint
     "confidence_threshold": 0.005,
 }
 OWN_FIELDS = {  # fields no released file holds: default
+    "sampler": "entropy_bound",
+    "confidence": 0.9,
+    "decoding": "diffusion",
+    "canvas_length": None,
+    "patience": None,
+    "ignore_after_eos": None,
     "noise": "uniform",
     "mask_token_id": None,
     "backend": "auto",
 }
 RELEASED_DEFAULTS = {"max_new_tokens": 256, **DIFFUSION_FIELDS, **OWN_FIELDS}
 BACKENDS = ("auto", "reference")
+SAMPLERS = ("entropy_bound", "confidence", "fixed_steps")
+DECODINGS = ("diffusion", "autoregressive", "verified")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOISES = ("uniform", "mask")
 CACHES = ("dynamic", "static")
 SAMPLER_NAME = "EntropyBoundSamplerConfig"  # the name in the released file
+PRESETS = {  # the released settings, and two measured in benchmarks/presets.py
+    "released": {},
+    "fast": {"entropy_bound": 0.3, "confidence_threshold": 0.05, "max_denoising_steps": 24},
+    "thorough": {"entropy_bound": 0.05, "stability_threshold": 2, "max_denoising_steps": 96},
+}
 
+# Fields of GenerationConfig that `generate` honours beyond those above; what they mean here stands in generation/README.md.
 HONOURED = frozenset(
     {
-        *RELEASED_DEFAULTS, "max_length", "cache_implementation", "eos_token_id", "pad_token_id", "bos_token_id",
-        "return_dict_in_generate", "disable_compile", "transformers_version",
+        *RELEASED_DEFAULTS, *SPECIAL_TOKENS, "max_length", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample",
+        "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+        "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias", "num_return_sequences", "cache_implementation",
+        "output_scores", "return_dict_in_generate", "disable_compile", "transformers_version",
     }
 )  # fmt: skip
-# Values of other fields that ask for what happens anyway.
+# Values of refused fields that ask for what happens anyway.
 NEUTRAL: dict[str, tuple] = {
-    "do_sample": (True,), "num_beams": (1,), "use_cache": (True,), "temperature": (1.0,), "top_p": (1.0,), "num_return_sequences": (1,),
-    "repetition_penalty": (1.0,), "min_length": (0,), "output_attentions": (False,), "output_hidden_states": (False,),
-    "output_scores": (False,), "output_logits": (False,), "num_beam_groups": (1,), "length_penalty": (1.0,), "early_stopping": (False,),
-    "diversity_penalty": (0.0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "encoder_repetition_penalty": (1.0,), "renormalize_logits": (False,),
+    "num_beams": (1,), "use_cache": (True,), "output_attentions": (False,), "output_hidden_states": (False,), "output_logits": (False,),
+    "num_beam_groups": (1,), "length_penalty": (1.0,), "early_stopping": (False,), "diversity_penalty": (0.0,),
+    "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,), "renormalize_logits": (False,),
     "remove_invalid_values": (False,), "token_healing": (False,), "is_assistant": (False,), "use_mtp": (False,), "low_memory": (False,),
+    "guidance_scale": (1.0,),
+}  # fmt: skip
+WHY_REFUSED = {
+    "num_beams": "a canvas has no beams", "num_beam_groups": "a canvas has no beams", "use_cache": "the canvas reads the prompt's cache",
+    "assistant_model": "the canvas is its own draft; see decoding='verified'", "guidance_scale": "the model was not trained for it",
+    "forced_bos_token_id": "positions are not written in order", "output_attentions": "call the model for them",
+    "output_hidden_states": "call the model for them", "output_logits": "they are vocabulary-sized for every step; see output_scores",
+    "watermarking_config": "it marks tokens by their left neighbour, which changes while a canvas is denoised",
 }  # fmt: skip
 
 
@@ -56,12 +79,22 @@ class DiffusionGenerationConfig(GenerationConfig):
         t_max, t_min (`float`): temperature at the first step and, linearly falling, after the last (0.8, 0.4: released).
         stability_threshold (`int`): steps the argmax canvas must not have changed for a row to stop (1: released).
         confidence_threshold (`float`): nats; a row stops below this mean entropy (0.005: released).
+        sampler (`str`): `"entropy_bound"` (released), `"confidence"`, accepting tokens of probability `confidence` (0.9) and more, or
+            `"fixed_steps"`, accepting the same number more at each of `max_denoising_steps`.
+        decoding (`str`): `"diffusion"`; `"autoregressive"`, one token a pass by the causal pass alone; or `"verified"`, which
+            drafts by diffusion and keeps what the causal pass agrees with: greedy output equals autoregressive output.
+        canvas_length (`int`): tokens of a canvas; default the checkpoint's. A narrower one is cheaper for short answers.
+        patience (`int`): a row gives up on a canvas whose mean entropy has reached no new minimum for so many steps. Default: never.
+        ignore_after_eos (`bool`): do not wait for positions behind an end of sequence the canvas is sure of. Default: True, but
+            False with the reference backend.
         noise (`str`): `"uniform"` random tokens (released) or `"mask"`, the token `mask_token_id`.
         backend (`str`): `"reference"` draws random numbers exactly as transformers does: same seed, same tokens. `"auto"`
             may choose a faster way to the same distribution.
         cache_implementation (`str`): "dynamic" (default) or "static".
-        eos_token_id, pad_token_id, return_dict_in_generate: as in `GenerationConfig`.
-        kwargs: any other field of `GenerationConfig`; `generate` refuses by name what it does not honour.
+        temperature (`float`): multiplies the schedule; 0 means `do_sample=False`.
+        do_sample (`bool`): False takes the most probable token instead of a sample, and always the same noise: deterministic.
+        kwargs: any other field of `GenerationConfig`; generation/README.md says which are honoured and what they mean for a
+            canvas, and `generate` refuses the others by name.
 
     Raises:
         ValueError: a field this class does not know, or a value out of range, by name.
@@ -79,8 +112,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, *args, **kwargs) -> None:
-        super().validate(*args, **kwargs)
-        for name in ("max_new_tokens", "max_length", "max_denoising_steps"):
+        for name in ("max_new_tokens", "max_length", "max_denoising_steps", "canvas_length", "patience", "num_return_sequences"):
             _expect(name, getattr(self, name), lambda v: _is_int(v) and v > 0, "a positive integer")
         _expect("stability_threshold", self.stability_threshold, lambda v: _is_int(v) and v >= 0, "an integer >= 0")
         for name in ("entropy_bound", "confidence_threshold"):
@@ -89,15 +121,31 @@ class DiffusionGenerationConfig(GenerationConfig):
             _expect(name, getattr(self, name), lambda v: _is_number(v) and v > 0, "a temperature > 0")
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             raise ValueError(f"`t_min` is {self.t_min}; expected at most `t_max`, {self.t_max}")
+        _expect("temperature", self.temperature, lambda v: _is_number(v) and v >= 0, "a number >= 0")
+        _expect("max_time", self.max_time, lambda v: _is_number(v) and v > 0, "seconds > 0")
+        for name in ("bos_token_id", "pad_token_id", "mask_token_id"):
+            _expect(name, getattr(self, name), lambda v: _is_int(v) and v >= 0, "a token id")
+        _expect("eos_token_id", self.eos_token_id, _are_ids, "a token id, or a list of them")
+        _expect("min_new_tokens", self.min_new_tokens, lambda v: _is_int(v) and v >= 0, "an integer >= 0")
+        _expect("confidence", self.confidence, lambda v: _is_number(v) and 0 < v <= 1, "a probability above 0, at most 1")
+        _expect("sampler", self.sampler, SAMPLERS.__contains__, f"one of {SAMPLERS}")
+        _expect("decoding", self.decoding, DECODINGS.__contains__, f"one of {DECODINGS}")
+        for name in ("ignore_after_eos", "do_sample"):
+            _expect(name, getattr(self, name), lambda v: isinstance(v, bool), "True or False")
         _expect("noise", self.noise, NOISES.__contains__, f"one of {NOISES}")
         _expect("backend", self.backend, BACKENDS.__contains__, f"one of {BACKENDS}")
         _expect("cache_implementation", self.cache_implementation, CACHES.__contains__, f"one of {CACHES}")
-        _expect("mask_token_id", self.mask_token_id, lambda v: _is_int(v) and v >= 0, "a token id")
+        # GenerationConfig.validate warns of sampling arguments while `do_sample` is unset, which here means sampling.
+        unset, self.do_sample = self.do_sample, True if self.do_sample is None else self.do_sample
+        try:
+            super().validate(*args, **kwargs)
+        finally:
+            self.do_sample = unset
 
     def refused(self) -> list[str]:
-        """Names and values of the fields that are set and that `generate` does not honour."""
+        """Names, values and reasons of the fields that are set and that `generate` does not honour."""
         return [
-            f"{name}={value!r}"
+            f"{name}={value!r}" + (f" ({WHY_REFUSED[name]})" if name in WHY_REFUSED else "")
             for name, value in self.__dict__.items()
             if name not in HONOURED and not name.startswith("_") and value is not None and value not in NEUTRAL.get(name, ())
         ]
@@ -116,6 +164,13 @@ class DiffusionGenerationConfig(GenerationConfig):
         return fields
 
     @classmethod
+    def preset(cls, name: str, **kwargs: Any) -> "DiffusionGenerationConfig":
+        """The settings called `name`: "released", "fast" or "thorough", measured in benchmarks/RESULTS.md; kwargs go over them."""
+        if name not in PRESETS:
+            raise ValueError(f"`name` is {name!r}; expected one of {sorted(PRESETS)}")
+        return cls(**{**DIFFUSION_FIELDS, **PRESETS[name], **kwargs})
+
+    @classmethod
     def from_model_config(cls, model_config) -> "DiffusionGenerationConfig":
         """What a model without a generation_config.json starts from: its special tokens."""
         sources = (model_config, model_config.get_text_config())
@@ -129,7 +184,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
 
 def _entropy_bound(sampler: Any, given: float | None) -> float:
-    fields = dict(sampler) if isinstance(sampler, dict) else {"_cls_name": type(sampler).__name__, **vars(sampler)}
+    own = getattr(sampler, "__dict__", {})
+    fields = dict(sampler) if isinstance(sampler, dict) else {"_cls_name": type(sampler).__name__, **own}
     name = fields.pop("_cls_name", SAMPLER_NAME)
     if name != SAMPLER_NAME or set(fields) != {"entropy_bound"}:
         raise ValueError(f"`sampler_config` is {sampler!r}; expected {{'_cls_name': {SAMPLER_NAME!r}, 'entropy_bound': nats}}")
@@ -146,9 +202,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _are_ids(value: Any) -> bool:
+    ids = value.flatten().tolist() if isinstance(value, torch.Tensor) else value if isinstance(value, (list, tuple)) else [value]
+    return all(_is_int(token) and token >= 0 for token in ids)
+
+
 def _expect(name: str, value: Any, holds, expectation: str) -> None:
     if value is not None and not holds(value):
         raise ValueError(f"`{name}` is {value!r}; expected {expectation}")
 
 
-__all__ = ["BACKENDS", "DIFFUSION_FIELDS", "HONOURED", "RELEASED_DEFAULTS", "DiffusionGenerationConfig"]
+__all__ = ["DIFFUSION_FIELDS", "HONOURED", "NEUTRAL", "PRESETS", "RELEASED_DEFAULTS", "DiffusionGenerationConfig"]

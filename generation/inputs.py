@@ -1,24 +1,17 @@
 """From what a caller of `generate` hands in to what the loop needs: configuration, prompt, lengths, cache."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 
-from .configuration import RELEASED_DEFAULTS, DiffusionGenerationConfig
+from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig
 
 # Arguments of GenerationMixin.generate that mean nothing here: refused by name unless they are None or False.
 FOREIGN_ARGUMENTS = (
-    "assistant_model", "custom_generate", "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn",
-    "synced_gpus", "tokenizer", "use_model_defaults",
+    "assistant_model", "assistant_tokenizer", "custom_generate", "negative_prompt_attention_mask", "negative_prompt_ids",
+    "prefix_allowed_tokens_fn", "synced_gpus", "use_model_defaults",
 )  # fmt: skip
-
-
-class Lengths(NamedTuple):
-    """`new_tokens` a row may get, and the `canvases` that takes."""
-
-    new_tokens: int
-    canvases: int
 
 
 def resolve_config(
@@ -34,22 +27,29 @@ def resolve_config(
         ValueError: an argument that is unknown, out of range or not honoured, by name.
     """
     for name in FOREIGN_ARGUMENTS:
-        if (value := kwargs.pop(name, None)) not in (None, False):
-            raise ValueError(f"`{name}` is {value!r}; expected None: block diffusion gives it no meaning")
+        value = kwargs.pop(name, None)
+        if value is not None and value is not False:
+            why = WHY_REFUSED.get(name, "block diffusion gives it no meaning")
+            raise ValueError(f"`{name}` is {value!r}; expected None: {why}")
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     callers = DiffusionGenerationConfig() if given is None else _as_diffusion(given)
-    if unknown := sorted(name for name in kwargs if name != "sampler_config" and not hasattr(callers, name)):
+    if unknown := sorted(name for name in kwargs if name != "sampler_config" and name not in callers.__dict__):
         raise ValueError(f"`generate` got the unknown arguments {unknown}; expected model inputs or fields of DiffusionGenerationConfig")
     callers = DiffusionGenerationConfig.from_generation_config(callers)
     callers.update(**kwargs)
-    use_max_length = callers.max_length is not None and (callers.max_new_tokens is None or "max_new_tokens" not in kwargs and "max_length" in kwargs)
+    use_max_length = callers.max_length is not None and (callers.max_new_tokens is None or "max_length" in kwargs)
     if "max_length" in kwargs and "max_new_tokens" in kwargs:
         raise ValueError(f"`max_length` ({kwargs['max_length']}) and `max_new_tokens` ({kwargs['max_new_tokens']}) are both set; expected one")
     config = callers
     config.update(defaults_only=True, **{n: v for n, v in _as_diffusion(model_default).__dict__.items() if v is not None and n[0] != "_"})
+    use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)
     config.update(defaults_only=True, **RELEASED_DEFAULTS)
     if refused := config.refused():
         raise ValueError(f"block diffusion does not support {', '.join(refused)}; expected these arguments unset")
+    if config.decoding == "verified" and not (config.do_sample is False or config.temperature == 0):
+        raise ValueError(f"`do_sample` is {config.do_sample!r}; expected False with `decoding='verified'`, which verifies greedy tokens")
+    if config.decoding != "diffusion" and config.backend == "reference":
+        raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with the reference backend")
     if config.noise == "mask" and config.mask_token_id is None:
         raise ValueError("`mask_token_id` is None; expected a token id, since `noise` is 'mask'")
     return config, use_max_length
@@ -57,14 +57,6 @@ def resolve_config(
 
 def _as_diffusion(config: GenerationConfig) -> DiffusionGenerationConfig:
     return config if isinstance(config, DiffusionGenerationConfig) else DiffusionGenerationConfig.from_generation_config(config)
-
-
-def resolve_lengths(config: DiffusionGenerationConfig, use_max_length: bool, prompt_length: int, canvas_length: int) -> Lengths:
-    """Args: `prompt_length` counts cached tokens too."""
-    new_tokens = config.max_length - prompt_length if use_max_length else config.max_new_tokens
-    if new_tokens <= 0:
-        raise ValueError(f"`max_length` is {config.max_length}; expected more than the prompt's {prompt_length} tokens")
-    return Lengths(new_tokens, -(-new_tokens // canvas_length))
 
 
 def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
@@ -79,12 +71,24 @@ def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
     shape = (input_ids.shape[0], seen + input_ids.shape[1])
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=input_ids.device)
-    if tuple(attention_mask.shape) != shape:
-        raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected {shape}, cached tokens included")
+    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != shape:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        raise ValueError(f"`attention_mask` has shape {got}; expected a tensor of shape {shape}, cached tokens included")
     real = attention_mask.to(input_ids.device).bool()
     if not bool(real[:, -1].all()):
         raise ValueError("`attention_mask` ends in padding; expected padding on the left (`tokenizer.padding_side = 'left'`)")
     return real
+
+
+def check_canvas(canvas: torch.Tensor | None, shape: tuple[int, int], vocab_size: int) -> None:
+    """A caller's first canvas must be integer ids of the vocabulary, one canvas a row."""
+    if canvas is None:
+        return
+    if tuple(canvas.shape) != shape or canvas.is_floating_point() or canvas.dtype == torch.bool:
+        raise ValueError(f"`decoder_input_ids` is {canvas.dtype} of shape {tuple(canvas.shape)}; expected integer ids of shape {shape}")
+    low, high = (int(value) for value in canvas.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"`decoder_input_ids` holds ids from {low} to {high}; expected ids from 0 to {vocab_size - 1}")
 
 
 def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, image_token_id: int | None) -> None:
@@ -96,6 +100,18 @@ def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | No
         )
 
 
+def repeat_rows(
+    copies: int, prompt: torch.Tensor, real: torch.Tensor, canvas: torch.Tensor | None, images: dict, cache: Cache | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]:
+    """Every prompt `copies` times, side by side (`num_return_sequences`)."""
+    if copies == 1:
+        return prompt, real, canvas, images
+    if cache is not None or images["pixel_values"] is not None:
+        raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `past_key_values` or images")
+    canvas = None if canvas is None else canvas.repeat_interleave(copies, dim=0)
+    return prompt.repeat_interleave(copies, dim=0), real.repeat_interleave(copies, dim=0), canvas, images
+
+
 def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int) -> Cache:
     """A fresh cache for `max_length` tokens."""
     if config.cache_implementation == "static":
@@ -103,4 +119,4 @@ def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int)
     return DynamicCache(config=model_config)
 
 
-__all__ = ["Lengths", "check_images", "check_prompt", "make_cache", "resolve_config", "resolve_lengths"]
+__all__ = ["check_canvas", "check_images", "check_prompt", "make_cache", "repeat_rows", "resolve_config"]

@@ -1,22 +1,24 @@
-"""The two schedules over a canvas's denoising steps, `step` counting up from 0."""
+"""The temperature over a canvas's denoising steps, `step` counting up from 0."""
 
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
 class TemperatureSchedule:
-    """`t_min + (t_max - t_min) * noise proportion`: t_max at the first step, falling linearly towards t_min."""
+    """`t_min + (t_max - t_min) * noise proportion`: t_max at the first step, falling linearly towards t_min. The noise
+    proportion is `1 - step / max_denoising_steps`."""
 
     t_min: float
     t_max: float
     max_denoising_steps: int
 
-    def noise_proportion(self, step: int) -> float:
-        """`1 - step / max_denoising_steps`: 1 at the first step."""
-        return (self.max_denoising_steps - step) / self.max_denoising_steps
-
-    def temperature(self, step: int) -> float:
-        return self.t_min + (self.t_max - self.t_min) * self.noise_proportion(step)
+    def temperature(self, step: int) -> torch.Tensor:
+        """Scalar float32. In float32 from the start, as transformers computes it: the last bit of a temperature grows tenfold a
+        step through self-conditioning and changes tokens after about eight."""
+        remaining = torch.tensor(self.max_denoising_steps - step, dtype=torch.int32)
+        return self.t_min + (self.t_max - self.t_min) * (remaining / self.max_denoising_steps)
 
 
 __all__ = ["TemperatureSchedule"]

@@ -41,11 +41,11 @@ class Attention(nn.Module):
         self.is_causal = False  # every causal pass brings its mask or says is_causal itself
         query_size = config.num_attention_heads * self.head_dim
         key_size = layer_config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         is_sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias) if is_sliding else None
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False) if is_sliding else None
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.v_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)

@@ -1,6 +1,7 @@
 """Checks of what a caller hands in: each raises a ValueError that names the argument, what it got and what it expects."""
 
 import torch
+from transformers import Cache
 
 
 def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
@@ -25,4 +26,23 @@ def check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, int]) -> 
     return None if bool(mask.all()) else mask
 
 
-__all__ = ["check_ids", "check_mask"]
+def check_shape(name: str, tensor: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """`tensor`, where there is one, must have one of `shapes`."""
+    if tensor is not None and tuple(tensor.shape) not in shapes:
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected {' or '.join(map(str, dict.fromkeys(shapes)))}")
+
+
+def check_cache(cache: Cache, batch_size: int, length: int) -> None:
+    """`cache` must hold rows for `batch_size` and have room for `length` more tokens; sliding layers always have room."""
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", False) and layer.keys.shape[0] != batch_size:
+            raise ValueError(f"`past_key_values` holds {layer.keys.shape[0]} rows; expected {batch_size}, the rows of the new tokens")
+        limit = -1 if layer.is_sliding else layer.get_max_length()
+        if 0 <= limit < int(layer.get_seq_length()) + length:
+            raise ValueError(
+                f"`past_key_values` holds {int(layer.get_seq_length())} of at most {limit} tokens and is to take {length} more; "
+                "expected room for all of them: make it with a larger `max_cache_len`"
+            )
+
+
+__all__ = ["check_cache", "check_ids", "check_mask", "check_shape"]

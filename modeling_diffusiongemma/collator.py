@@ -44,6 +44,11 @@ class BlockDiffusionCollator:
 
     def __call__(self, examples: Sequence[tuple | Mapping]) -> dict[str, torch.Tensor]:
         """Args: pairs, or mappings with the keys `prompt` and `response`. Returns int64 tensors `(B, longest example)`."""
+        if not examples:
+            raise ValueError("`examples` is empty; expected at least one pair of prompt and response")
+        for place, example in enumerate(examples):
+            if isinstance(example, Mapping) and (missing := {"prompt", "response"} - set(example)):
+                raise ValueError(f"example {place} has no {sorted(missing)}; expected the keys 'prompt' and 'response'")
         pairs = [self.encode(*((e["prompt"], e["response"]) if isinstance(e, Mapping) else e)) for e in examples]
         for place, (prompt, response) in enumerate(pairs):
             if not prompt or not response:

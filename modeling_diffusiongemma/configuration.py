@@ -4,6 +4,7 @@ The defaults of transformers' class differ from the released model; build from a
 """
 
 from transformers import DiffusionGemmaConfig, DiffusionGemmaTextConfig
+from transformers.activations import ACT2FN
 
 
 def check_config(config: DiffusionGemmaConfig) -> None:
@@ -25,6 +26,10 @@ def check_config(config: DiffusionGemmaConfig) -> None:
         raise ValueError(f"`layer_types` holds {sorted(unknown)}; expected only 'sliding_attention' and 'full_attention'")
     if text.use_bidirectional_attention not in (None, "vision"):
         raise ValueError(f"`use_bidirectional_attention` is {text.use_bidirectional_attention!r}; expected 'vision' or None")
+    if text.attention_bias:
+        raise ValueError("`attention_bias` is True; expected False: the released layout stores no biases")
+    if text.hidden_activation not in ACT2FN:
+        raise ValueError(f"`hidden_activation` is {text.hidden_activation!r}; expected a name in transformers' ACT2FN")
     if not config.tie_word_embeddings:
         raise ValueError("`tie_word_embeddings` is False; expected True: the released layout stores no lm_head")
     if text.final_logit_softcapping is None or text.final_logit_softcapping <= 0:

@@ -8,6 +8,7 @@ from generation.configuration import DiffusionGenerationConfig
 from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
 
+from .checks import check_shape
 from .configuration import DiffusionGemmaConfig
 from .loss import block_diffusion_loss
 from .model import DiffusionGemmaBlockModel
@@ -131,6 +132,12 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             return output.to_tuple() if return_dict is False else output
 
         soft_embeds = None
+        batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
+        if batch is not None and batch.dim() > 1:
+            size = (batch.shape[0], self.config.canvas_length if decoder_input_ids is None else batch.shape[1])
+            check_shape("labels", labels, size)
+            check_shape("self_conditioning_logits", self_conditioning_logits, (*size, self.config.text_config.vocab_size))
+            check_shape("self_conditioning_mask", self_conditioning_mask, size[:1])
         if self_conditioning_logits is not None:
             soft_embeds = self.soft_embed(self_conditioning_logits)
             if self_conditioning_mask is not None:
@@ -143,10 +150,6 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"`labels` has shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}, the shape of `decoder_input_ids`"
-                )
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         output = MaskedBlockOutput(
             loss=loss, logits=logits, past_key_values=denoised.past_key_values, hidden_states=denoised.hidden_states,

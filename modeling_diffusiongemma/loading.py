@@ -62,9 +62,13 @@ class LoadingMixin:
             problems = damaged_files(pretrained_model_name_or_path) if os.path.isdir(pretrained_model_name_or_path) else []
             raise OSError(f"cannot load {pretrained_model_name_or_path}: {'; '.join(problems) or error}") from error
         except RuntimeError as error:
-            if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
-                raise ValueError(f"cannot load {pretrained_model_name_or_path}: {error}") from error
-            raise
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # transformers logs the names and raises without them: load once more to have them.
+            again = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            mismatched = super().from_pretrained(pretrained_model_name_or_path, *model_args, **again)[1]["mismatched_keys"]
+            found = "; ".join(f"{name} has shape {tuple(got)}, expected {tuple(want)}" for name, got, want in sorted(mismatched))
+            raise ValueError(f"cannot load {pretrained_model_name_or_path}: {found}") from error
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
         """As `PreTrainedModel.save_pretrained`; config.json names transformers' architecture.

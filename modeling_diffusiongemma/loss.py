@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from generation.noise import Noise, UniformNoise
 
-from .checks import check_mask
+from .checks import check_mask, check_shape
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
@@ -112,6 +112,7 @@ def block_diffusion_loss(
         images: as `prefill` takes them.
     """
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
+    check_shape("self_conditioning_mask", self_conditioning_mask, input_ids.shape[:1])
     check_labels(input_ids, labels, attention_mask)
     config, batch_size = model.config.text_config, input_ids.shape[0]
     canvas_length = model.config.canvas_length if canvas_length is None else canvas_length

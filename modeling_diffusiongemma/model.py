@@ -11,7 +11,7 @@ from transformers import AutoModel, Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
 
-from .checks import check_ids, check_mask
+from .checks import check_cache, check_ids, check_mask, check_shape
 from .configuration import DiffusionGemmaConfig, check_config
 from .masks import cached_slots, canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
 from .outputs import BlockModelOutput
@@ -111,12 +111,15 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("prefill takes exactly one of `input_ids` and `inputs_embeds`")
+        if input_ids is not None:
+            check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
         new = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, length = new.shape[:2]
         if length == 0:
             raise ValueError(f"the prompt is empty: got shape {tuple(new.shape)}; expected at least one token")
-        if input_ids is not None:
-            check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
+        check_shape("position_ids", position_ids, (batch_size, length), (1, length))
+        if past_key_values is not None:
+            check_cache(past_key_values, batch_size, length)
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         padding = check_mask("attention_mask", attention_mask, (batch_size, seen + length))
         if padding is not None:
@@ -268,27 +271,17 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
-        prompt_states = None
-        if input_ids is not None or inputs_embeds is not None:
-            prompt = input_ids if inputs_embeds is None else inputs_embeds
+        prompt, prompt_states = input_ids if inputs_embeds is None else inputs_embeds, None
+        # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
+        decoder_input_ids, decoder_attention_mask = self._prepare_canvas(
+            prompt, attention_mask, past_key_values, decoder_input_ids, decoder_attention_mask, decoder_position_ids, soft_embeds
+        )
+        if prompt is not None:
             prefilled = self.prefill(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
                 pixel_values, image_position_ids, mm_token_type_ids,
             )  # fmt: skip
             past_key_values, prompt_states = prefilled.past_key_values, prefilled.last_hidden_state
-            batch_size, device = prompt.shape[0], prompt.device
-        elif past_key_values is None or int(past_key_values.get_seq_length()) == 0:
-            raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `past_key_values`")
-        elif decoder_input_ids is None:
-            raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
-        if decoder_input_ids is None:
-            size = (batch_size, self.config.canvas_length)
-            decoder_input_ids = torch.randint(self.config.text_config.vocab_size, size, device=device)
-        check_ids("decoder_input_ids", decoder_input_ids, self.config.text_config.vocab_size)
-        if decoder_input_ids.shape[1] == 0:
-            raise ValueError(f"`decoder_input_ids` has shape {tuple(decoder_input_ids.shape)}; expected at least one position")
-        if decoder_attention_mask is None and attention_mask is not None:
-            decoder_attention_mask = torch.cat((attention_mask.bool(), torch.ones_like(decoder_input_ids, dtype=torch.bool)), dim=1)
         denoised = self.denoise(
             decoder_input_ids, past_key_values, soft_embeds, decoder_attention_mask, decoder_position_ids, keep_states, keep_weights
         )
@@ -300,6 +293,33 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             encoder_last_hidden_state=prompt_states,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _prepare_canvas(self, prompt, attention_mask, cache, canvas_ids, canvas_attention_mask, canvas_position_ids, soft_embeds):
+        """Checks what `forward` got for the canvas and fills in what it did not. Returns the canvas and its mask."""
+        config, seen = self.config, 0 if cache is None else int(cache.get_seq_length())
+        if prompt is None and seen == 0:
+            raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `past_key_values`")
+        if canvas_ids is None:
+            if prompt is None:
+                raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
+            size = (prompt.shape[0], config.canvas_length)
+            canvas_ids = torch.randint(config.text_config.vocab_size, size, device=prompt.device)
+        check_ids("decoder_input_ids", canvas_ids, config.text_config.vocab_size)
+        rows, length = canvas_ids.shape
+        if length == 0 or (prompt is not None and prompt.dim() > 1 and prompt.shape[0] != rows):
+            expected = "at least one position" if length == 0 else f"{prompt.shape[0]} rows, as the prompt has"
+            raise ValueError(f"`decoder_input_ids` has shape {(rows, length)}; expected {expected}")
+        total = seen + (0 if prompt is None or prompt.dim() < 2 else prompt.shape[1])
+        if prompt is None:
+            check_cache(cache, rows, 0)
+        if canvas_attention_mask is None and attention_mask is not None:
+            check_mask("attention_mask", attention_mask, (rows, total))
+            canvas_attention_mask = torch.cat((attention_mask.bool(), torch.ones_like(canvas_ids, dtype=torch.bool)), dim=1)
+        if not isinstance(canvas_attention_mask, dict):
+            check_mask("decoder_attention_mask", canvas_attention_mask, (rows, total + length))
+        check_shape("decoder_position_ids", canvas_position_ids, (rows, length), (1, length))
+        check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))
+        return canvas_ids, canvas_attention_mask
 
 
 __all__ = ["DiffusionGemmaBlockModel"]

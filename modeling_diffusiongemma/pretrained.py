@@ -34,6 +34,13 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """As in transformers, without the reentrant kind, which follows no tensor inside a tuple: the keys and values that
+        the layers hand on would lose their gradient."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("`use_reentrant` is True in the checkpointing arguments; expected False: it drops gradients here")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

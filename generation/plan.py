@@ -1,0 +1,100 @@
+"""Everything that is fixed for one call of `generate`: the rules, built once from the configuration."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList
+
+from .configuration import DiffusionGenerationConfig
+from .noise import MaskNoise, Noise, UniformNoise
+from .processors import Shaping, build_shaping
+from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, Sampler
+from .schedule import TemperatureSchedule
+from .stopping import StableAndConfident
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rules of one call. `new_tokens`: how many a row may get; `greedy`: take the argmax, not a sample; `compact`: let
+    finished rows leave the batch; `temperature`: the caller's, which the schedule already holds; `count_padding`: positions count padding, as transformers' do; `deadline`: on the clock of
+    `time.perf_counter`, seconds."""
+
+    canvas_length: int
+    new_tokens: int
+    max_denoising_steps: int
+    schedule: TemperatureSchedule
+    temperature: float
+    sampler: Sampler
+    stopping: StableAndConfident
+    noise: Noise
+    shaping: Shaping
+    eos: torch.Tensor
+    pad: int
+    greedy: bool
+    compact: bool
+    count_padding: bool
+    sure_end: torch.Tensor | None
+    patience: int | None
+    deadline: float | None
+
+    @property
+    def canvases(self) -> int:
+        return -(-self.new_tokens // self.canvas_length)
+
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.perf_counter() >= self.deadline
+
+    def positions(self, real: torch.Tensor, length: int) -> torch.Tensor:
+        """Positions of the last `length` tokens of `real` (B, L): each row's real tokens counted from 0. Rotary attention sees
+        only differences, so counting padding too, for the reference backend, changes rounding alone."""
+        if self.count_padding:
+            return torch.arange(real.shape[1] - length, real.shape[1], device=real.device)[None]
+        return (real.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+
+
+def make_plan(
+    config: DiffusionGenerationConfig, use_max_length: bool, model_config, prompt_length: int, device: torch.device,
+    logits_processor: LogitsProcessorList | None, owns_cache: bool,
+) -> Plan:  # fmt: skip
+    """Args: `prompt_length` counts cached tokens; `owns_cache`: no caller holds the cache, so rows may leave it.
+
+    Raises:
+        ValueError: lengths that leave no room, or arguments that do not go together.
+    """
+    reference = config.backend == "reference"
+    new_tokens = config.max_length - prompt_length if use_max_length else config.max_new_tokens
+    if new_tokens <= 0:
+        raise ValueError(f"`max_length` is {config.max_length}; expected more than the prompt's {prompt_length} tokens")
+    vocab_size = model_config.get_text_config().vocab_size
+    if config.noise == "mask" and config.mask_token_id >= vocab_size:
+        raise ValueError(f"`mask_token_id` is {config.mask_token_id}; expected a token id from 0 to {vocab_size - 1}")
+    eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.int64, device=device).flatten()
+    scale = 1.0 if config.temperature in (None, 0) else config.temperature
+    sampler = {
+        "entropy_bound": lambda: EntropyBoundSampler(config.entropy_bound),
+        "confidence": lambda: ConfidenceSampler(config.confidence),
+        "fixed_steps": FixedStepsSampler,
+    }[config.sampler]()
+    return Plan(
+        canvas_length=config.canvas_length or model_config.canvas_length,
+        new_tokens=new_tokens,
+        max_denoising_steps=config.max_denoising_steps,
+        temperature=scale,
+        schedule=TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps),
+        sampler=sampler,
+        stopping=StableAndConfident(config.stability_threshold, config.confidence_threshold),
+        noise=MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size),
+        shaping=build_shaping(config, logits_processor, eos, prompt_length, vocab_size),
+        eos=eos,
+        pad=config.pad_token_id if config.pad_token_id is not None else int(eos[0]) if len(eos) else 0,
+        greedy=config.do_sample is False or config.temperature == 0,
+        compact=not reference and owns_cache and config.cache_implementation in (None, "dynamic"),
+        count_padding=reference,
+        sure_end=eos if config.ignore_after_eos or (config.ignore_after_eos is None and not reference) else None,
+        patience=config.patience,
+        deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
+    )
+
+
+__all__ = ["Plan", "make_plan"]

@@ -1,0 +1,110 @@
+"""What has been written so far: the finished canvases, which rows have ended, and where."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .canvas import CanvasState
+from .output import TokenScores
+from .plan import Plan
+
+SCORE_FIELDS = ("log_probs", "entropy", "changed_at", "revisions")
+
+
+class Written:
+    """Collects the canvases of one call of `generate`.
+
+    `context` int64 (b, L) and `ended` bool (b,) are of the b rows still computed, whose places in the batch are `rows`;
+    `passes` int64 (B,) is of all.
+    """
+
+    def __init__(
+        self, plan: Plan, prompt: torch.Tensor, stop_strings: str | Sequence[str] | None, tokenizer,
+        stopping_criteria: StoppingCriteriaList | None, streamer: BaseStreamer | None,
+    ):  # fmt: skip
+        self.plan, self.prompt, self.streamer = plan, prompt, streamer
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+        self.tokenizer, self.stopping_criteria = tokenizer, stopping_criteria
+        batch_size, device = prompt.shape[0], prompt.device
+        self.rows = torch.arange(batch_size, device=device)
+        self.context, self.generated = prompt, 0
+        self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.passes = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._tokens: list[torch.Tensor] = []
+        self._scores: list[dict[str, torch.Tensor]] = []
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+
+    def add(self, state: CanvasState) -> torch.Tensor:
+        """Takes in a denoised canvas of the rows still computed. Returns the tokens to commit, padded behind a row's end."""
+        scores = {name: getattr(state, name) for name in SCORE_FIELDS}
+        return self.add_tokens(state.argmax, torch.where(self.ended, 0, state.passes), scores)
+
+    def add_tokens(self, tokens: torch.Tensor, passes: torch.Tensor, scores: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Takes in the next tokens `(b, n)` of the rows still computed, however they were made."""
+        plan, width = self.plan, tokens.shape[1]
+        is_eos = torch.isin(tokens, plan.eos)
+        kept = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, width)  # (b,)
+        stopped = is_eos.any(dim=1)
+        if self.stop_strings:
+            until = self._stop_places(tokens)
+            stopped, kept = stopped | (until <= kept), torch.minimum(kept, until)
+        kept = torch.where(self.ended, 0, kept).clamp(max=plan.new_tokens - self.generated)
+        tokens = tokens.masked_fill(torch.arange(width, device=tokens.device) >= kept[:, None], plan.pad)
+        whole = tokens.new_full((self.passes.shape[0], width), plan.pad)
+        self._tokens.append(whole.index_copy(0, self.rows, tokens))
+        if scores is not None:
+            blank = {name: value.new_zeros((self.passes.shape[0], width)) for name, value in scores.items()}
+            self._scores.append({name: blank[name].index_copy(0, self.rows, value) for name, value in scores.items()})
+        self.passes[self.rows] += passes
+        self._counts[self.rows] += kept
+        self.context = torch.cat((self.context, tokens), dim=1)
+        self.generated += width
+        self.ended = self.ended | stopped
+        if self.streamer is not None and int(kept.max()) > 0:
+            self.streamer.put(self._tokens[-1][:, : int(kept.max())].cpu())
+        if self.stopping_criteria is not None:
+            self.ended = self.ended | self.stopping_criteria(self.context, None).to(self.ended.device)
+        if self.generated >= plan.new_tokens:
+            self.ended = torch.ones_like(self.ended)
+        return tokens
+
+    def drop_ended(self) -> None:
+        """Rows that have ended leave."""
+        going = ~self.ended
+        self.rows, self.context, self.ended = self.rows[going], self.context[going], self.ended[going]
+
+    def _stop_places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """How many of the new tokens a row keeps for its first stop string to be whole, int64 (b,); more than it has: none found."""
+        before = self.context[:, self.prompt.shape[1] :]
+        places = []
+        for earlier, new in zip(before.tolist(), tokens.tolist(), strict=True):
+            found = len(new) + 1
+            if self._holds_stop(earlier + new):
+                found = next(count for count in range(len(new) + 1) if self._holds_stop(earlier + new[:count]))
+            places.append(found)
+        return torch.tensor(places, device=tokens.device)
+
+    def _holds_stop(self, ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return any(stop in text for stop in self.stop_strings)
+
+    def sequences(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt and new tokens of all rows, `(B, P + N)`, padded to the longest; and how many are new, int64 `(B,)`."""
+        new = torch.cat(self._tokens, dim=1)[:, : int(self._counts.max())]
+        return torch.cat((self.prompt, new), dim=1), self._counts
+
+    def scores(self, counts: torch.Tensor) -> TokenScores | None:
+        """Scores of the new tokens; None where the way of decoding has none."""
+        if not self._scores:
+            return None
+        length = int(counts.max())
+        inside = torch.arange(length, device=counts.device) < counts[:, None]
+        joined = (torch.cat([part[name] for part in self._scores], dim=1)[:, :length] for name in SCORE_FIELDS)
+        return TokenScores(*(value.masked_fill(~inside, 0) for value in joined))
+
+
+__all__ = ["Written"]

@@ -1,0 +1,16 @@
+"""What all tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def oracle_checkpoint(tmp_path_factory):
+    """Folder of a checkpoint that transformers' own model saved; read only."""
+    folder = tmp_path_factory.mktemp("oracle")
+    tiny.build_oracle().save_pretrained(folder)
+    return folder
