@@ -119,8 +119,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             draws = BatchDraws(generator)
         else:
             draws = row_draws(0 if plan.greedy and seed is None and generator is None else seed, generator, prompts, copies, device)
-        written = Written(plan, prompt, config.stop_strings, tokenizer, stopping_criteria, streamer)
         try:
+            written = Written(plan, prompt, config.stop_strings, tokenizer, stopping_criteria, streamer)
             if config.decoding == "diffusion":
                 past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, images)
             else:

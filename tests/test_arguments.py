@@ -1,0 +1,213 @@
+"""Every field of `GenerationConfig` is honoured or refused by name; the honoured ones do what they say, on a small random model."""
+
+import time
+
+import pytest
+import torch
+from small_models import CANVAS, VOCAB, prompts, small_model
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from generation import DiffusionGenerationConfig
+from generation.configuration import HONOURED, NEUTRAL, PRESETS
+
+FIELDS = sorted(name for name in GenerationConfig().__dict__ if not name.startswith("_"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    built = small_model()
+    built.generation_config.update(eos_token_id=[1], pad_token_id=0)
+    return built
+
+
+def generate(model, ids, length=2 * CANVAS, **settings):
+    output = model.generate(ids, max_new_tokens=length, max_denoising_steps=5, seed=0, return_dict_in_generate=True, **settings)
+    return output.sequences[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_generation_config_is_honoured_or_refused(name):
+    """Nothing may be ignored: temperature, top_k, stop_strings and more silently were, elsewhere."""
+    config = DiffusionGenerationConfig()
+    setattr(config, name, "something")
+    refused = [entry for entry in config.refused() if entry.startswith(f"{name}=")]
+    assert (name in HONOURED) != bool(refused)
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_neutral_values_of_refused_fields_are_accepted(name):
+    assert name not in HONOURED
+    config = DiffusionGenerationConfig()
+    for value in NEUTRAL[name]:
+        setattr(config, name, value)
+        assert config.refused() == []
+
+
+@pytest.mark.parametrize("name, value", [("num_beams", 3), ("guidance_scale", 2.0), ("penalty_alpha", 0.6), ("use_cache", False)])
+def test_refused_argument_raises_in_generate(model, name, value):
+    with pytest.raises(ValueError, match=name):
+        model.generate(prompts(1, 5)[0], **{name: value})
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {"temperature": 0}])
+def test_greedy_is_deterministic_whatever_the_global_seed(model, settings):
+    ids = prompts(2, 6)[0]
+    torch.manual_seed(1)
+    one = model.generate(ids, max_new_tokens=15, max_denoising_steps=4, **settings)
+    torch.manual_seed(2)
+    assert torch.equal(one, model.generate(ids, max_new_tokens=15, max_denoising_steps=4, **settings))
+
+
+def test_temperature_scales_the_schedule(model):
+    """A temperature of 0.5 is t_min and t_max halved."""
+    ids = prompts(2, 6)[0]
+    assert torch.equal(generate(model, ids, temperature=0.5), generate(model, ids, t_min=0.2, t_max=0.4))
+    assert not torch.equal(generate(model, ids, temperature=0.5), generate(model, ids))
+
+
+def test_suppressed_tokens_and_bad_words_never_appear(model):
+    ids = prompts(2, 6)[0]
+    free = generate(model, ids).flatten().tolist()
+    bad = sorted(set(free))[:5]
+    assert not set(generate(model, ids, suppress_tokens=bad).flatten().tolist()) & set(bad)
+    assert not set(generate(model, ids, bad_words_ids=[[token] for token in bad]).flatten().tolist()) & set(bad)
+
+
+def test_sequence_bias_draws_a_token_in(model):
+    assert (generate(model, prompts(1, 6)[0], sequence_bias={(42,): 80.0}) == 42).float().mean() > 0.9
+
+
+def test_repetition_penalty_counts_prompt_and_canvas(model):
+    """A huge penalty leaves no room for a token of the prompt, or for one twice in the stable canvas."""
+    ids = prompts(1, 6)[0]
+    new = generate(model, ids, length=CANVAS, repetition_penalty=1e6, top_k=1)[0].tolist()
+    positive_only = [token for token in new if token in ids[0].tolist()]
+    assert len(positive_only) <= len([token for token in generate(model, ids, length=CANVAS, top_k=1)[0].tolist() if token in ids[0].tolist()])
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
+def test_narrowest_truncation_makes_every_sample_the_argmax(model, settings):
+    """One token is left at each position, so nothing is uncertain: everything is accepted at once, with entropy 0."""
+    output = model.generate(
+        prompts(2, 6)[0], max_new_tokens=CANVAS, max_denoising_steps=3, seed=0, output_scores=True, return_dict_in_generate=True, **settings
+    )
+    assert bool((output.scores.entropy == 0).all()) and bool((output.scores.log_probs == 0).all())
+
+
+def test_top_k_and_top_p_keep_the_distribution_they_name():
+    """Against the definition, on one position: the k largest, and the smallest set that holds the mass."""
+    from generation.processors import build_shaping
+
+    logits = torch.randn(1, 3, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
+    for settings, kept in (({"top_k": 7}, lambda p: p.argsort(descending=True)[:7]), ({"top_p": 0.6}, lambda p: _nucleus(p, 0.6))):
+        shaping = build_shaping(DiffusionGenerationConfig(**settings), None, torch.tensor([], dtype=torch.int64), 4, VOCAB)
+        shaped = shaping(logits, torch.zeros((1, 4), dtype=torch.int64), None, 0, 1.0, 1)
+        for place in range(3):
+            finite = shaped[0, place].isfinite().nonzero().flatten().tolist()
+            assert sorted(finite) == sorted(kept(logits[0, place].softmax(-1)).tolist())
+
+
+def _nucleus(probabilities, mass):
+    order = probabilities.argsort(descending=True)
+    before = probabilities[order].cumsum(0) - probabilities[order]
+    return order[before < mass]
+
+
+def test_min_new_tokens_hides_the_end(model):
+    ids = prompts(4, 6)[0]
+    bias = {"sequence_bias": {(1,): 60.0}}
+    assert (generate(model, ids, **bias)[:, 0] == 1).all()
+    late = generate(model, ids, **bias, min_new_tokens=13)
+    assert late.shape[1] == 14 and (late[:, :13] != 1).all() and (late[:, 13] == 1).all()
+
+
+def test_max_time_stops_after_the_step_at_hand(model):
+    started = time.perf_counter()
+    output = model.generate(prompts(1, 6)[0], max_new_tokens=2000, max_time=0.2, return_dict_in_generate=True)
+    assert time.perf_counter() - started < 20 and output.sequences.shape[1] < 2000 and output.denoising_steps.item() >= 1
+
+
+def test_users_processor_runs_first_and_sees_the_remaining_steps(model):
+    seen = []
+
+    class Record(LogitsProcessor):
+        def __call__(self, input_ids, scores, cur_step):
+            seen.append((tuple(input_ids.shape), tuple(scores.shape), int(cur_step)))
+            return scores
+
+    generate(model, prompts(2, 6)[0], length=CANVAS, logits_processor=LogitsProcessorList([Record()]), confidence_threshold=1e-9)
+    assert seen == [((2, 6), (2, CANVAS, VOCAB), remaining) for remaining in (5, 4, 3, 2, 1)]
+
+
+@pytest.mark.parametrize("length", [4, 7, 25])
+def test_canvas_length_of_the_call_goes_over_the_models(model, length):
+    output = model.generate(
+        prompts(1, 6)[0], max_new_tokens=21, canvas_length=length, max_denoising_steps=3, confidence_threshold=1e-9, seed=0,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert output.denoising_steps.item() == 3 * -(-21 // length) and output.sequences.shape == (1, 27)
+
+
+def test_copies_differ_and_the_first_is_the_seeds_own(model):
+    ids = prompts(2, 6)[0]
+    single, copies = generate(model, ids), generate(model, ids, num_return_sequences=3)
+    assert copies.shape[0] == 6 and torch.equal(copies[::3], single) and not torch.equal(copies[0], copies[1])
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_whole_settings(model, name):
+    config = DiffusionGenerationConfig.preset(name, max_new_tokens=5)
+    assert model.generate(prompts(1, 6)[0], generation_config=config, seed=0).shape[1] <= 11
+    with pytest.raises(ValueError, match="name"):
+        DiffusionGenerationConfig.preset("faster")
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "fixed_steps"])
+def test_other_samplers_run_to_the_end(model, sampler):
+    assert generate(model, prompts(2, 6)[0], sampler=sampler).shape[1] >= 1
+
+
+def test_nan_logits_are_reported_and_not_committed(model):
+    class Spoil(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill(torch.arange(scores.shape[0])[:, None, None] == 1, float("nan"))
+
+    with pytest.raises(ValueError, match=r"NaN.*rows \[1\]"):
+        generate(model, prompts(3, 6)[0], logits_processor=LogitsProcessorList([Spoil()]))
+
+
+def test_streamer_is_ended_when_generation_raises(model):
+    """A consumer in another thread would wait for ever."""
+
+    class Stream:
+        ended = False
+
+        def put(self, value):
+            raise RuntimeError("closed")
+
+        def end(self):
+            self.ended = True
+
+    stream = Stream()
+    with pytest.raises(RuntimeError, match="closed"):
+        model.generate(prompts(1, 6)[0], streamer=stream, max_denoising_steps=2)
+    assert stream.ended
+
+
+@pytest.mark.parametrize("seed, length", [(0, 25), (1, 40), (2, 13)])
+def test_verified_decoding_equals_autoregressive_decoding(seed, length):
+    """Token for token, past several windows, also where random weights make every draft wrong."""
+    model = small_model(seed)
+    ids = prompts(1, 9, seed)[0]
+    settings = {"max_new_tokens": length, "do_sample": False, "eos_token_id": [1], "pad_token_id": 0, "max_denoising_steps": 3}
+    plain = model.generate(ids, decoding="autoregressive", **settings)
+    assert torch.equal(model.generate(ids, decoding="verified", **settings), plain)
+
+
+def test_autoregressive_decoding_is_a_loop_over_the_causal_pass(model):
+    ids = prompts(1, 9)[0]
+    slow = ids
+    for _ in range(12):
+        hidden = model.prefill(slow).last_hidden_state[:, -1:]
+        slow = torch.cat((slow, model.compute_logits(hidden).argmax(-1)), dim=1)
+    assert torch.equal(model.generate(ids, decoding="autoregressive", do_sample=False, max_new_tokens=12, eos_token_id=[]), slow)

@@ -1,0 +1,61 @@
+"""The examples and the README's snippets run as they stand, on the shipped checkpoints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, timeout=300):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_demo_solves_one_unseen_input_of_every_job_and_judges_it():
+    done = run("examples/demo.py", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) +(right|WRONG) +(\d+) +[\d.]+ +[\d.]+$", done.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == [
+        "date", "number_to_words", "words_to_number", "units", "sort", "note_to_json", "sudoku",
+    ]  # fmt: skip
+    assert sum(row[1] == "right" for row in rows) >= 4 and all(1 <= int(row[2]) <= 48 for row in rows)
+    assert "step  1" in done.stdout and "^" in done.stdout and f"{sum(row[1] == 'right' for row in rows)} of 7 right" in done.stdout
+
+
+def test_demo_takes_your_own_request_and_your_own_puzzle():
+    done = run("examples/demo.py", "--prompt", "Write October 2, 2052 as an ISO date.")
+    assert done.returncode == 0 and "2052-10-02" in done.stdout, done.stderr
+    puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+    done = run("examples/demo.py", "--sudoku", puzzle)
+    assert done.returncode == 0 and "sudoku" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("puzzle, reason", [("123", "81"), ("55" + "." * 79, "5"), ("." * 81, "exactly one")])
+def test_demo_says_what_is_wrong_with_a_puzzle(puzzle, reason):
+    done = run("examples/demo.py", "--sudoku", puzzle)
+    assert done.returncode == 1 and reason in done.stderr and "Traceback" not in done.stderr
+
+
+def test_evaluate_writes_what_it_prints(tmp_path):
+    done = run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length=64", "--json", str(tmp_path / "r.json"))
+    assert done.returncode == 0 and "note_to_json" in done.stdout and (tmp_path / "r.json").is_file(), done.stderr
+    assert run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length").returncode != 0
+
+
+def test_readme_snippets_run_one_after_the_other():
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) >= 3
+    done = run("-c", "\n".join(snippets))
+    assert done.returncode == 0, done.stderr
+    assert "1998-03-03" in done.stdout
+
+
+def test_files_named_in_the_documents_exist():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "model_cards").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
