@@ -1,8 +1,8 @@
 """Puts the shipped checkpoints to work on inputs they have never seen, and shows each canvas being denoised.
 
-    make demo                                                      one unseen input of every job, then a Sudoku
-    make demo ARGS='--prompt "Write 3rd of May 1998 in ISO format."'   your own request
-    make demo ARGS='--sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79'
+make demo                                                      one unseen input of every job, then a Sudoku
+make demo ARGS='--prompt "Write 3rd of May 1998 in ISO format."'   your own request
+make demo ARGS='--sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79'
 """
 
 import argparse
@@ -10,12 +10,12 @@ import random
 import sys
 import time
 
-from jobs import TEXT_JOBS, sudoku
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import modeling_diffusiongemma
 from generation import CanvasStreamer
 from generation.streaming import Cell
+from jobs import TEXT_JOBS, sudoku
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -114,7 +114,9 @@ def main() -> None:
     for row in rows:
         verdict = row["verdict"].split(":")[0]
         print(f"{row['job']:18s}{verdict:>10s}{row['steps']:8d}{row['tokens per forward']:20.1f}{row['seconds']:9.2f}")
-    print(f"{sum(row['verdict'] == 'right' for row in rows)} of {len(rows)} right, by a checker that reads only the question and the answer")
+    print(
+        f"{sum(row['verdict'] == 'right' for row in rows)} of {len(rows)} right, by a checker that reads only the question and the answer"
+    )
 
 
 if __name__ == "__main__":

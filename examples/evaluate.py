@@ -12,11 +12,10 @@ import json
 import time
 from pathlib import Path
 
-import torch
-from recipes import RECIPES
 from transformers import AutoModelForCausalLM
 
 from modeling_diffusiongemma import default_checkpoint
+from recipes import RECIPES
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +55,6 @@ def main() -> None:
     recipe = RECIPES[args.recipe]()
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint or default_checkpoint(args.recipe)).eval()
     model.set_experts_implementation("dense_mm")
-    torch.manual_seed(args.seed)
     started = time.perf_counter()
     results = recipe.evaluate(model, args.cases, seed=args.seed, batch_size=args.batch_size, **settings(args.set))
     print_table(results)

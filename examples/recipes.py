@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jobs import TEXT_JOBS, sudoku
-from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
+from jobs import TEXT_JOBS, sudoku
+from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
 from modeling_diffusiongemma import BlockDiffusionCollator
 
 # transformers turns `vision_config: null` into a full-size vision tower; a tiny one keeps every runtime able to load us.
@@ -51,7 +51,13 @@ class TextRecipe:
     # canvas, padded length of prompt and response, share of the batches: few shapes, so that each compiles once
     SHORT, NOTES, WIDE = (16, 56), (64, 112), (256, 112)
     NOTE_SHARE = 0.45
-    WEIGHTS = {"date": 1, "number_to_words": 2, "words_to_number": 1, "units": 3, "sort": 3}  # of the others: harder ones more often
+    WEIGHTS = {
+        "date": 1,
+        "number_to_words": 2,
+        "words_to_number": 1,
+        "units": 3,
+        "sort": 3,
+    }  # of the others: harder ones more often
     WIDE_FROM, WIDE_SHARE = 0.72, 0.5  # the released canvas length comes in the last part of training
 
     def __init__(self, data: str | None = None):
@@ -88,21 +94,30 @@ class TextRecipe:
         fitting = [(p, [*a, self.end]) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) < length and len(a) < canvas]
         return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting), canvas
 
-    def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
-        """Exact answers by each job's own checker on `count` unseen inputs a job."""
+    def evaluate(
+        self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings
+    ) -> dict[str, dict[str, float]]:
+        """Exact answers by each job's own checker on `count` unseen inputs a job; input i is generated with the seed `seed + i`,
+        so that a result does not depend on the batch size."""
         rng, results = random.Random(seed), {}
         for name, job in TEXT_JOBS.items():
             prompts = [job.sample(rng, split)[0] for _ in range(count)]
             answers, steps, passes = [], [], []
             for first in range(0, count, batch_size):
                 part = self.tokenizer.pad({"input_ids": self.encode(prompts[first : first + batch_size])}, return_tensors="pt")
-                output = model.generate(**part, return_dict_in_generate=True, **settings)
+                seeds = [seed + first + place for place in range(part["input_ids"].shape[0])]
+                output = model.generate(**part, seed=seeds, return_dict_in_generate=True, **settings)
                 new = output.sequences[:, part["input_ids"].shape[1] :]
                 answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
                 steps += output.denoising_steps.tolist()
                 passes += output.tokens_per_forward.tolist()
             right = sum(job.check(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
-            results[name] = {"exact": right / count, "cases": count, "steps": np.mean(steps).item(), "tokens_per_forward": np.mean(passes).item()}
+            results[name] = {
+                "exact": right / count,
+                "cases": count,
+                "steps": np.mean(steps).item(),
+                "tokens_per_forward": np.mean(passes).item(),
+            }
         return results
 
 
@@ -140,9 +155,7 @@ class SudokuRecipe:
 
     def config(self, hidden_size: int, layers: int) -> DiffusionGemmaConfig:
         # 0.698^-16: frequencies fall by 2 pi / 9 each, so that periods of 9, 27 and 81 cells (row, band, grid) are among them
-        return small_config(
-            16, hidden_size, layers, self.CELLS, 315.0, eos_token_id=[1], image_token_id=15, boi_token_id=3, eoi_token_id=3
-        )
+        return small_config(16, hidden_size, layers, self.CELLS, 315.0, eos_token_id=[1], image_token_id=15, boi_token_id=3, eoi_token_id=3)
 
     def generation_config(self) -> dict:
         return {"max_new_tokens": self.CELLS, "eos_token_id": [1], "pad_token_id": 0}
@@ -169,7 +182,8 @@ class SudokuRecipe:
         for first in range(0, count, batch_size):
             part = puzzles[first : first + batch_size]
             prompts = torch.cat((torch.full((len(part), 1), 2), self.encode(part)), dim=1)
-            output = model.generate(prompts, return_dict_in_generate=True, **settings)
+            seeds = [seed + first + place for place in range(len(part))]
+            output = model.generate(prompts, seed=seeds, return_dict_in_generate=True, **settings)
             answers = self.tokenizer.batch_decode(output.sequences[:, prompts.shape[1] :], skip_special_tokens=True)
             for place, (puzzle, answer) in enumerate(zip(part, answers, strict=True)):
                 right = sudoku.is_solution(puzzle, answer)

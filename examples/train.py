@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from evaluate import print_table
-from recipes import RECIPES
 from tqdm import tqdm
 
+from evaluate import print_table
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
 from modeling_diffusiongemma.loss import block_diffusion_loss
+from recipes import RECIPES
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

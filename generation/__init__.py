@@ -7,8 +7,8 @@ from .noise import MaskNoise, Noise, UniformNoise
 from .output import DiffusionGenerationOutput, TokenScores
 from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, Sampler
 from .schedule import TemperatureSchedule
-from .streaming import CanvasStreamer
 from .stopping import StableAndConfident
+from .streaming import CanvasStreamer
 
 __all__ = [
     "CanvasState",

@@ -39,7 +39,9 @@ def resolve_config(
     callers.update(**kwargs)
     use_max_length = callers.max_length is not None and (callers.max_new_tokens is None or "max_length" in kwargs)
     if "max_length" in kwargs and "max_new_tokens" in kwargs:
-        raise ValueError(f"`max_length` ({kwargs['max_length']}) and `max_new_tokens` ({kwargs['max_new_tokens']}) are both set; expected one")
+        raise ValueError(
+            f"`max_length` ({kwargs['max_length']}) and `max_new_tokens` ({kwargs['max_new_tokens']}) are both set; expected one"
+        )
     config = callers
     config.update(defaults_only=True, **{n: v for n, v in _as_diffusion(model_default).__dict__.items() if v is not None and n[0] != "_"})
     use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)

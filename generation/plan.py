@@ -16,9 +16,12 @@ from .stopping import StableAndConfident
 
 @dataclass(frozen=True)
 class Plan:
-    """The rules of one call. `new_tokens`: how many a row may get; `greedy`: take the argmax, not a sample; `compact`: let
-    finished rows leave the batch; `temperature`: the caller's, which the schedule already holds; `count_padding`: positions count padding, as transformers' do; `deadline`: on the clock of
-    `time.perf_counter`, seconds."""
+    """The rules of one call.
+
+    `new_tokens`: how many a row may get. `temperature`: the caller's, which the schedule already holds. `greedy`: take the
+    argmax, not a sample. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as
+    transformers' do. `sure_end`, `patience`: as `denoising_step` takes them. `deadline`: seconds on `time.perf_counter`.
+    """
 
     canvas_length: int
     new_tokens: int

@@ -50,7 +50,13 @@ class Shaping:
     min_new_tokens: int
 
     def __call__(
-        self, logits: torch.Tensor, committed: torch.Tensor, guess: torch.Tensor | None, generated: int, temperature: float | torch.Tensor, remaining: int
+        self,
+        logits: torch.Tensor,
+        committed: torch.Tensor,
+        guess: torch.Tensor | None,
+        generated: int,
+        temperature: float | torch.Tensor,
+        remaining: int,
     ) -> torch.Tensor:
         """Args: `logits` float32 (B, C, V); `committed` int64 (B, L), prompt and finished canvases; `guess` int64 (B, C), the last
         argmax canvas, None at the first step; `generated`: tokens before this canvas; `remaining`: steps left, this one

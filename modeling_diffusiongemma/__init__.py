@@ -10,8 +10,7 @@ if _spec is None or not (pathlib.Path(_spec.origin or "").parent / "mixin.py").i
         f"{_spec.origin if _spec else 'nothing'}; expected generation/mixin.py of this project earlier on sys.path"
     )
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
-
+from .auto import register  # noqa: E402
 from .checkpoints import default_checkpoint  # noqa: E402
 from .collator import BlockDiffusionCollator  # noqa: E402
 from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
@@ -19,11 +18,7 @@ from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
 from .model import DiffusionGemmaBlockModel  # noqa: E402
 from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
 
-# transformers maps this config to classes of its own in AutoModel and AutoModelForImageTextToText, and to none in
-# AutoModelForCausalLM; from here on all three load ours.
-AutoModel.register(DiffusionGemmaConfig, DiffusionGemmaBlockModel, exist_ok=True)
-AutoModelForCausalLM.register(DiffusionGemmaConfig, DiffusionGemmaForMaskedBlockLM, exist_ok=True)
-AutoModelForImageTextToText.register(DiffusionGemmaConfig, DiffusionGemmaForMaskedBlockLM, exist_ok=True)
+register()
 
 __all__ = [
     "BlockDiffusionCollator",

@@ -36,9 +36,7 @@ class BlockDiffusionCollator:
         turns = [{"role": "user", "content": prompt}]
         head = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         turns.append({"role": "assistant", "content": response})
-        whole = self.tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        whole = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         inside = [place for place, flag in enumerate(whole["assistant_masks"]) if flag]
         return head, whole["input_ids"][inside[0] : inside[-1] + 1]
 

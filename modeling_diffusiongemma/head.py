@@ -120,9 +120,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                 raise ValueError(f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}")
             if input_ids is None:
                 raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
-            trained = block_diffusion_loss(
-                self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images
-            )
+            trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
             output = MaskedBlockOutput(
                 loss=trained.diffusion + trained.causal, logits=trained.logits,
                 past_key_values=trained.prefilled.past_key_values,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import Cache, DiffusionGemmaTextConfig
+from transformers import Cache
 
 
 class LayerCache(NamedTuple):
@@ -129,4 +129,13 @@ def image_numbers(mm_token_type_ids: torch.Tensor) -> torch.Tensor:
     return torch.where(is_image, (is_image & ~before).cumsum(dim=1), -1)
 
 
-__all__ = ["LayerCache", "canvas_mask", "cached_slots", "for_attention", "image_numbers", "prompt_mask", "read_cache", "slot_tokens"]
+__all__ = [
+    "LayerCache",
+    "canvas_mask",
+    "cached_slots",
+    "for_attention",
+    "image_numbers",
+    "prompt_mask",
+    "read_cache",
+    "slot_tokens",
+]

@@ -283,7 +283,13 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             )  # fmt: skip
             past_key_values, prompt_states = prefilled.past_key_values, prefilled.last_hidden_state
         denoised = self.denoise(
-            decoder_input_ids, past_key_values, soft_embeds, decoder_attention_mask, decoder_position_ids, keep_states, keep_weights
+            decoder_input_ids,
+            past_key_values,
+            soft_embeds,
+            decoder_attention_mask,
+            decoder_position_ids,
+            keep_states,
+            keep_weights,
         )
         output = BlockModelOutput(
             last_hidden_state=denoised.last_hidden_state,

@@ -34,11 +34,15 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    # One method under its two names in transformers 5 (the second is the newer).
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """As in transformers, without the reentrant kind."""
+        _refuse_reentrant(gradient_checkpointing_kwargs)
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """As in transformers, without the reentrant kind, which follows no tensor inside a tuple: the keys and values that
-        the layers hand on would lose their gradient."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("`use_reentrant` is True in the checkpointing arguments; expected False: it drops gradients here")
+        """As in transformers, without the reentrant kind."""
+        _refuse_reentrant(activation_checkpointing_kwargs)
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     @torch.no_grad()
@@ -52,6 +56,12 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+
+
+def _refuse_reentrant(arguments: dict | None) -> None:
+    """Reentrant checkpointing follows no tensor inside a tuple: keys and values handed on by the layers would lose their gradient."""
+    if (arguments or {}).get("use_reentrant"):
+        raise ValueError("`use_reentrant` is True in the checkpointing arguments; expected False: it drops gradients here")
 
 
 __all__ = ["DiffusionGemmaBlockPreTrainedModel"]

@@ -82,14 +82,22 @@ def test_repetition_penalty_counts_prompt_and_canvas(model):
     ids = prompts(1, 6)[0]
     new = generate(model, ids, length=CANVAS, repetition_penalty=1e6, top_k=1)[0].tolist()
     positive_only = [token for token in new if token in ids[0].tolist()]
-    assert len(positive_only) <= len([token for token in generate(model, ids, length=CANVAS, top_k=1)[0].tolist() if token in ids[0].tolist()])
+    assert len(positive_only) <= len(
+        [token for token in generate(model, ids, length=CANVAS, top_k=1)[0].tolist() if token in ids[0].tolist()]
+    )
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_narrowest_truncation_makes_every_sample_the_argmax(model, settings):
     """One token is left at each position, so nothing is uncertain: everything is accepted at once, with entropy 0."""
     output = model.generate(
-        prompts(2, 6)[0], max_new_tokens=CANVAS, max_denoising_steps=3, seed=0, output_scores=True, return_dict_in_generate=True, **settings
+        prompts(2, 6)[0],
+        max_new_tokens=CANVAS,
+        max_denoising_steps=3,
+        seed=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **settings,
     )
     assert bool((output.scores.entropy == 0).all()) and bool((output.scores.log_probs == 0).all())
 
@@ -99,7 +107,10 @@ def test_top_k_and_top_p_keep_the_distribution_they_name():
     from generation.processors import build_shaping
 
     logits = torch.randn(1, 3, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
-    for settings, kept in (({"top_k": 7}, lambda p: p.argsort(descending=True)[:7]), ({"top_p": 0.6}, lambda p: _nucleus(p, 0.6))):
+    for settings, kept in (
+        ({"top_k": 7}, lambda p: p.argsort(descending=True)[:7]),
+        ({"top_p": 0.6}, lambda p: _nucleus(p, 0.6)),
+    ):
         shaping = build_shaping(DiffusionGenerationConfig(**settings), None, torch.tensor([], dtype=torch.int64), 4, VOCAB)
         shaped = shaping(logits, torch.zeros((1, 4), dtype=torch.int64), None, 0, 1.0, 1)
         for place in range(3):

@@ -55,7 +55,12 @@ def test_readme_snippets_run_one_after_the_other():
 
 
 def test_files_named_in_the_documents_exist():
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "model_cards").glob("*.md"))):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        *(str(p.relative_to(ROOT)) for p in (ROOT / "model_cards").glob("*.md")),
+    ):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
             if "://" not in target:
                 assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"

@@ -10,8 +10,16 @@ import pytest
 import torch
 from small_models import CANVAS, IMAGE, PAD, VOCAB, prompts, small_model
 from transformers import (
-    DiffusionGemmaGenerationConfig, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList,
-    StoppingCriteria, StoppingCriteriaList, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer,
+    DiffusionGemmaGenerationConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextDiffusionStreamer,
+    TextIteratorStreamer,
+    TextStreamer,
 )  # fmt: skip
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig

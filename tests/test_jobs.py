@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from jobs import SPLITS, TEXT_JOBS, is_held_out  # noqa: E402
@@ -17,7 +16,6 @@ from jobs.note_words import ITEMS, NAMES, TEST_TEMPLATES, TRAIN_TEMPLATES  # noq
 from jobs.notes import KEYS, expand, read_note  # noqa: E402
 from jobs.number_words import read_words, spell  # noqa: E402
 from jobs.units import shift  # noqa: E402
-
 
 SAMPLES = 1000
 jobs = pytest.mark.parametrize("job", TEXT_JOBS.values(), ids=list(TEXT_JOBS))
@@ -47,7 +45,7 @@ def test_canonical_response_passes_its_checker(job, split):
 def test_corrupted_response_fails(job):
     rng = random.Random(0)
     samples = draw(job, "test")
-    for (prompt, response), (_, other) in zip(samples, samples[1:]):
+    for (prompt, response), (_, other) in zip(samples, samples[1:], strict=False):
         wrong = [corrupt(response, rng), response[:-1], response + "x", response + response, "", "[]", "null"]
         wrong += [other] if other != response else []
         for answer in wrong:
@@ -125,7 +123,19 @@ def test_speller_and_grammar_agree_on_every_number():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "and", "two hundred five", "and five", "two hundred and", "two hundred ", "twenty five", "twenty-", "two  hundred", "ten-one", "Two"],
+    [
+        "",
+        "and",
+        "two hundred five",
+        "and five",
+        "two hundred and",
+        "two hundred ",
+        "twenty five",
+        "twenty-",
+        "two  hundred",
+        "ten-one",
+        "Two",
+    ],
 )
 def test_only_the_british_spelling_is_a_number(text):
     assert read_words(text) is None
@@ -209,7 +219,7 @@ TEXTS = [
     "a  b\n\n c\t",
     "été 漢字 🙂 e\u0301\u200d ٣",
     "\x00\x7f\ufeff\U0010ffff",
-    ' he said , " it \'s n\'t " .',
+    " he said , \" it 's n't \" .",
     "3.50, 1998-03-03",
     "<eos> <|turn>x<unused7>",
 ]
@@ -243,7 +253,13 @@ def test_ids_are_specials_then_bytes_then_merges(tokenizer):
 
 
 def test_named_tokens_and_settings(tokenizer):
-    named = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id)
+    named = (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.mask_token_id,
+    )
     assert named == (0, 1, 2, 3, 4)
     assert (tokenizer.image_token_id, tokenizer.boi_token_id, tokenizer.eoi_token_id) == (107, 108, 109)
     assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 8192
@@ -289,10 +305,7 @@ CHAT = [
 
 
 def test_chat_template_writes_turns(tokenizer):
-    text = (
-        "<bos><|turn>system\nbe brief<turn|>\n<|turn>user\n<|image|> hi\n<turn|>\n"
-        "<|turn>model\nyo ho<turn|>\n<|turn>user\nok<turn|>\n"
-    )
+    text = "<bos><|turn>system\nbe brief<turn|>\n<|turn>user\n<|image|> hi\n<turn|>\n<|turn>model\nyo ho<turn|>\n<|turn>user\nok<turn|>\n"
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == text
     assert tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == text + "<|turn>model\n"
     ids = tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
@@ -313,7 +326,7 @@ def test_assistant_mask_covers_the_answer_and_its_end(tokenizer):
     parts = [{"type": "text", "text": "seven "}, {"type": "text", "text": "🙂"}]
     chat = [*CHAT, {"role": "assistant", "content": parts}]
     encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    masked = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"]) if mask]
+    masked = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=False) if mask]
     assert tokenizer.decode(masked) == "yo ho<turn|>seven 🙂<turn|>"
 
 

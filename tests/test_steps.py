@@ -364,9 +364,7 @@ def test_history_of_changes_is_kept_per_position():
     state, seen = start_canvas(torch.randint(50, (3, 10), generator=generator), StableAndConfident(1, 1e-9)), []
     for step in range(9):
         statistics = random_statistics(generator, vocab_size=2)
-        state = denoising_step(
-            state, step, 9, statistics, NOISE, EntropyBoundSampler(1.0), StableAndConfident(1, 1e-9)
-        )
+        state = denoising_step(state, step, 9, statistics, NOISE, EntropyBoundSampler(1.0), StableAndConfident(1, 1e-9))
         seen.append(statistics.argmax.tolist())
     for row in range(3):
         for place in range(10):

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from jobs import sudoku
-
 
 UNIQUE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 SOLVED = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -26,9 +24,7 @@ def plain_count(puzzle, limit):
         return 1
     cell = values.index(0)
     row, column = divmod(cell, 9)
-    seen = {
-        values[9 * r + c] for r in range(9) for c in range(9) if r == row or c == column or (r // 3, c // 3) == (row // 3, column // 3)
-    }
+    seen = {values[9 * r + c] for r in range(9) for c in range(9) if r == row or c == column or (r // 3, c // 3) == (row // 3, column // 3)}
     found = 0
     for digit in set(range(1, 10)) - seen:
         values[cell] = digit
@@ -41,13 +37,18 @@ def plain_count(puzzle, limit):
 @pytest.fixture(scope="module")
 def pool():
     pairs = [sudoku.generate(random.Random(seed), 30) for seed in range(21)]
-    return tuple(np.array(boards, dtype=np.uint8) for boards in zip(*pairs))
+    return tuple(np.array(boards, dtype=np.uint8) for boards in zip(*pairs, strict=False))
 
 
 def test_parse_ignores_decoration_and_takes_every_blank():
     expected = sudoku.parse(UNIQUE)
     assert expected.shape == (81,) and expected.dtype == np.int8 and (expected > 0).sum() == 30
-    for text in (UNIQUE.replace(".", "0"), UNIQUE.replace(".", "_"), f"\n {UNIQUE[:40]}\t|-+\n{UNIQUE[40:]} ", sudoku.render(UNIQUE)):
+    for text in (
+        UNIQUE.replace(".", "0"),
+        UNIQUE.replace(".", "_"),
+        f"\n {UNIQUE[:40]}\t|-+\n{UNIQUE[40:]} ",
+        sudoku.render(UNIQUE),
+    ):
         np.testing.assert_array_equal(sudoku.parse(text), expected)
     assert sudoku.to_text(expected.reshape(9, 9)) == UNIQUE
 
@@ -87,7 +88,12 @@ def test_parse_says_what_is_wrong(text, message):
     ],
 )
 def test_arrays_are_checked_too(value, message):
-    for function in (sudoku.count_solutions, sudoku.solve, sudoku.singles_only, lambda puzzle: sudoku.is_solution(puzzle, SOLVED)):
+    for function in (
+        sudoku.count_solutions,
+        sudoku.solve,
+        sudoku.singles_only,
+        lambda puzzle: sudoku.is_solution(puzzle, SOLVED),
+    ):
         with pytest.raises(ValueError, match=message):
             function(value)
 
@@ -154,7 +160,7 @@ def test_singles_solve_easy_puzzles_only():
 
 
 def test_generate_gives_one_solution(pool):
-    for puzzle, solution in zip(*pool):
+    for puzzle, solution in zip(*pool, strict=False):
         assert (puzzle > 0).sum() == 30
         assert sudoku.count_solutions(puzzle) == 1
         assert sudoku.is_solution(puzzle, solution)
@@ -172,7 +178,7 @@ def test_generate_ends_where_every_given_is_needed():
 
 
 def test_generate_is_reproducible_and_checks_clues():
-    for first, second in zip(sudoku.generate(random.Random(5), 28), sudoku.generate(random.Random(5), 28)):
+    for first, second in zip(sudoku.generate(random.Random(5), 28), sudoku.generate(random.Random(5), 28), strict=False):
         np.testing.assert_array_equal(first, second)
     assert (sudoku.generate(random.Random(5), 28)[1] != sudoku.generate(random.Random(6), 28)[1]).any()
     for clues in (16, 82):
@@ -183,7 +189,7 @@ def test_generate_is_reproducible_and_checks_clues():
 def test_augment_keeps_validity_and_uniqueness(pool):
     puzzles, solutions = sudoku.augment(*pool, np.random.default_rng(0))
     assert puzzles.dtype == np.uint8 and puzzles.shape == pool[0].shape
-    for before, puzzle, solution in zip(pool[0], puzzles, solutions):
+    for before, puzzle, solution in zip(pool[0], puzzles, solutions, strict=False):
         assert (puzzle > 0).sum() == (before > 0).sum()
         assert sudoku.is_solution(puzzle, solution)
         assert sudoku.count_solutions(puzzle) == 1
@@ -224,7 +230,7 @@ def test_sample_training_reveals_within_the_range(pool):
     assert puzzles.shape == solutions.shape == (1003, 81)
     clues = (puzzles > 0).sum(axis=1)
     assert set(clues) == set(range(33, 43))
-    for puzzle, solution in list(zip(puzzles, solutions))[::25]:
+    for puzzle, solution in list(zip(puzzles, solutions, strict=False))[::25]:
         assert sudoku.is_solution(puzzle, solution)
         assert sudoku.count_solutions(puzzle) == 1
 

@@ -164,9 +164,7 @@ def image_inputs(kind):
 IMAGE_KINDS = ("small", "wider_than_the_window", "two_in_a_row", "two_that_touch", "one_row_of_two", "one_row_of_two_padded")
 
 
-def oracle_generate_path(
-    oracle, input_ids, canvas, attention_mask=None, cache=None, mm_token_type_ids=None, logits=None, **images
-):
+def oracle_generate_path(oracle, input_ids, canvas, attention_mask=None, cache=None, mm_token_type_ids=None, logits=None, **images):
     """Prompt pass and canvas pass as the oracle's `generate` runs them, with the masks it makes; returns both and the cache.
 
     Its plain `forward` throws the image-aware mask of the prompt pass away, a known defect.
@@ -180,11 +178,7 @@ def oracle_generate_path(
         config=oracle.config, inputs_embeds=torch.empty(*input_ids.shape, 0, dtype=oracle.dtype), attention_mask=attention_mask,
         past_key_values=cache, position_ids=position_ids, mm_token_type_ids=mm_token_type_ids,
     )  # fmt: skip
-    prompt = oracle.model.encoder(
-        input_ids=input_ids, attention_mask=masks, position_ids=position_ids, past_key_values=cache, **images
-    )
+    prompt = oracle.model.encoder(input_ids=input_ids, attention_mask=masks, position_ids=position_ids, past_key_values=cache, **images)
     whole = torch.cat((attention_mask, torch.ones_like(canvas)), dim=1)
-    denoised = oracle(
-        past_key_values=cache, decoder_input_ids=canvas, decoder_attention_mask=whole, self_conditioning_logits=logits
-    )
+    denoised = oracle(past_key_values=cache, decoder_input_ids=canvas, decoder_attention_mask=whole, self_conditioning_logits=logits)
     return prompt, denoised, cache

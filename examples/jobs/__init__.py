@@ -12,7 +12,6 @@ from .number_words import NUMBER_TO_WORDS, WORDS_TO_NUMBER
 from .sorting import SORT
 from .units import UNITS
 
-
 TEXT_JOBS: dict[str, Job] = {job.name: job for job in (DATE, NUMBER_TO_WORDS, WORDS_TO_NUMBER, UNITS, SORT, NOTE_TO_JSON)}
 
 __all__ = ["SPLITS", "TEXT_JOBS", "Job", "is_held_out"]

@@ -12,7 +12,6 @@ import re
 
 from .job import Job, draw_until, unparsable
 
-
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
 )  # fmt: skip

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar
 
-
 SPLITS = ("train", "test")
 T = TypeVar("T")
 

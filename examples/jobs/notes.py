@@ -32,7 +32,6 @@ from .dates import (
 from .job import Job, draw_until, is_held_out, partition, unparsable
 from .note_words import ITEMS, MODIFIERS, NAMES, TEST_TEMPLATES, TRAIN_TEMPLATES
 
-
 KEYS = ("name", "quantity", "item", "price", "date")
 PHRASINGS = ("To JSON: {}", "Note to JSON: {}", "Write as JSON: {}")
 PRICE_FORMS = ("{}", "${}", "{} euros")
@@ -170,7 +169,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _check(prompt: str, answer: str) -> bool:
-    """Compares parsed JSON, types included; spacing, the order of keys and trailing zeros of the price are free, repeated keys are wrong."""
+    """Compares parsed JSON, types included; spacing, the order of keys and trailing zeros of the price are free, a repeated key is wrong."""
     values: dict[str, object] = dict(read_note(prompt)[1])
     if "quantity" in values:
         values["quantity"] = int(values["quantity"])

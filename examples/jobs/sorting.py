@@ -10,7 +10,6 @@ import re
 
 from .job import Job, draw_until, unparsable
 
-
 PHRASINGS = ("Sort: {}", "Sort these numbers: {}", "{} in ascending order", "Order from small to large: {}")
 COUNTS = (3, 4, 5)
 

@@ -20,7 +20,6 @@ import random
 
 import numpy as np
 
-
 BLANKS = ".0_"
 DECORATION = "|-+"
 FEWEST_CLUES = 17  # no 9x9 puzzle with 16 clues has a unique solution (McGuire, Tugemann and Civario, 2012)
@@ -57,7 +56,10 @@ _FAMILIES = [
 # All 3!^4 = 1,296 orders of nine rows that keep bands together: bands permuted, then rows within each band.
 _THREE = list(itertools.permutations(range(3)))
 _LINE_ORDERS = np.array(
-    [[3 * band + row for band, rows in zip(bands, within) for row in rows] for bands, *within in itertools.product(_THREE, repeat=4)]
+    [
+        [3 * band + row for band, rows in zip(bands, within, strict=False) for row in rows]
+        for bands, *within in itertools.product(_THREE, repeat=4)
+    ]
 )  # (1296, 9)
 
 
@@ -248,7 +250,7 @@ def generate(rng, clues):
         raise ValueError(f"clues: got {clues}, expected {FEWEST_CLUES} to 81.")
     start = [0] * 81
     for corner in (0, 30, 60):  # three boxes that share no row or column: any filling of them can be completed
-        for step, digit in zip(_BOX_STEPS, rng.sample(range(1, 10), 9)):
+        for step, digit in zip(_BOX_STEPS, rng.sample(range(1, 10), 9), strict=False):
             start[corner + step] = digit
     solution = _values(next(_search(*_candidates(start), rng)))
 
@@ -367,7 +369,7 @@ def make(count, clues, seed, out, workers=1, save_every=0):
         for pair in tqdm(pool.imap(_one, jobs, chunksize=16) if pool else map(_one, jobs), total=count, unit=" puzzles"):
             pairs.append(pair)
             if len(pairs) == count or (save_every and len(pairs) % save_every == 0):
-                save(out, *zip(*pairs))
+                save(out, *zip(*pairs, strict=False))
 
 
 def _clue_range(text):

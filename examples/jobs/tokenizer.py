@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from . import TEXT_JOBS
 
-
 SPECIAL_IDS = {
     "<pad>": 0,
     "<eos>": 1,
@@ -111,7 +110,9 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(training_text(), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(f"`vocab_size` is {vocab_size}, expected at most {tokenizer.get_vocab_size()}, all the training text has merges for")
+        raise ValueError(
+            f"`vocab_size` is {vocab_size}, expected at most {tokenizer.get_vocab_size()}, all the training text has merges for"
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

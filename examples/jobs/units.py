@@ -12,15 +12,10 @@ from decimal import Decimal
 
 from .job import Job, draw_until, unparsable
 
-
 EXPONENTS = {"mm": 0, "cm": 1, "m": 3, "km": 6, "mg": -3, "g": 0, "kg": 3, "t": 6, "ml": 0, "cl": 1, "l": 3}
 QUANTITIES = (("mm", "cm", "m", "km"), ("mg", "g", "kg", "t"), ("ml", "cl", "l"))
 PAIRS = tuple(
-    (source, target)
-    for units in QUANTITIES
-    for source in units
-    for target in units
-    if 1 <= abs(EXPONENTS[source] - EXPONENTS[target]) <= 3
+    (source, target) for units in QUANTITIES for source in units for target in units if 1 <= abs(EXPONENTS[source] - EXPONENTS[target]) <= 3
 )
 MAX_DECIMALS = 4  # of a result
 PHRASINGS = ("{value} {source} in {target}", "What is {value} {source} in {target}?", "Convert {value} {source} to {target}.")
