@@ -169,7 +169,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _check(prompt: str, answer: str) -> bool:
-    """Compares parsed JSON, types included; spacing, the order of keys and trailing zeros of the price are free, a repeated key is wrong."""
+    """Compares parsed JSON, types included; spacing, key order and trailing zeros of the price are free, a repeated key is wrong."""
     values: dict[str, object] = dict(read_note(prompt)[1])
     if "quantity" in values:
         values["quantity"] = int(values["quantity"])
