@@ -17,6 +17,7 @@ from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noq
 from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
 from .model import DiffusionGemmaBlockModel  # noqa: E402
 from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
+from .score import Score  # noqa: E402
 
 register()
 
@@ -28,5 +29,6 @@ __all__ = [
     "DiffusionGemmaForMaskedBlockLM",
     "DiffusionGemmaTextConfig",
     "MaskedBlockOutput",
+    "Score",
     "default_checkpoint",
 ]

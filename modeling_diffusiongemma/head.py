@@ -14,6 +14,7 @@ from .loss import block_diffusion_loss
 from .model import DiffusionGemmaBlockModel
 from .outputs import MaskedBlockOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
+from .score import Score, score_responses
 
 
 class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, DiffusionGenerationMixin):
@@ -63,6 +64,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     def soft_embed(self, logits: torch.Tensor) -> torch.Tensor:
         """Expected embedding `(B, C, D)` under softmax(logits) `(B, C, V)`: the self-conditioning of the next step."""
         return self.get_input_embeddings()(logits.softmax(dim=-1, dtype=torch.float32))
+
+    def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:
+        """How likely a response is: `score.score_responses`."""
+        return score_responses(self, input_ids, labels, attention_mask, **kwargs)
 
     def forward(
         self,

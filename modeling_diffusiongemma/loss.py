@@ -11,7 +11,7 @@ Source: google-deepmind/gemma `gemma/diffusion`, TRL's example for this model, N
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from generation.noise import Noise, UniformNoise
@@ -24,10 +24,12 @@ IGNORED = -100  # transformers' label for "no target"
 
 
 class CleanCanvas(NamedTuple):
-    """One canvas per row, cut from the response: `ids` int64 (B, C) and `start` int64 (B,), the index of its first token."""
+    """One canvas per row, cut from the response: `ids` int64 (B, C), `start` int64 (B,), the index of its first token, and `inside`
+    bool (B, C), False at the fill behind the response."""
 
     ids: torch.Tensor
     start: torch.Tensor
+    inside: torch.Tensor
 
 
 def check_labels(input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
@@ -50,19 +52,41 @@ def check_labels(input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: 
             raise ValueError("`labels` and `attention_mask` disagree; expected the response to end where the real tokens end")
 
 
-def choose_canvas(input_ids: torch.Tensor, labels: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
-    """Cuts one canvas out of each row's response, all of its canvases being equally likely; what lies behind the
-    response is filled with `fill` (the pad token)."""
+def canvases_in(labels: torch.Tensor, canvas_length: int) -> torch.Tensor:
+    """How many canvases each row's response takes, int64 `(B,)`."""
+    return ((labels != IGNORED).sum(dim=1) + canvas_length - 1) // canvas_length
+
+
+def cut_canvas(input_ids: torch.Tensor, labels: torch.Tensor, number: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
+    """Cuts canvas `number` (B,) out of each row's response; what lies behind the response is filled with `fill` (the pad token)."""
     target = labels != IGNORED
-    begin = target.int().argmax(dim=1)  # (B,)
-    length = target.sum(dim=1)
-    canvases = (length + canvas_length - 1) // canvas_length
-    chosen = (torch.rand(begin.shape, device=begin.device) * canvases).long().clamp(max=canvases - 1)
-    start = begin + chosen * canvas_length
+    begin, length = target.int().argmax(dim=1), target.sum(dim=1)  # (B,)
+    start = begin + number * canvas_length
     index = start[:, None] + torch.arange(canvas_length, device=begin.device)  # (B, C)
     inside = index < (begin + length)[:, None]
     ids = input_ids.gather(1, index.clamp(max=input_ids.shape[1] - 1))
-    return CleanCanvas(torch.where(inside, ids, fill), start)
+    return CleanCanvas(torch.where(inside, ids, fill), start, inside)
+
+
+def choose_canvas(input_ids: torch.Tensor, labels: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
+    """Cuts one canvas out of each row's response, all of its canvases being equally likely."""
+    canvases = canvases_in(labels, canvas_length)
+    chosen = (torch.rand(canvases.shape, device=canvases.device) * canvases).long().clamp(max=canvases - 1)
+    return cut_canvas(input_ids, labels, chosen, canvas_length, fill)
+
+
+def canvas_inputs(model, cache: Cache, clean: CleanCanvas, real: torch.Tensor) -> dict:
+    """What `denoise` needs so that a canvas sees the prompt and strictly earlier canvases of its row, and nothing clean of itself.
+
+    Args: `cache` holds the tokens of `real`, bool (B, L), False at padding.
+    """
+    before = real.cumsum(dim=1).gather(1, clean.start[:, None] - 1)  # (B, 1), real tokens before the canvas
+    padding = torch.cat((real, torch.ones_like(clean.ids, dtype=torch.bool)), dim=1)
+    return {
+        "past_key_values": cache,
+        "attention_mask": model.canvas_masks(cache, clean.ids.shape, padding, prefix_length=clean.start),
+        "position_ids": before + torch.arange(clean.ids.shape[1], device=before.device),
+    }
 
 
 def noise_proportions(batch_size: int, device: torch.device) -> torch.Tensor:
@@ -129,22 +153,16 @@ def block_diffusion_loss(
         next_logits = model.compute_logits(prefilled.last_hidden_state[:, :-1][target])
         causal_loss = torch.nn.functional.cross_entropy(next_logits, labels[:, 1:][target])
 
-    before = real.cumsum(dim=1).gather(1, clean.start[:, None] - 1)  # (B, 1), real tokens before the canvas
-    padding = torch.cat((real[:, :length], torch.ones_like(noised, dtype=torch.bool)), dim=1)
-    canvas_inputs = {
-        "past_key_values": prefilled.past_key_values,
-        "attention_mask": model.canvas_masks(prefilled.past_key_values, noised.shape, padding, prefix_length=clean.start),
-        "position_ids": before + torch.arange(canvas_length, device=before.device),
-    }
+    inputs = canvas_inputs(model, prefilled.past_key_values, clean, real[:, :length])
     if self_conditioning_mask is None:
         self_conditioning_mask = torch.rand(batch_size, device=noised.device) < SELF_CONDITIONING_PROBABILITY
     soft_embeds = None
     if bool(self_conditioning_mask.any()):
         with torch.no_grad():
-            first = model.compute_logits(model.denoise(noised, **canvas_inputs).last_hidden_state)
+            first = model.compute_logits(model.denoise(noised, **inputs).last_hidden_state)
             soft_embeds = model.soft_embed(first)
             soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
-    denoised = model.denoise(noised, soft_embeds=soft_embeds, **canvas_inputs)
+    denoised = model.denoise(noised, soft_embeds=soft_embeds, **inputs)
     logits = model.compute_logits(denoised.last_hidden_state)  # (B, C, V)
     diffusion_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.ids.flatten())
     return TrainingLoss(logits, diffusion_loss, causal_loss, prefilled)

@@ -1,0 +1,88 @@
+"""How likely a response is: exactly, under the causal pass, or by Monte Carlo, under the canvas pass."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from generation.noise import UniformNoise
+
+from .checks import check_mask
+from .loss import IGNORED, canvas_inputs, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions
+
+MODES = ("diffusion", "autoregressive")
+
+
+class Score(NamedTuple):
+    """Of every row, each `(B,)`: `log_prob` float32, nats per response token; its `standard_error`, 0 where it is exact; and
+    `tokens` int64, how many tokens the response has."""
+
+    log_prob: torch.Tensor
+    standard_error: torch.Tensor
+    tokens: torch.Tensor
+
+
+@torch.no_grad()
+def score_responses(
+    model,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    mode: str = "diffusion",
+    samples: int = 16,
+    canvas_length: int | None = None,
+) -> Score:
+    """Mean log-probability of the responses' tokens given their prompts.
+
+    Args:
+        input_ids, labels, attention_mask: whole examples, as the training loss takes them (`BlockDiffusionCollator` makes them).
+        mode: `"autoregressive"`: the causal pass's next-token log-probabilities, exact. `"diffusion"`: the training objective's
+            term without gradient and without the fill: `E[log p(clean token | canvas noised with t)]`, t uniform, every
+            position weighted equally. Random numbers come from torch's global generator.
+        samples: draws of t and of the noise, t stratified over them.
+        canvas_length: default: the config's.
+
+    Raises:
+        ValueError: labels that are no response, an unknown mode, fewer than 2 samples.
+    """
+    if mode not in MODES:
+        raise ValueError(f"`mode` is {mode!r}; expected one of {MODES}")
+    if samples < 2:
+        raise ValueError(f"`samples` is {samples}; expected at least 2, for a standard error")
+    check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
+    check_labels(input_ids, labels, attention_mask)
+    target = labels != IGNORED
+    tokens = target.sum(dim=1)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    prefilled = model.prefill(input_ids, real, past_key_values=DynamicCache())
+    if mode == "autoregressive":
+        logits = model.compute_logits(prefilled.last_hidden_state[:, :-1])
+        found = _log_probs(logits, input_ids[:, 1:]).masked_fill(~target[:, 1:], 0).sum(dim=1)
+        return Score(found / tokens, torch.zeros_like(found), tokens)
+
+    config, rows = model.config, input_ids.shape[0]
+    length = config.canvas_length if canvas_length is None else canvas_length
+    canvases = canvases_in(labels, length)
+    noise = UniformNoise(config.text_config.vocab_size)
+    proportions = torch.stack([noise_proportions(samples, input_ids.device) for _ in range(rows)], dim=1)  # (samples, B)
+    sums = torch.zeros((samples, rows), device=input_ids.device)
+    for number in range(int(canvases.max())):
+        clean = cut_canvas(
+            input_ids, labels, torch.full_like(canvases, number).clamp(max=canvases - 1), length, config.text_config.pad_token_id
+        )
+        counted = clean.inside & (number < canvases)[:, None]
+        inputs = canvas_inputs(model, prefilled.past_key_values, clean, real)
+        for sample in range(samples):
+            noised = corrupt(clean.ids, proportions[sample], noise)
+            logits = model.compute_logits(model.denoise(noised, **inputs).last_hidden_state)
+            sums[sample] += _log_probs(logits, clean.ids).masked_fill(~counted, 0).sum(dim=1)
+    means = sums / tokens
+    return Score(means.mean(dim=0), means.std(dim=0) / samples**0.5, tokens)
+
+
+def _log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits) (B, L, V) at `ids` (B, L)."""
+    return logits.log_softmax(dim=-1).gather(-1, ids[..., None]).squeeze(-1)
+
+
+__all__ = ["Score", "score_responses"]
