@@ -11,9 +11,9 @@ import random
 
 import torch
 from datasets import Dataset
-from jobs.dates import DATE
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+from jobs.dates import DATE
 from modeling_diffusiongemma import BlockDiffusionCollator, default_checkpoint
 
 
@@ -59,7 +59,8 @@ def main() -> None:
     model.config.canvas_length = 256
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"exact on 50 unseen dates: {before:.0%} before, {accuracy(model, tokenizer, unseen):.0%} after {args.steps} steps; saved to {args.out}")
+    after = accuracy(model, tokenizer, unseen)
+    print(f"exact on 50 unseen dates: {before:.0%} before, {after:.0%} after {args.steps} steps; saved to {args.out}")
 
 
 if __name__ == "__main__":
