@@ -31,6 +31,8 @@ def resolve_config(
         if value is not None and value is not False:
             why = WHY_REFUSED.get(name, "block diffusion gives it no meaning")
             raise ValueError(f"`{name}` is {value!r}; expected None: {why}")
+    if "eos_token_id" in kwargs and kwargs["eos_token_id"] is None:
+        kwargs["eos_token_id"] = []  # None asks for no end, and must not fall back on the model's
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     callers = DiffusionGenerationConfig() if given is None else _as_diffusion(given)
     if unknown := sorted(name for name in kwargs if name != "sampler_config" and name not in callers.__dict__):

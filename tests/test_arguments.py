@@ -132,6 +132,13 @@ def test_min_new_tokens_hides_the_end(model):
     assert late.shape[1] == 14 and (late[:, :13] != 1).all() and (late[:, 13] == 1).all()
 
 
+def test_no_end_token_of_the_call_goes_over_the_models(model):
+    """None used to fall back on the model's own ids."""
+    bias = {"sequence_bias": {(1,): 60.0}}
+    assert generate(model, prompts(1, 6)[0], **bias).shape[1] == 1
+    assert generate(model, prompts(1, 6)[0], **bias, eos_token_id=None).shape[1] == 2 * CANVAS
+
+
 def test_max_time_stops_after_the_step_at_hand(model):
     started = time.perf_counter()
     output = model.generate(prompts(1, 6)[0], max_new_tokens=2000, max_time=0.2, return_dict_in_generate=True)
