@@ -34,18 +34,17 @@ def resolve_config(
     if "eos_token_id" in kwargs and kwargs["eos_token_id"] is None:
         kwargs["eos_token_id"] = []  # None asks for no end, and must not fall back on the model's
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    callers = DiffusionGenerationConfig() if given is None else _as_diffusion(given)
-    if unknown := sorted(name for name in kwargs if name != "sampler_config" and name not in callers.__dict__):
+    config = DiffusionGenerationConfig.from_generation_config(GenerationConfig() if given is None else given)
+    if unknown := sorted(name for name in kwargs if name != "sampler_config" and name not in config.__dict__):
         raise ValueError(f"`generate` got the unknown arguments {unknown}; expected model inputs or fields of DiffusionGenerationConfig")
-    callers = DiffusionGenerationConfig.from_generation_config(callers)
-    callers.update(**kwargs)
-    use_max_length = callers.max_length is not None and (callers.max_new_tokens is None or "max_length" in kwargs)
     if "max_length" in kwargs and "max_new_tokens" in kwargs:
         raise ValueError(
             f"`max_length` ({kwargs['max_length']}) and `max_new_tokens` ({kwargs['max_new_tokens']}) are both set; expected one"
         )
-    config = callers
-    config.update(defaults_only=True, **{n: v for n, v in _as_diffusion(model_default).__dict__.items() if v is not None and n[0] != "_"})
+    config.update(**kwargs)
+    use_max_length = config.max_length is not None and (config.max_new_tokens is None or "max_length" in kwargs)
+    models = DiffusionGenerationConfig.from_generation_config(model_default).__dict__
+    config.update(defaults_only=True, **{name: value for name, value in models.items() if value is not None and name[0] != "_"})
     use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)
     config.update(defaults_only=True, **RELEASED_DEFAULTS)
     if refused := config.refused():
@@ -57,10 +56,6 @@ def resolve_config(
     if config.noise == "mask" and config.mask_token_id is None:
         raise ValueError("`mask_token_id` is None; expected a token id, since `noise` is 'mask'")
     return config, use_max_length
-
-
-def _as_diffusion(config: GenerationConfig) -> DiffusionGenerationConfig:
-    return config if isinstance(config, DiffusionGenerationConfig) else DiffusionGenerationConfig.from_generation_config(config)
 
 
 def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
