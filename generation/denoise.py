@@ -15,6 +15,7 @@ from .canvas import CanvasState, condition, denoising_step, start_canvas
 from .draws import Draws
 from .plan import Plan
 from .statistics import dense_statistics
+from .vocabulary import streamed_statistics
 
 
 class CanvasContext(NamedTuple):
@@ -53,24 +54,32 @@ def denoise_canvas(
     live = torch.arange(first.shape[0], device=first.device)
     state, done = start_canvas(first, plan.stopping), start_canvas(first, plan.stopping)
     view = _view(model, plan, context, first.shape)
+    streams = plan.stream_vocabulary and not getattr(streamer, "_takes_logits", False)
+    head = model.vocabulary_head() if streams and hasattr(model, "vocabulary_head") else None
     for step in range(plan.max_denoising_steps):
         hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, **view).last_hidden_state
         remaining, temperature = plan.max_denoising_steps - step, plan.schedule.temperature(step)
         guess = None if step == 0 else state.argmax
-        logits = model.compute_logits(hidden)  # (B, C, V)
-        logits = plan.shaping(logits, context.committed, guess, context.generated, temperature, remaining)
-        statistics = dense_statistics(logits, draws, plan.greedy)
+        soft_embeds = None
+        if head is not None and plan.shaping.only_temperature(context.generated):
+            statistics, soft_embeds = streamed_statistics(hidden, head, temperature, draws, plan.greedy)
+        else:
+            logits = model.compute_logits(hidden)  # (B, C, V)
+            logits = plan.shaping(logits, context.committed, guess, context.generated, temperature, remaining)
+            statistics = dense_statistics(logits, draws, plan.greedy)
         finished_before = state.finished
         noise = draws.noise(plan.noise, state.canvas.shape, state.canvas.device)
         state = denoising_step(
             state, step, plan.max_denoising_steps, statistics, noise, plan.sampler, plan.stopping, plan.sure_end, plan.patience
         )
         if streamer is not None:
-            _stream(streamer, done.place(live, state), logits)
+            _stream(streamer, done.place(live, state), None if soft_embeds is not None else logits)
         finished = state.finished
         if bool(finished.all()) or remaining == 1 or plan.out_of_time():
             break
-        state = condition(state, finished_before, model.soft_embed(logits.to(model.dtype)))
+        if soft_embeds is None:
+            soft_embeds = model.soft_embed(logits.to(model.dtype))
+        state = condition(state, finished_before, soft_embeds)
         if plan.compact and can_select(context.cache) and bool(finished.any()):
             done = done.place(live, state)
             rows = (~finished).nonzero().flatten()
@@ -88,7 +97,7 @@ def _view(model, plan: Plan, context: CanvasContext, shape: tuple[int, int]) -> 
     }
 
 
-def _stream(streamer: BaseStreamer, state: CanvasState, logits: torch.Tensor) -> None:
+def _stream(streamer: BaseStreamer, state: CanvasState, logits: torch.Tensor | None) -> None:
     """Hands a step to a streamer that takes states, drafts or logits."""
     if hasattr(streamer, "put_state"):
         streamer.put_state(state)

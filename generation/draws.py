@@ -19,6 +19,7 @@ class Draws(Protocol):
     """Source of sampled tokens and of noise for the rows that are still computed."""
 
     def tokens(self, probabilities: torch.Tensor) -> torch.Tensor: ...
+    def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor: ...
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor: ...
     def select(self, rows: torch.Tensor) -> "Draws": ...
 
@@ -33,6 +34,10 @@ class BatchDraws:
         """One token a position from probabilities `(B, C, V)`, int64 `(B, C)`."""
         flat = torch.multinomial(probabilities.flatten(0, 1), num_samples=1, generator=self.generator)
         return flat.view(probabilities.shape[:-1])
+
+    def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Uniform numbers in [0, 1), float32 `(B, *shape)`."""
+        return torch.rand((batch_size, *shape), device=device, generator=self.generator)
 
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         return noise.draw(shape, device, self.generator)
@@ -50,6 +55,9 @@ class RowDraws:
     def tokens(self, probabilities: torch.Tensor) -> torch.Tensor:
         pairs = zip(probabilities, self.generators, strict=True)
         return torch.stack([torch.multinomial(row, num_samples=1, generator=generator).squeeze(-1) for row, generator in pairs])
+
+    def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        return torch.stack([torch.rand(shape, device=device, generator=generator) for generator in self.generators])
 
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         return torch.cat([noise.draw((1, shape[1]), device, generator) for generator in self.generators])

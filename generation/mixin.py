@@ -6,6 +6,8 @@
     compute_logits(hidden_states) -> float32 (B, C, V)
     soft_embed(logits) -> (B, C, D)
 
+and, where its head is one tied matrix that can be walked in pieces, `vocabulary_head() -> VocabularyHead | None`.
+
 The outer loop is autoregressive over canvases: prefill, denoise a canvas, commit it (a causal pass over it), denoise the
 next. The inner loop, one canvas, is `denoise.denoise_canvas`. Nothing here knows how the model works inside.
 """

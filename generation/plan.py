@@ -12,6 +12,7 @@ from .processors import Shaping, build_shaping
 from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, Sampler
 from .schedule import TemperatureSchedule
 from .stopping import StableAndConfident
+from .vocabulary import PIECE
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Plan:
     `new_tokens`: how many a row may get. `temperature`: the caller's, which the schedule already holds. `greedy`: take the
     argmax, not a sample. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as
     transformers' do. `sure_end`, `patience`: as `denoising_step` takes them. `deadline`: seconds on `time.perf_counter`.
+    `stream_vocabulary`: walk the vocabulary in pieces where nothing but the temperature shapes the logits.
     """
 
     canvas_length: int
@@ -40,6 +42,7 @@ class Plan:
     sure_end: torch.Tensor | None
     patience: int | None
     deadline: float | None
+    stream_vocabulary: bool
 
     @property
     def canvases(self) -> int:
@@ -96,6 +99,7 @@ def make_plan(
         count_padding=reference,
         sure_end=eos if config.ignore_after_eos or (config.ignore_after_eos is None and not reference) else None,
         patience=config.patience,
+        stream_vocabulary=not reference and vocab_size > PIECE,
         deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
     )
 

@@ -74,6 +74,11 @@ class Shaping:
         logits = logits / temperature
         return self._each(self.after, logits) if self.after else logits
 
+    def only_temperature(self, generated: int) -> bool:
+        """Whether the temperature is all that shapes the logits of a canvas that begins behind `generated` tokens."""
+        processors = self.own or self.before or self.contextual or self.after
+        return not processors and not (len(self.eos) and generated < self.min_new_tokens)
+
     @staticmethod
     def _each(processors: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
         flat = logits.flatten(0, 1)

@@ -29,12 +29,17 @@ def dense_statistics(logits: torch.Tensor, draws: Draws, greedy: bool = False) -
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     argmax = logits.argmax(dim=-1)
     top = probabilities.gather(-1, argmax[..., None]).squeeze(-1)
-    if bool(top.isnan().any()):
-        rows = top.isnan().any(dim=-1).nonzero().flatten().tolist()
-        raise ValueError(f"the model's logits are NaN, or -inf for every token, in batch rows {rows}; expected finite logits")
+    check_finite(top)
     sample = argmax if greedy else draws.tokens(probabilities)
     entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
     return RowStatistics(sample, argmax, entropy, top.log())
 
 
-__all__ = ["RowStatistics", "dense_statistics"]
+def check_finite(values: torch.Tensor) -> None:
+    """Raises ValueError where a value of `(B, C)` that every logit went into is NaN."""
+    if bool(values.isnan().any()):
+        rows = values.isnan().any(dim=-1).nonzero().flatten().tolist()
+        raise ValueError(f"the model's logits are NaN, or -inf for every token, in batch rows {rows}; expected finite logits")
+
+
+__all__ = ["RowStatistics", "check_finite", "dense_statistics"]

@@ -7,6 +7,7 @@ from transformers import Cache
 from generation.configuration import DiffusionGenerationConfig
 from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
+from generation.vocabulary import VocabularyHead
 
 from .checks import check_shape
 from .configuration import DiffusionGemmaConfig
@@ -64,6 +65,15 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     def soft_embed(self, logits: torch.Tensor) -> torch.Tensor:
         """Expected embedding `(B, C, D)` under softmax(logits) `(B, C, V)`: the self-conditioning of the next step."""
         return self.get_input_embeddings()(logits.softmax(dim=-1, dtype=torch.float32))
+
+    def vocabulary_head(self) -> VocabularyHead | None:
+        """The head as one matrix, for generation that walks the vocabulary in pieces; None where the weights come and go
+        (offloading) or are no plain matrix."""
+        weight = self.lm_head.weight
+        if weight.is_meta or hasattr(self.lm_head, "_hf_hook") or not weight.is_floating_point() or type(self.lm_head) is not nn.Linear:
+            return None
+        scale = torch.tensor(weight.shape[1] ** 0.5, dtype=weight.dtype, device=weight.device)
+        return VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale)
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:
         """How likely a response is: `score.score_responses`."""

@@ -1,0 +1,110 @@
+"""One pass over the vocabulary in pieces, against the dense reference: odd sizes, one piece and many, both dtypes."""
+
+import pytest
+import torch
+from small_models import prompts, small_model
+
+from generation import denoise
+from generation.draws import BatchDraws, RowDraws
+from generation.statistics import dense_statistics
+from generation.vocabulary import VocabularyHead, streamed_statistics
+
+CAP = 30.0
+
+
+def case(vocab_size=1000, size=24, rows=(2, 9), seed=0, spread=4.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn((vocab_size, size), generator=generator) * spread / size**0.5
+    hidden = torch.randn((*rows, size), generator=generator)
+    return hidden.to(dtype), VocabularyHead(weight.to(dtype), CAP, torch.tensor(size**0.5, dtype=dtype))
+
+
+def dense(hidden, head, temperature, draws, greedy=False):
+    logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight).float() / CAP) * CAP / temperature
+    soft = (logits.softmax(-1).to(head.weight.dtype) @ head.weight) * head.embed_scale
+    return dense_statistics(logits, draws, greedy), soft
+
+
+@pytest.mark.parametrize("piece", [1, 63, 100, 999, 1000, 4096])
+@pytest.mark.parametrize("temperature", [0.4, 1.7])
+def test_statistics_equal_the_dense_ones(piece, temperature):
+    """1e-4 nats: the sums run in another order."""
+    hidden, head = case()
+    expected, soft = dense(hidden, head, temperature, BatchDraws())
+    got, got_soft = streamed_statistics(hidden, head, temperature, BatchDraws(), piece=piece)
+    assert torch.equal(got.argmax, expected.argmax)
+    torch.testing.assert_close(got.entropy, expected.entropy, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got.log_probs, expected.log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got_soft, soft, atol=1e-4, rtol=1e-4)
+
+
+def test_statistics_in_bf16_are_close_to_the_dense_ones():
+    """The logits are rounded alike in both; 2e-2 is what bf16's 8 bits leave of a soft embedding of this size."""
+    hidden, head = case(dtype=torch.bfloat16)
+    expected, soft = dense(hidden, head, 0.8, BatchDraws())
+    got, got_soft = streamed_statistics(hidden, head, 0.8, BatchDraws(), piece=128)
+    assert got_soft.dtype == torch.bfloat16 and torch.equal(got.argmax, expected.argmax)
+    torch.testing.assert_close(got.entropy, expected.entropy, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(got_soft.float(), soft.float(), atol=2e-2 * float(soft.float().abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("piece", [2, 3, 7])
+def test_sample_follows_the_distribution(piece):
+    """Chi-square over 7 ids and 40,000 draws; 22.5 is the 0.999 quantile of 6 degrees of freedom."""
+    hidden, head = case(vocab_size=7, rows=(1, 1), spread=1.5)
+    many = hidden.expand(1, 40_000, -1)
+    got, _ = streamed_statistics(many, head, 1.0, BatchDraws(torch.Generator().manual_seed(1)), piece=piece)
+    logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight) / CAP) * CAP
+    expected = logits.softmax(-1).flatten() * 40_000
+    observed = torch.bincount(got.sample.flatten(), minlength=7)
+    assert float(((observed - expected) ** 2 / expected).sum()) < 22.5
+
+
+def test_tokens_of_no_mass_are_never_drawn():
+    """Ids whose probability underflows to 0 at the ends of a piece must not be hit by a uniform number of 0 or nearly 1."""
+    hidden, head = case(vocab_size=64, rows=(1, 2000), spread=60.0)
+    got, _ = streamed_statistics(hidden, head, 0.05, BatchDraws(torch.Generator().manual_seed(0)), piece=16)
+    logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight) / CAP) * CAP / 0.05
+    assert bool((logits.softmax(-1).gather(-1, got.sample[..., None]) > 0).all())
+
+
+def test_greedy_draws_nothing_and_takes_the_argmax():
+    hidden, head = case()
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    got, _ = streamed_statistics(hidden, head, 1.0, RowDraws((generator, generator)), greedy=True, piece=100)
+    assert torch.equal(got.sample, got.argmax) and torch.equal(before, generator.get_state())
+
+
+def test_nan_is_reported_with_its_row():
+    hidden, head = case()
+    hidden[1, 3, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        streamed_statistics(hidden, head, 1.0, BatchDraws(), piece=100)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    model = small_model(vocab_size=5001)
+    model.generation_config.update(eos_token_id=[], pad_token_id=0)
+    return model
+
+
+def test_greedy_generation_is_the_same_by_either_way(wide, monkeypatch):
+    """On a vocabulary of two pieces; few steps, since random weights make small differences grow."""
+    ids = prompts(2, 9)[0]
+    settings = {"do_sample": False, "max_new_tokens": 10, "max_denoising_steps": 2, "return_dict_in_generate": True, "output_scores": True}
+    calls = []
+    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a: calls.append(1) or streamed_statistics(*a))
+    streamed = wide.generate(ids, **settings)
+    assert len(calls) == 2
+    monkeypatch.setattr(type(wide), "vocabulary_head", lambda self: None)
+    dense_way = wide.generate(ids, **settings)
+    assert len(calls) == 2 and torch.equal(streamed.sequences, dense_way.sequences)
+    torch.testing.assert_close(streamed.scores.entropy, dense_way.scores.entropy, atol=1e-3, rtol=1e-3)
+
+
+def test_shaped_logits_take_the_dense_way(wide, monkeypatch):
+    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a: pytest.fail("top_k needs the whole distribution"))
+    wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, top_k=5)
+    wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, backend="reference")
