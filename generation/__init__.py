@@ -2,6 +2,7 @@
 
 from .canvas import CanvasState
 from .configuration import DiffusionGenerationConfig
+from .events import CommitEvent, StepEvent, stream_events, stream_text
 from .mixin import DiffusionGenerationMixin
 from .noise import MaskNoise, Noise, UniformNoise
 from .output import DiffusionGenerationOutput, TokenScores
@@ -13,6 +14,7 @@ from .streaming import CanvasStreamer
 __all__ = [
     "CanvasState",
     "CanvasStreamer",
+    "CommitEvent",
     "ConfidenceSampler",
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
@@ -23,7 +25,10 @@ __all__ = [
     "Noise",
     "Sampler",
     "StableAndConfident",
+    "StepEvent",
     "TemperatureSchedule",
     "TokenScores",
     "UniformNoise",
+    "stream_events",
+    "stream_text",
 ]

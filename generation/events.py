@@ -1,0 +1,135 @@
+"""Generation as an iterator: of events, step by step, or of the committed text.
+
+`generate` runs in a thread of its own and hands over what happens. Closing the iterator (leaving the loop, an exception in
+the consumer) stops it at the next step; an exception of `generate` is raised in the consumer.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from .canvas import CanvasState
+
+
+class StepEvent(NamedTuple):
+    """A denoising step: `canvas` and `step` count up from 0; `argmax` int64, `accepted` bool and `entropy` float32 nats, each (B, C)."""
+
+    canvas: int
+    step: int
+    argmax: torch.Tensor
+    accepted: torch.Tensor
+    entropy: torch.Tensor
+
+
+class CommitEvent(NamedTuple):
+    """A finished canvas: its number from 0 and its tokens (B, n), without what lies behind the end."""
+
+    canvas: int
+    tokens: torch.Tensor
+
+
+class Closed(Exception):
+    """Raised inside `generate` when nobody listens any more."""
+
+
+class _Relay(BaseStreamer):
+    """Puts events into a queue; the prompt, which comes first, is no event."""
+
+    def __init__(self):
+        self.events: queue.Queue = queue.Queue()
+        self.closed, self.canvas, self.step = threading.Event(), -1, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.canvas >= 0:
+            self._send(CommitEvent(self.canvas, value))
+        self.canvas, self.step = self.canvas + 1, 0
+
+    def put_state(self, state: CanvasState) -> None:
+        self._send(StepEvent(self.canvas, self.step, state.argmax.cpu(), state.accepted.cpu(), state.entropy.cpu()))
+        self.step += 1
+
+    def _send(self, event: StepEvent | CommitEvent) -> None:
+        if self.closed.is_set():
+            raise Closed
+        self.events.put(event)
+
+    def end(self) -> None: ...
+
+
+def stream_events(model, *args, **kwargs) -> Iterator[StepEvent | CommitEvent]:
+    """Yields what happens in `model.generate(*args, **kwargs)`, as it happens.
+
+    Raises:
+        ValueError: `streamer` is given; and whatever `generate` raises.
+    """
+    if "streamer" in kwargs:
+        raise ValueError("`streamer` is given; expected none: the events are the stream")
+    return _relayed(model, args, kwargs)
+
+
+def _relayed(model, args: tuple, kwargs: dict) -> Iterator[StepEvent | CommitEvent]:
+    relay, end = _Relay(), object()
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            model.generate(*args, streamer=relay, **kwargs)
+        except Closed:
+            pass
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            relay.events.put(end)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (event := relay.events.get()) is not end:
+            yield event
+        if failure:
+            raise failure[0]
+    finally:
+        relay.closed.set()
+        thread.join()
+
+
+def stream_text(model, tokenizer, *args, **kwargs) -> Iterator[str]:
+    """Yields the committed text of one prompt, canvas by canvas, without special tokens and never half a character."""
+    text = TextAssembler(tokenizer)
+    for event in stream_events(model, *args, **kwargs):
+        if isinstance(event, CommitEvent):
+            if event.tokens.shape[0] != 1:
+                raise ValueError(f"`stream_text` got {event.tokens.shape[0]} rows; expected one prompt")
+            if piece := text.add(event.tokens[0].tolist()):
+                yield piece
+    if piece := text.rest():
+        yield piece
+
+
+class TextAssembler:
+    """Turns tokens into text bit by bit; holds back the end while it may be the first bytes of a longer character."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.given = tokenizer, [], 0
+
+    def add(self, ids: list[int]) -> str:
+        self.ids += ids
+        return self._new(self._decoded().rstrip("\ufffd"))
+
+    def rest(self) -> str:
+        """What is still held back."""
+        return self._new(self._decoded())
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+    def _new(self, text: str) -> str:
+        piece, self.given = text[self.given :], max(self.given, len(text))
+        return piece
+
+
+__all__ = ["CommitEvent", "StepEvent", "TextAssembler", "stream_events", "stream_text"]
