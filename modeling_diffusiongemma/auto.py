@@ -5,9 +5,10 @@
 | `AutoModel` | its own `DiffusionGemmaModel` | `DiffusionGemmaBlockModel` |
 | `AutoModelForCausalLM` | refuses the config | `DiffusionGemmaForMaskedBlockLM` |
 | `AutoModelForImageTextToText` | its own `DiffusionGemmaForBlockDiffusion` | `DiffusionGemmaForMaskedBlockLM` |
+| `AutoModelForMultimodalLM` | its own `DiffusionGemmaForBlockDiffusion` | `DiffusionGemmaForMaskedBlockLM` |
 """
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .configuration import DiffusionGemmaConfig
 from .head import DiffusionGemmaForMaskedBlockLM
@@ -17,6 +18,7 @@ REGISTERED = {
     AutoModel: DiffusionGemmaBlockModel,
     AutoModelForCausalLM: DiffusionGemmaForMaskedBlockLM,
     AutoModelForImageTextToText: DiffusionGemmaForMaskedBlockLM,
+    AutoModelForMultimodalLM: DiffusionGemmaForMaskedBlockLM,
 }
 
 

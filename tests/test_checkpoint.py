@@ -13,7 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny import CANVAS, VOCAB, build_oracle, ours, same_weights, tiny_config, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, DiffusionGemmaForBlockDiffusion
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    DiffusionGemmaForBlockDiffusion,
+)
 
 from modeling_diffusiongemma import DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM
 
@@ -165,6 +172,7 @@ def test_base_model_and_oracles_base_model_read_each_other(tmp_path):
         (AutoModel, DiffusionGemmaBlockModel),
         (AutoModelForCausalLM, DiffusionGemmaForMaskedBlockLM),
         (AutoModelForImageTextToText, DiffusionGemmaForMaskedBlockLM),
+        (AutoModelForMultimodalLM, DiffusionGemmaForMaskedBlockLM),
     ],
 )
 def test_auto_classes_give_ours(auto, expected, oracle_checkpoint):
