@@ -1,7 +1,7 @@
 """Puts the shipped checkpoints to work on inputs they have never seen, and shows each canvas being denoised.
 
 make demo                                                      one unseen input of every job, then a Sudoku
-make demo ARGS='--prompt "Write 3rd of May 1998 in ISO format."'   your own request
+make demo ARGS='--prompt "Write 3rd of May 1998 as an ISO date."'   your own request
 make demo ARGS='--sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79'
 """
 
