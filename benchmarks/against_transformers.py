@@ -221,7 +221,7 @@ def measure(name: str, checkpoint: str, prompts: list[dict], args: argparse.Name
     lengths = [sum(mask) for batch in prompts for mask in batch["attention_mask"]]
     pairs = [(x, y) for a, b in zip(ours, theirs, strict=True) for x, y in itertools.zip_longest(a, b)]
     return {
-        "checkpoint": "random" if name == "large" else checkpoint, "dtype": args.dtype, "batch_size": args.batch_size,
+        "checkpoint": "random" if name == "large" else Path(checkpoint).name, "dtype": args.dtype, "batch_size": args.batch_size,
         "batches": len(prompts), "prompt_tokens": [min(lengths), max(lengths)], "steps_for_step_time": args.steps,
         "end_to_end_settings": whole or "the checkpoint's generation_config.json",
         "identical_tokens": ours == theirs, "equal_tokens": [sum(x == y for x, y in pairs), len(pairs)],
