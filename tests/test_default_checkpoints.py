@@ -79,7 +79,7 @@ def test_sudoku_mends_wrong_cells_in_one_pass(solver):
     prompts = torch.cat((torch.full((10, 1), 2), puzzles), dim=1)
     with torch.no_grad():
         guess = solver(input_ids=prompts, decoder_input_ids=spoiled).logits.argmax(dim=-1)
-    assert sum(bool(guess[row, place] == solutions[row, place]) for row, place in places) >= 34  # of 40
+    assert sum(bool(guess[row, place] == solutions[row, place]) for row, place in places) >= 38  # of 40
 
 
 def test_sudoku_tokenizer_takes_every_way_of_writing_blanks():
