@@ -6,6 +6,8 @@ and behind the last row's end; `trimmed` states what that means, in Python loops
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from small_models import IMAGE, PAD, VOCAB, prompts, small_pair
 from transformers import DiffusionGemmaGenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -74,6 +76,8 @@ def run_both(pair, ids, mask=None, *, seed=0, new_tokens=10, cut=True, processor
         ids, streamer=own, logits_processor=processors[1], past_key_values=caches[1], backend="reference",
         return_dict_in_generate=True, **common, **settings,
     )  # fmt: skip
+    if Version(transformers.__version__) < Version("5.23") and bool((expected.sequences[:, ids.shape[1] :] == IMAGE).any()):
+        pytest.skip("transformers before 5.23 commits a generated image token as the pad token")
     assert len(own.drafts) == len(theirs.drafts), "both take the same number of denoising steps"
     for step, (a, b) in enumerate(zip(own.drafts, theirs.drafts, strict=True)):
         assert torch.equal(a, b), f"the argmax canvas of pass {step} differs"
