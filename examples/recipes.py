@@ -126,7 +126,7 @@ class SudokuRecipe:
 
     name = "sudoku"
     causal = False  # the solution cannot be read off left to right, and its one canvas is never continued
-    defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
+    defaults = {"hidden_size": 128, "layers": 6, "batch_size": 64}
     CELLS = 81
 
     def __init__(self, data: str | None = None):
