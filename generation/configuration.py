@@ -159,9 +159,16 @@ class DiffusionGenerationConfig(GenerationConfig):
         """What is saved: fields that are set, with the entropy bound in the released file's form."""
         fields = super().to_diff_dict()
         fields = {name: value for name, value in fields.items() if value is not None and value is not False and name[0] != "_"}
+        if fields.get("temperature") == 1.0:
+            del fields["temperature"]  # what it is anyway
         if "entropy_bound" in fields:
             fields["sampler_config"] = {"_cls_name": SAMPLER_NAME, "entropy_bound": float(fields.pop("entropy_bound"))}
         return fields
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        """Nothing: transformers would fill in autoregressive defaults here; `generate` applies the released ones itself."""
+        return {}
 
     @classmethod
     def preset(cls, name: str, **kwargs: Any) -> "DiffusionGenerationConfig":

@@ -36,15 +36,20 @@ class DiffusionGenerationMixin(GenerationMixin):
         proxies, local_files_only, token, revision, subfolder, trust_remote_code, **kwargs,
     ) -> None:  # fmt: skip
         """Called by `from_pretrained`: takes the given generation config, or reads the checkpoint's generation_config.json."""
+        self._load_generation_config(
+            generation_config, pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download, proxies=proxies,
+            local_files_only=local_files_only, token=token, revision=revision, subfolder=subfolder,
+            _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs,
+        )  # fmt: skip
+        if self.generation_config.temperature is None:
+            self.generation_config.temperature = 1.0  # or a pipeline's own default of 0.7 would scale the released schedule
+
+    def _load_generation_config(self, generation_config: GenerationConfig | None, name, **kwargs) -> None:
         if generation_config is not None:
             self.generation_config = DiffusionGenerationConfig.from_generation_config(generation_config)
             return
         try:
-            self.generation_config = DiffusionGenerationConfig.from_pretrained(
-                pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download, proxies=proxies,
-                local_files_only=local_files_only, token=token, revision=revision, subfolder=subfolder,
-                _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs,
-            )  # fmt: skip
+            self.generation_config = DiffusionGenerationConfig.from_pretrained(name, **kwargs)
         except OSError:  # no such file: the released defaults apply in `generate`
             return
 

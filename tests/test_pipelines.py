@@ -38,6 +38,12 @@ def test_arguments_reach_generate(generator):
         generator(RENDERED, num_beams=2, **NARROW)
 
 
+def test_pipelines_own_temperature_does_not_scale_the_schedule(generator):
+    """transformers' text-generation pipeline sets 0.7 wherever a model's config leaves it open."""
+    assert generator.model.generation_config.temperature == 1.0
+    assert "temperature" not in generator.model.generation_config.to_diff_dict(), "transformers' class does not know the field"
+
+
 def test_model_is_not_called_unsupported(generator, caplog):
     pipeline("text-generation", model=generator.model, tokenizer=generator.tokenizer)(RENDERED, **NARROW)
     assert "not supported" not in caplog.text
