@@ -52,7 +52,7 @@ def denoise_canvas(
         The state of all B rows, without soft embeddings.
     """
     live = torch.arange(first.shape[0], device=first.device)
-    state, done = start_canvas(first, plan.stopping), start_canvas(first, plan.stopping)
+    state = done = start_canvas(first, plan.stopping)
     view = _view(model, plan, context, first.shape)
     streams = plan.stream_vocabulary and not getattr(streamer, "_takes_logits", False)
     head = model.vocabulary_head() if streams and hasattr(model, "vocabulary_head") else None

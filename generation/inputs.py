@@ -79,15 +79,24 @@ def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
     return real
 
 
+def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
+    """`ids` must be integers `(B, L)` in `[0, vocab_size)`. The range is read back from the device, so not in a hot loop."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"`{name}` is {ids.dtype} of shape {tuple(ids.shape)}; expected integer ids of shape (batch, length)")
+    if ids.numel() == 0 or torch.compiler.is_compiling() or ids.is_meta:
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"`{name}` holds ids from {low} to {high}; expected ids from 0 to {vocab_size - 1} (vocab_size - 1)")
+
+
 def check_canvas(canvas: torch.Tensor | None, shape: tuple[int, int], vocab_size: int) -> None:
     """A caller's first canvas must be integer ids of the vocabulary, one canvas a row."""
     if canvas is None:
         return
-    if tuple(canvas.shape) != shape or canvas.is_floating_point() or canvas.dtype == torch.bool:
-        raise ValueError(f"`decoder_input_ids` is {canvas.dtype} of shape {tuple(canvas.shape)}; expected integer ids of shape {shape}")
-    low, high = (int(value) for value in canvas.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"`decoder_input_ids` holds ids from {low} to {high}; expected ids from 0 to {vocab_size - 1}")
+    check_ids("decoder_input_ids", canvas, vocab_size)
+    if tuple(canvas.shape) != shape:
+        raise ValueError(f"`decoder_input_ids` has shape {tuple(canvas.shape)}; expected {shape}, one canvas a row")
 
 
 def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, image_token_id: int | None) -> None:
@@ -118,4 +127,4 @@ def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int)
     return DynamicCache(config=model_config)
 
 
-__all__ = ["check_canvas", "check_images", "check_prompt", "make_cache", "repeat_rows", "resolve_config"]
+__all__ = ["check_canvas", "check_ids", "check_images", "check_prompt", "make_cache", "repeat_rows", "resolve_config"]

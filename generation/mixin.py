@@ -107,6 +107,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError("`generate` takes the prompt as `inputs` or as `input_ids`, expected exactly one of them")
         if past_key_values is not None and config.cache_implementation is not None:
             raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `past_key_values` is given")
+        if config.decoding != "diffusion" and (past_key_values is not None or decoder_input_ids is not None):
+            raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `past_key_values` nor `decoder_input_ids`")
         if config.stop_strings is not None and tokenizer is None:
             raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
         prompt = inputs if input_ids is None else input_ids
@@ -132,8 +134,6 @@ class DiffusionGenerationMixin(GenerationMixin):
                 past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, images)
             else:
                 decode = decode_verified if config.decoding == "verified" else decode_autoregressively
-                if past_key_values is not None or decoder_input_ids is not None:
-                    raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `past_key_values` nor `decoder_input_ids`")
                 decode(self, plan, written, real, draws, images)
         finally:
             if streamer is not None:

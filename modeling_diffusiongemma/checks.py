@@ -4,17 +4,6 @@ import torch
 from transformers import Cache
 
 
-def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
-    """`ids` must be integers `(B, L)` in `[0, vocab_size)`. The range is read back from the device, so not in a hot loop."""
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"`{name}` is {ids.dtype} of shape {tuple(ids.shape)}; expected integer ids of shape (batch, length)")
-    if ids.numel() == 0 or torch.compiler.is_compiling() or ids.is_meta:
-        return
-    low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"`{name}` holds ids from {low} to {high}; expected ids from 0 to {vocab_size - 1} (vocab_size - 1)")
-
-
 def check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
     """Returns a 2-D mask as booleans, or None where it hides nothing."""
     if mask is None:
@@ -45,4 +34,4 @@ def check_cache(cache: Cache, batch_size: int, length: int) -> None:
             )
 
 
-__all__ = ["check_cache", "check_ids", "check_mask", "check_shape"]
+__all__ = ["check_cache", "check_mask", "check_shape"]

@@ -11,7 +11,9 @@ from transformers import AutoModel, Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
 
-from .checks import check_cache, check_ids, check_mask, check_shape
+from generation.inputs import check_ids
+
+from .checks import check_cache, check_mask, check_shape
 from .configuration import DiffusionGemmaConfig, check_config
 from .masks import cached_slots, canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
 from .outputs import BlockModelOutput
