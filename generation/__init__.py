@@ -6,7 +6,7 @@ from .events import CommitEvent, StepEvent, stream_events, stream_text
 from .mixin import DiffusionGenerationMixin
 from .noise import MaskNoise, Noise, UniformNoise
 from .output import DiffusionGenerationOutput, TokenScores
-from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, Sampler
+from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Proposal, Sampler
 from .schedule import TemperatureSchedule
 from .stopping import StableAndConfident
 from .streaming import CanvasStreamer
@@ -23,6 +23,8 @@ __all__ = [
     "FixedStepsSampler",
     "MaskNoise",
     "Noise",
+    "PredictorCorrectorSampler",
+    "Proposal",
     "Sampler",
     "StableAndConfident",
     "StepEvent",

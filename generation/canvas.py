@@ -60,7 +60,7 @@ def start_canvas(canvas: torch.Tensor, stopping: StableAndConfident) -> CanvasSt
 
 def denoising_step(
     state: CanvasState,
-    step: int,
+    step: int | torch.Tensor,
     max_denoising_steps: int,
     statistics: RowStatistics,
     noise: torch.Tensor,
@@ -68,17 +68,19 @@ def denoising_step(
     stopping: StableAndConfident,
     sure_end: torch.Tensor | None = None,
     patience: int | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> CanvasState:
-    """Accepts, renoises and decides which rows are finished; a row that was finished before stays as it is.
+    """Makes the next canvas and decides which rows are finished; a row that was finished before stays as it is.
 
     Args:
-        step: counts up from 0.
+        step: counts up from 0; an int, or an int64 tensor without dimensions.
         statistics: of this step's canvas pass.
         noise: int64 (B, C), what positions that are not accepted become.
+        uniform: float32 (B, C) in [0, 1), for samplers that are `informed`.
         sure_end: end-of-sequence ids; with them, what lies behind one the canvas is sure of does not delay the end.
         patience: steps after which a row whose mean entropy reaches no new minimum gives up; None: never.
     """
-    accepted = sampler.accept(statistics, step, max_denoising_steps)
+    proposal = sampler.propose(state.canvas, statistics, noise, uniform, step, max_denoising_steps)
     counted = None
     if sure_end is not None:
         counted = before_sure_end(statistics.argmax, statistics.entropy, sure_end, stopping.confidence_threshold)
@@ -90,12 +92,12 @@ def denoising_step(
         done = done | (waited >= patience)
     changed = (statistics.argmax != state.argmax) & (step > 0)
     fresh = CanvasState(
-        canvas=torch.where(accepted, statistics.sample, noise), argmax=statistics.argmax, soft_embeds=state.soft_embeds,
+        canvas=proposal.canvas, argmax=statistics.argmax, soft_embeds=state.soft_embeds,
         log_probs=statistics.log_probs, entropy=statistics.entropy, changed_at=torch.where(changed, step, state.changed_at),
-        revisions=state.revisions + changed, accepted=accepted, finished=done, history=history,
+        revisions=state.revisions + changed, accepted=proposal.accepted, finished=done, history=history,
         best=torch.where(better, mean, state.best), waited=waited, passes=state.passes + 1,
     )  # fmt: skip
-    return _keep_finished(state, fresh) if step > 0 else fresh
+    return _keep_finished(state, fresh)
 
 
 def condition(state: CanvasState, finished_before: torch.Tensor, soft_embeds: torch.Tensor) -> CanvasState:

@@ -20,6 +20,8 @@ DIFFUSION_FIELDS = {  # field: its value in the released checkpoint
 OWN_FIELDS = {  # fields no released file holds: default
     "sampler": "entropy_bound",
     "confidence": 0.9,
+    "corrector_steps": 1,
+    "corrector_positions": 8,
     "decoding": "diffusion",
     "canvas_length": None,
     "patience": None,
@@ -30,11 +32,11 @@ OWN_FIELDS = {  # fields no released file holds: default
 }
 RELEASED_DEFAULTS = {"max_new_tokens": 256, **DIFFUSION_FIELDS, **OWN_FIELDS}
 BACKENDS = ("auto", "reference")
-SAMPLERS = ("entropy_bound", "confidence", "fixed_steps")
+SAMPLERS = ("entropy_bound", "confidence", "fixed_steps", "predictor_corrector")
 DECODINGS = ("diffusion", "autoregressive", "verified")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOISES = ("uniform", "mask")
-CACHES = ("dynamic", "static")
+CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 SAMPLER_NAME = "EntropyBoundSamplerConfig"  # the name in the released file
 PRESETS = {  # the released settings, and two measured in benchmarks/presets.py
     "released": {},
@@ -48,12 +50,12 @@ HONOURED = frozenset(
         *RELEASED_DEFAULTS, *SPECIAL_TOKENS, "max_length", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample",
         "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
         "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias", "num_return_sequences", "cache_implementation",
-        "output_scores", "return_dict_in_generate", "disable_compile", "transformers_version",
+        "cache_config", "output_scores", "output_logits", "return_dict_in_generate", "disable_compile", "transformers_version",
     }
 )  # fmt: skip
 # Values of refused fields that ask for what happens anyway.
 NEUTRAL: dict[str, tuple] = {
-    "num_beams": (1,), "use_cache": (True,), "output_attentions": (False,), "output_hidden_states": (False,), "output_logits": (False,),
+    "num_beams": (1,), "use_cache": (True,), "output_attentions": (False,), "output_hidden_states": (False,),
     "num_beam_groups": (1,), "length_penalty": (1.0,), "early_stopping": (False,), "diversity_penalty": (0.0,),
     "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,), "renormalize_logits": (False,),
     "remove_invalid_values": (False,), "token_healing": (False,), "is_assistant": (False,), "use_mtp": (False,), "low_memory": (False,),
@@ -63,7 +65,7 @@ WHY_REFUSED = {
     "num_beams": "a canvas has no beams", "num_beam_groups": "a canvas has no beams", "use_cache": "the canvas reads the prompt's cache",
     "assistant_model": "the canvas is its own draft; see decoding='verified'", "guidance_scale": "the model was not trained for it",
     "forced_bos_token_id": "positions are not written in order", "output_attentions": "call the model for them",
-    "output_hidden_states": "call the model for them", "output_logits": "they are vocabulary-sized for every step; see output_scores",
+    "output_hidden_states": "call the model for them",
     "watermarking_config": "it marks tokens by their left neighbour, which changes while a canvas is denoised",
 }  # fmt: skip
 
@@ -79,8 +81,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         t_max, t_min (`float`): temperature at the first step and, linearly falling, after the last (0.8, 0.4: released).
         stability_threshold (`int`): steps the argmax canvas must not have changed for a row to stop (1: released).
         confidence_threshold (`float`): nats; a row stops below this mean entropy (0.005: released).
-        sampler (`str`): `"entropy_bound"` (released), `"confidence"`, accepting tokens of probability `confidence` (0.9) and more, or
-            `"fixed_steps"`, accepting the same number more at each of `max_denoising_steps`.
+        sampler (`str`): `"entropy_bound"` (released), `"confidence"`, accepting tokens of probability `confidence` (0.9) and more,
+            `"fixed_steps"`, accepting the same number more at each of `max_denoising_steps`, or `"predictor_corrector"`, which
+            follows the reverse process and after each of its steps resamples, `corrector_steps` (1) times, the
+            `corrector_positions` (8) tokens that fit least (generation/samplers.py).
         decoding (`str`): `"diffusion"`; `"autoregressive"`, one token a pass by the causal pass alone; or `"verified"`, which
             drafts by diffusion and keeps what the causal pass agrees with: greedy output equals autoregressive output.
         canvas_length (`int`): tokens of a canvas; default the checkpoint's. A narrower one is cheaper for short answers.
@@ -90,7 +94,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         noise (`str`): `"uniform"` random tokens (released) or `"mask"`, the token `mask_token_id`.
         backend (`str`): `"reference"` draws random numbers exactly as transformers does: same seed, same tokens. `"auto"`
             may choose a faster way to the same distribution.
-        cache_implementation (`str`): "dynamic" (default) or "static".
+        cache_implementation (`str`): "dynamic" (default), "static", "offloaded" or "offloaded_static" (the keys and values of
+            a layer are on the device while it runs, in host memory otherwise; needs CUDA), or "quantized" (full-attention
+            layers in FP8, or as `cache_config` says: `generation.inputs.quantized_cache`).
         temperature (`float`): multiplies the schedule; 0 means `do_sample=False`.
         do_sample (`bool`): False takes the most probable token instead of a sample, and always the same noise: deterministic.
         kwargs: any other field of `GenerationConfig`; generation/README.md says which are honoured and what they mean for a
@@ -112,9 +118,11 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, *args, **kwargs) -> None:
-        for name in ("max_new_tokens", "max_length", "max_denoising_steps", "canvas_length", "patience", "num_return_sequences"):
+        for name in ("max_new_tokens", "max_length", "max_denoising_steps", "canvas_length", "patience", "num_return_sequences",
+                     "corrector_positions"):  # fmt: skip
             _expect(name, getattr(self, name), lambda v: _is_int(v) and v > 0, "a positive integer")
-        _expect("stability_threshold", self.stability_threshold, lambda v: _is_int(v) and v >= 0, "an integer >= 0")
+        for name in ("stability_threshold", "min_new_tokens", "corrector_steps"):
+            _expect(name, getattr(self, name), lambda v: _is_int(v) and v >= 0, "an integer >= 0")
         for name in ("entropy_bound", "confidence_threshold"):
             _expect(name, getattr(self, name), lambda v: _is_number(v) and v > 0, "a number > 0, in nats")
         for name in ("t_min", "t_max"):
@@ -126,7 +134,6 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in ("bos_token_id", "pad_token_id", "mask_token_id"):
             _expect(name, getattr(self, name), lambda v: _is_int(v) and v >= 0, "a token id")
         _expect("eos_token_id", self.eos_token_id, _are_ids, "a token id, or a list of them")
-        _expect("min_new_tokens", self.min_new_tokens, lambda v: _is_int(v) and v >= 0, "an integer >= 0")
         _expect("confidence", self.confidence, lambda v: _is_number(v) and 0 < v <= 1, "a probability above 0, at most 1")
         _expect("sampler", self.sampler, SAMPLERS.__contains__, f"one of {SAMPLERS}")
         _expect("decoding", self.decoding, DECODINGS.__contains__, f"one of {DECODINGS}")

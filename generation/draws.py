@@ -1,11 +1,14 @@
 """Where random numbers come from.
 
-`BatchDraws` draws for the whole batch at once, in transformers' order. `RowDraws` has a generator for every row, so that
-a row's tokens depend on its own seed alone: not on its neighbours, its place, or rows that left the batch before.
+`BatchDraws` draws for the whole batch at once, one number after another, in transformers' order. `RowDraws` draws for every row
+from a seed of its own and the place in the generation: which canvas, which step, which kind of number. A row's tokens
+then depend on its own seed alone: not on its neighbours, its place, rows that left the batch before, or steps that were
+computed although the row had finished.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +21,7 @@ COPY_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of `n
 class Draws(Protocol):
     """Source of sampled tokens and of noise for the rows that are still computed."""
 
+    def at(self, canvas: int, step: int) -> "Draws": ...
     def tokens(self, probabilities: torch.Tensor) -> torch.Tensor: ...
     def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor: ...
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor: ...
@@ -29,6 +33,9 @@ class BatchDraws:
     """One generator for the batch (None: torch's global one); rows cannot leave."""
 
     generator: torch.Generator | None = None
+
+    def at(self, canvas: int, step: int) -> "BatchDraws":
+        return self
 
     def tokens(self, probabilities: torch.Tensor) -> torch.Tensor:
         """One token a position from probabilities `(B, C, V)`, int64 `(B, C)`."""
@@ -48,22 +55,36 @@ class BatchDraws:
 
 @dataclass(frozen=True)
 class RowDraws:
-    """One generator a row."""
+    """One seed a row. `canvas` and `step` say where in the generation the numbers are drawn (-1: a canvas's first noise);
+    the same place always gives the same numbers."""
 
-    generators: tuple[torch.Generator, ...]
+    seeds: tuple[int, ...]
+    canvas: int = 0
+    step: int = -1
+
+    def at(self, canvas: int, step: int) -> "RowDraws":
+        """The numbers of another place."""
+        return replace(self, canvas=canvas, step=step)
 
     def tokens(self, probabilities: torch.Tensor) -> torch.Tensor:
-        pairs = zip(probabilities, self.generators, strict=True)
+        pairs = zip(probabilities, self._generators("tokens", probabilities.device), strict=True)
         return torch.stack([torch.multinomial(row, num_samples=1, generator=generator).squeeze(-1) for row, generator in pairs])
 
     def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        return torch.stack([torch.rand(shape, device=device, generator=generator) for generator in self.generators])
+        return torch.stack([torch.rand(shape, device=device, generator=one) for one in self._generators("uniforms", device)])
 
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-        return torch.cat([noise.draw((1, shape[1]), device, generator) for generator in self.generators])
+        return torch.cat([noise.draw((1, shape[1]), device, generator) for generator in self._generators("noise", device)])
 
     def select(self, rows: torch.Tensor) -> "RowDraws":
-        return RowDraws(tuple(self.generators[row] for row in rows.tolist()))
+        return replace(self, seeds=tuple(self.seeds[row] for row in rows.tolist()))
+
+    def _generators(self, kind: str, device: torch.device):
+        """One generator, seeded for one row after the other."""
+        generator = torch.Generator(device)
+        for seed in self.seeds:
+            place = f"{seed} {self.canvas} {self.step} {kind}".encode()
+            yield generator.manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=7).digest()))
 
 
 def row_draws(
@@ -71,13 +92,12 @@ def row_draws(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     prompts: int,
     copies: int,
-    device: torch.device,
 ) -> RowDraws:
-    """A generator for each of `prompts * copies` rows, the copies of a prompt lying side by side.
+    """A seed for each of `prompts * copies` rows, the copies of a prompt lying side by side.
 
     Args:
         seed: one for every row, or one a prompt; copies of a prompt get seeds of their own, derived from it.
-        generator: one, from which the rows' seeds are drawn, or one a row. Default: torch's global one.
+        generator: one, from which the rows' seeds are drawn, or one a row, from which its seed is. Default: torch's global one.
 
     Raises:
         ValueError: both are given, or the wrong number of either, or a seed that is no integer.
@@ -88,15 +108,17 @@ def row_draws(
         seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
         if len(seeds) != prompts or not all(isinstance(value, int) and not isinstance(value, bool) for value in seeds):
             raise ValueError(f"`seed` is {seed!r}; expected an integer, or a list of {prompts}, one a prompt")
-        seeds = [(value + copy * COPY_STRIDE) % 2**63 for value in seeds for copy in range(copies)]
-    elif isinstance(generator, Sequence):
+        return RowDraws(tuple((value + copy * COPY_STRIDE) % 2**63 for value in seeds for copy in range(copies)))
+    if isinstance(generator, Sequence):
         if len(generator) != prompts * copies:
             raise ValueError(f"`generator` has {len(generator)} generators; expected {prompts * copies}, one a row")
-        return RowDraws(tuple(generator))
-    else:
-        source = torch.device("cpu") if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (prompts * copies,), generator=generator, device=source).tolist()
-    return RowDraws(tuple(torch.Generator(device).manual_seed(value) for value in seeds))
+        return RowDraws(tuple(_draw_seeds(1, own)[0] for own in generator))
+    return RowDraws(tuple(_draw_seeds(prompts * copies, generator)))
+
+
+def _draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    device = torch.device("cpu") if generator is None else generator.device
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
 
 
 __all__ = ["BatchDraws", "Draws", "RowDraws", "row_draws"]

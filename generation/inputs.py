@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, StaticCache, cache_utils
 
 from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig
 
@@ -55,6 +55,12 @@ def resolve_config(
         raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with the reference backend")
     if config.noise == "mask" and config.mask_token_id is None:
         raise ValueError("`mask_token_id` is None; expected a token id, since `noise` is 'mask'")
+    if config.noise == "mask" and config.sampler == "predictor_corrector":
+        raise ValueError("`noise` is 'mask'; expected 'uniform' with `sampler='predictor_corrector'`, which reverses uniform noise")
+    if config.output_logits and not config.return_dict_in_generate:
+        raise ValueError("`output_logits` is True; expected `return_dict_in_generate=True` with it, or they have nowhere to go")
+    if config.cache_config is not None and config.cache_implementation != "quantized":
+        raise ValueError(f"`cache_config` is {config.cache_config!r}; expected None unless `cache_implementation` is 'quantized'")
     return config, use_max_length
 
 
@@ -67,13 +73,30 @@ def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
         raise ValueError(f"`input_ids` is {got}; expected an integer tensor of shape (batch, length)")
     if input_ids.numel() == 0:
         raise ValueError(f"the prompt is empty: `input_ids` has shape {tuple(input_ids.shape)}; expected at least one token")
-    shape = (input_ids.shape[0], seen + input_ids.shape[1])
+    return _real_tokens(attention_mask, (input_ids.shape[0], seen + input_ids.shape[1]), input_ids.device)
+
+
+def check_embeds(
+    embeds: torch.Tensor, attention_mask: torch.Tensor | None, seen: int, hidden_size: int, pixel_values: torch.Tensor | None
+) -> torch.Tensor:
+    """`check_prompt` for a prompt of embeddings `(B, P, D)`."""
+    if not isinstance(embeds, torch.Tensor) or embeds.dim() != 3 or embeds.shape[-1] != hidden_size or not embeds.is_floating_point():
+        got = f"{embeds.dtype} {tuple(embeds.shape)}" if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ValueError(f"`inputs_embeds` is {got}; expected a floating tensor of shape (batch, length, {hidden_size})")
+    if embeds.numel() == 0:
+        raise ValueError(f"the prompt is empty: `inputs_embeds` has shape {tuple(embeds.shape)}; expected at least one token")
+    if pixel_values is not None:
+        raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
+    return _real_tokens(attention_mask, (embeds.shape[0], seen + embeds.shape[1]), embeds.device)
+
+
+def _real_tokens(attention_mask: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     if attention_mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=input_ids.device)
+        return torch.ones(shape, dtype=torch.bool, device=device)
     if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != shape:
         got = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
         raise ValueError(f"`attention_mask` has shape {got}; expected a tensor of shape {shape}, cached tokens included")
-    real = attention_mask.to(input_ids.device).bool()
+    real = attention_mask.to(device).bool()
     if not bool(real[:, -1].all()):
         raise ValueError("`attention_mask` ends in padding; expected padding on the left (`tokenizer.padding_side = 'left'`)")
     return real
@@ -109,22 +132,69 @@ def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | No
 
 
 def repeat_rows(
-    copies: int, prompt: torch.Tensor, real: torch.Tensor, canvas: torch.Tensor | None, images: dict, cache: Cache | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]:
-    """Every prompt `copies` times, side by side (`num_return_sequences`)."""
+    copies: int, ids: torch.Tensor, real: torch.Tensor, canvas: torch.Tensor | None, prompt: dict[str, torch.Tensor], cache: Cache | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Every prompt `copies` times, side by side (`num_return_sequences`); `prompt` is what `prefill` takes for it."""
     if copies == 1:
-        return prompt, real, canvas, images
-    if cache is not None or images["pixel_values"] is not None:
+        return ids, real, canvas, prompt
+    if cache is not None or "pixel_values" in prompt:
         raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `past_key_values` or images")
     canvas = None if canvas is None else canvas.repeat_interleave(copies, dim=0)
-    return prompt.repeat_interleave(copies, dim=0), real.repeat_interleave(copies, dim=0), canvas, images
+    prompt = {name: value.repeat_interleave(copies, dim=0) for name, value in prompt.items()}
+    return ids.repeat_interleave(copies, dim=0), real.repeat_interleave(copies, dim=0), canvas, prompt
 
 
-def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int) -> Cache:
-    """A fresh cache for `max_length` tokens."""
-    if config.cache_implementation == "static":
-        return StaticCache(config=model_config, max_cache_len=max_length)
-    return DynamicCache(config=model_config)
+def quantized_cache(model_config, backend: str = "fp8", **kwargs) -> Cache:
+    """A cache whose full-attention layers hold quantized keys and values. Sliding layers, which never grow beyond the window, stay
+    as they are (transformers' own `QuantizedCache` refuses models that have any).
+
+    Args:
+        backend: `"fp8"` (torch alone), `"quanto"` or `"hqq"` (libraries of these names).
+        kwargs: of quanto and hqq: `nbits`, `axis_key`, `axis_value`, `q_group_size`, `residual_length`.
+
+    Raises:
+        ValueError: an unknown backend or argument, or one this transformers has not.
+        ImportError: the backend's library is not installed.
+    """
+    backends = {"fp8": "Fp8QuantizedLayer", "quanto": "QuantoQuantizedLayer", "hqq": "HQQQuantizedLayer"}
+    found = {name: getattr(cache_utils, layer) for name, layer in backends.items() if hasattr(cache_utils, layer)}
+    if backend not in found:
+        raise ValueError(f"`cache_config` names the backend {backend!r}; expected one of {sorted(found)}")
+    cache = DynamicCache(config=model_config)
+    try:
+        for place, layer_type in enumerate(model_config.layer_types):
+            if layer_type == "full_attention":
+                cache.layers[place] = found[backend](**kwargs)
+    except TypeError as error:
+        raise ValueError(f"`cache_config` holds {kwargs}, which {found[backend].__name__} does not take: {error}") from error
+    return Cache(layers=cache.layers)
 
 
-__all__ = ["check_canvas", "check_ids", "check_images", "check_prompt", "make_cache", "repeat_rows", "resolve_config"]
+def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int, device: torch.device) -> Cache:
+    """A fresh cache for `max_length` tokens.
+
+    Raises:
+        ValueError: offloading without CUDA; as `quantized_cache`.
+        ImportError: as `quantized_cache`.
+    """
+    kind = config.cache_implementation or "dynamic"
+    if kind.startswith("offloaded") and device.type != "cuda":
+        raise ValueError(f"`cache_implementation` is {kind!r} and the prompt is on {device}; expected a CUDA device to offload from")
+    if kind == "quantized":
+        return quantized_cache(model_config, **(config.cache_config or {}))
+    if kind.endswith("static"):
+        return StaticCache(config=model_config, max_cache_len=max_length, offloading=kind.startswith("offloaded"))
+    return DynamicCache(config=model_config, offloading=kind == "offloaded")
+
+
+__all__ = [
+    "check_canvas",
+    "check_embeds",
+    "check_ids",
+    "check_images",
+    "check_prompt",
+    "make_cache",
+    "quantized_cache",
+    "repeat_rows",
+    "resolve_config",
+]

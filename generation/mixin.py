@@ -22,8 +22,8 @@ from .autoregressive import decode_autoregressively, decode_verified
 from .configuration import DiffusionGenerationConfig
 from .denoise import CanvasContext, can_select, denoise_canvas
 from .draws import BatchDraws, row_draws
-from .inputs import check_canvas, check_images, check_prompt, make_cache, repeat_rows, resolve_config
-from .output import DiffusionGenerationOutput
+from .inputs import check_canvas, check_embeds, check_images, check_prompt, make_cache, repeat_rows, resolve_config
+from .output import DiffusionGenerationOutput, join_rows
 from .plan import make_plan
 from .written import Written
 
@@ -64,6 +64,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         *,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         seed: int | Sequence[int] | None = None,
@@ -87,6 +88,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             streamer (*optional*): gets prompt and finished canvases by `put`, the argmax canvas of each step by `put_draft` and
                 the whole `CanvasState` by `put_state`, where it has these. It is ended also when generation raises.
             attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included.
+            inputs_embeds (`(B, P, D)`, *optional*): embeddings of the prompts instead of their ids, scaled as `get_input_embeddings()`
+                scales them. The sequences that are returned then hold the new tokens alone.
             past_key_values (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
             decoder_input_ids (`int64 (B, C)`, *optional*): the first canvas. Default: noise.
             seed (*optional*): one for every row, or one a prompt. A row's tokens depend on its prompt and its seed alone.
@@ -96,45 +99,63 @@ class DiffusionGenerationMixin(GenerationMixin):
             kwargs: any field of `DiffusionGenerationConfig`.
 
         Returns:
-            Token ids `(B * num_return_sequences, P + N)`, trimmed to the allowed length and cut after the first
+            Token ids `(B * num_return_sequences, P + N)`, N new ones, trimmed to the allowed length and cut after the first
             end-of-sequence token of each row (then padded); or `DiffusionGenerationOutput` if `return_dict_in_generate`.
 
         Raises:
             ValueError: an argument that is unknown, out of range, or not honoured, by name; NaN logits.
         """
         config, use_max_length = resolve_config(generation_config, self.generation_config, kwargs)
-        if (inputs is None) == (input_ids is None):
-            raise ValueError("`generate` takes the prompt as `inputs` or as `input_ids`, expected exactly one of them")
+        if sum(given is not None for given in (inputs, input_ids, inputs_embeds)) != 1:
+            raise ValueError("`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`, expected exactly one of them")
         if past_key_values is not None and config.cache_implementation is not None:
             raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `past_key_values` is given")
         if config.decoding != "diffusion" and (past_key_values is not None or decoder_input_ids is not None):
             raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `past_key_values` nor `decoder_input_ids`")
         if config.stop_strings is not None and tokenizer is None:
             raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
-        prompt = inputs if input_ids is None else input_ids
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        real = check_prompt(prompt, attention_mask, seen)  # (B, tokens so far), False at padding
-        check_images(prompt, pixel_values, getattr(self.config, "image_token_id", None))
-        plan = make_plan(config, use_max_length, self.config, real.shape[1], prompt.device, logits_processor, past_key_values is None)
-        copies = config.num_return_sequences or 1
-        prompts, device = prompt.shape[0], prompt.device
+        if inputs_embeds is None:
+            ids = inputs if input_ids is None else input_ids
+            real = check_prompt(ids, attention_mask, seen)  # (B, tokens so far), False at padding
+            check_images(ids, pixel_values, getattr(self.config, "image_token_id", None))
+            prompt = {"input_ids": ids}
+        else:
+            real = check_embeds(inputs_embeds, attention_mask, seen, self.config.get_text_config().hidden_size, pixel_values)
+            ids = torch.zeros((inputs_embeds.shape[0], 0), dtype=torch.int64, device=inputs_embeds.device)
+            prompt = {"inputs_embeds": inputs_embeds}
+        prompts, device, copies = ids.shape[0], ids.device, config.num_return_sequences or 1
+        plan = make_plan(config, use_max_length, self.config, real.shape[1], device, logits_processor, past_key_values is None)
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
-        prompt, real, decoder_input_ids, images = repeat_rows(copies, prompt, real, decoder_input_ids, images, past_key_values)
-        shape = (prompt.shape[0], plan.canvas_length)
+        prompt |= {name: value for name, value in images.items() if value is not None}
+        ids, real, decoder_input_ids, prompt = repeat_rows(copies, ids, real, decoder_input_ids, prompt, past_key_values)
+        shape = (ids.shape[0], plan.canvas_length)
         check_canvas(decoder_input_ids, shape, self.config.get_text_config().vocab_size)
         if config.backend == "reference":
             if seed is not None or isinstance(generator, Sequence):
                 raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
             draws = BatchDraws(generator)
         else:
-            draws = row_draws(0 if plan.greedy and seed is None and generator is None else seed, generator, prompts, copies, device)
+            draws = row_draws(0 if plan.greedy and seed is None and generator is None else seed, generator, prompts, copies)
+        if config.decoding == "verified" and shape[0] > 1:
+            if streamer is not None or pixel_values is not None:
+                raise ValueError(f"`decoding='verified'` got {shape[0]} rows; expected one together with a streamer or images")
+            config.update(max_new_tokens=plan.new_tokens, max_length=None, num_return_sequences=None)
+            rows = [
+                self.generate(
+                    generation_config=config, logits_processor=logits_processor, stopping_criteria=stopping_criteria, tokenizer=tokenizer,
+                    attention_mask=real[row : row + 1], seed=draws.seeds[row], **{key: value[row : row + 1] for key, value in prompt.items()},
+                )
+                for row in range(shape[0])
+            ]  # fmt: skip
+            return join_rows(rows, plan.pad)
         try:
-            written = Written(plan, prompt, config.stop_strings, tokenizer, stopping_criteria, streamer)
+            written = Written(plan, ids, config.stop_strings, tokenizer, stopping_criteria, streamer)
             if config.decoding == "diffusion":
-                past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, images)
+                past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, prompt)
             else:
                 decode = decode_verified if config.decoding == "verified" else decode_autoregressively
-                decode(self, plan, written, real, draws, images)
+                decode(self, plan, written, real, draws, prompt)
         finally:
             if streamer is not None:
                 streamer.end()
@@ -147,32 +168,32 @@ class DiffusionGenerationMixin(GenerationMixin):
             tokens_per_forward=counts / written.passes.clamp(min=1),
             denoising_steps=written.passes,
             past_key_values=past_key_values,
-            scores=written.scores(counts) if config.output_scores else None,
+            scores=written.scores() if config.output_scores else None,
+            logits=written.logits(),
         )
 
-    def _write_canvases(self, plan, written: Written, real, cache, config, draws, first, images) -> Cache | None:
-        """The outer loop. Returns the cache, or None once rows have left it."""
+    def _write_canvases(self, plan, written: Written, real, cache, config, draws, first, prompt: dict) -> Cache | None:
+        """The outer loop. `prompt`: what `prefill` takes for it. Returns the cache, or None once rows have left it."""
         length = plan.canvas_length
         if cache is None:
-            cache = make_cache(config, self.config.get_text_config(), real.shape[1] + (plan.canvases - 1) * length)
-        pending, whole = written.prompt, True
-        for _ in range(plan.canvases):
-            positions = plan.positions(real, pending.shape[1])
-            self.prefill(pending, attention_mask=real, position_ids=positions, past_key_values=cache, **images)
-            shape = (pending.shape[0], length)
-            noise = draws.noise(plan.noise, shape, pending.device)  # drawn also where a canvas is given, as transformers does
+            cache = make_cache(config, self.config.get_text_config(), real.shape[1] + (plan.canvases - 1) * length, real.device)
+        pending, new, whole = prompt, real.shape[1] - int(cache.get_seq_length()), True
+        for number in range(plan.canvases):
+            self.prefill(**pending, attention_mask=real, position_ids=plan.positions(real, new), past_key_values=cache)
+            shape = (real.shape[0], length)
+            noise = draws.at(number, -1).noise(plan.noise, shape, real.device)  # drawn also where a canvas is given, as transformers does
             real = torch.cat((real, real.new_ones(shape)), dim=1)
-            context = CanvasContext(cache, real, written.context, written.generated)
-            state = denoise_canvas(self, plan, noise if first is None else first, context, draws, written.streamer)
-            images, first = {}, None
-            pending = written.add(state)
+            context = CanvasContext(cache, real, written.context, written.generated, number)
+            state, logits = denoise_canvas(self, plan, noise if first is None else first, context, draws, written.streamer)
+            tokens, new, first = written.add(state, logits), length, None
             if bool(written.ended.all()) or plan.out_of_time():
                 break
             if plan.compact and can_select(cache) and bool(written.ended.any()):
                 rows = (~written.ended).nonzero().flatten()
                 cache.batch_select_indices(rows)
                 written.drop_ended()
-                pending, real, draws, whole = pending[rows], real[rows], draws.select(rows), False
+                tokens, real, draws, whole = tokens[rows], real[rows], draws.select(rows), False
+            pending = {"input_ids": tokens}
         return cache if whole else None
 
 

@@ -30,6 +30,8 @@ class DiffusionGenerationOutput(ModelOutput):
         past_key_values: the cache, for another turn. It holds the prompt and every canvas but the last. None where rows of a
             batch left it early; pass a cache of your own, or a batch of one, to keep it.
         scores: `TokenScores`, with `output_scores`.
+        logits (`float32 (B, N, V)`): with `output_logits`, the model's logits, nothing applied to them, from the pass that committed
+            each token; 0 behind the end of a row. As large as it says: 1 MB a token at 262,144 ids.
     """
 
     sequences: torch.Tensor | None = None
@@ -37,6 +39,27 @@ class DiffusionGenerationOutput(ModelOutput):
     denoising_steps: torch.Tensor | None = None
     past_key_values: Cache | None = None
     scores: TokenScores | None = None
+    logits: torch.Tensor | None = None
 
 
-__all__ = ["DiffusionGenerationOutput", "TokenScores"]
+def join_rows(rows: list, pad: int):
+    """One output of several that `generate` returned for one prompt each, all prompts equally long: token ids `(1, P + n)` padded to
+    the longest with `pad`, or `DiffusionGenerationOutput`, the rest of which is padded with 0."""
+
+    def stack(parts: list[torch.Tensor], fill: int = 0) -> torch.Tensor:
+        longest = max(part.shape[1] for part in parts)
+        shape = (1, longest, *parts[0].shape[2:])
+        return torch.cat([part.new_full(shape, fill).slice_scatter(part, 1, 0, part.shape[1]) for part in parts])
+
+    if isinstance(rows[0], torch.Tensor):
+        return stack(rows, pad)
+    return DiffusionGenerationOutput(
+        sequences=stack([row.sequences for row in rows], pad),
+        tokens_per_forward=torch.cat([row.tokens_per_forward for row in rows]),
+        denoising_steps=torch.cat([row.denoising_steps for row in rows]),
+        scores=None if rows[0].scores is None else TokenScores(*(stack(parts) for parts in zip(*(row.scores for row in rows), strict=True))),
+        logits=None if rows[0].logits is None else stack([row.logits for row in rows]),
+    )
+
+
+__all__ = ["DiffusionGenerationOutput", "TokenScores", "join_rows"]

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList
 from .configuration import DiffusionGenerationConfig
 from .noise import MaskNoise, Noise, UniformNoise
 from .processors import Shaping, build_shaping
-from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, Sampler
+from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Sampler
 from .schedule import TemperatureSchedule
 from .stopping import StableAndConfident
 from .vocabulary import PIECE
@@ -22,7 +22,9 @@ class Plan:
     `new_tokens`: how many a row may get. `temperature`: the caller's, which the schedule already holds. `greedy`: take the
     argmax, not a sample. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as
     transformers' do. `sure_end`, `patience`: as `denoising_step` takes them. `deadline`: seconds on `time.perf_counter`.
-    `stream_vocabulary`: walk the vocabulary in pieces where nothing but the temperature shapes the logits.
+    `stream_vocabulary`: walk the vocabulary in pieces where nothing but the temperature shapes the logits. `keep_logits`: hand
+    out the logits of what is committed. `late_flags`: look one step late at which rows are finished, so that the device never
+    waits for the host.
     """
 
     canvas_length: int
@@ -43,10 +45,16 @@ class Plan:
     patience: int | None
     deadline: float | None
     stream_vocabulary: bool
+    keep_logits: bool
+    late_flags: bool
 
     @property
     def canvases(self) -> int:
         return -(-self.new_tokens // self.canvas_length)
+
+    def steps(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The steps' numbers, int64, and their temperatures, float32, each `(max_denoising_steps,)`."""
+        return torch.arange(self.max_denoising_steps, device=device), self.schedule.temperatures().to(device)
 
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.perf_counter() >= self.deadline
@@ -57,6 +65,11 @@ class Plan:
         if self.count_padding:
             return torch.arange(real.shape[1] - length, real.shape[1], device=real.device)[None]
         return (real.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether waiting for the device's flags would leave it without work."""
+    return device.type == "cuda"
 
 
 def make_plan(
@@ -81,6 +94,7 @@ def make_plan(
         "entropy_bound": lambda: EntropyBoundSampler(config.entropy_bound),
         "confidence": lambda: ConfidenceSampler(config.confidence),
         "fixed_steps": FixedStepsSampler,
+        "predictor_corrector": lambda: PredictorCorrectorSampler(vocab_size, config.corrector_steps, config.corrector_positions),
     }[config.sampler]()
     return Plan(
         canvas_length=config.canvas_length or model_config.canvas_length,
@@ -99,7 +113,9 @@ def make_plan(
         count_padding=reference,
         sure_end=eos if config.ignore_after_eos or (config.ignore_after_eos is None and not reference) else None,
         patience=config.patience,
-        stream_vocabulary=not reference and vocab_size > PIECE,
+        stream_vocabulary=not reference and vocab_size > PIECE and not config.output_logits,
+        keep_logits=bool(config.output_logits),
+        late_flags=reads_late(device),
         deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
     )
 

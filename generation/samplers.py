@@ -1,24 +1,61 @@
-"""Which positions of a denoising step are accepted. Pure: tensors in, tensors out, no state.
+"""What a denoising step makes of the canvas. Pure: tensors in, tensors out, no state.
 
-A sampler is a frozen dataclass with one method, `accept`; the others are renoised. Every one accepts at least one position.
+A sampler is a frozen dataclass with one method, `propose`. Most accept some positions, which get the step's sample, and renoise
+the others; they say which in `accept`, and every one accepts at least one position. The predictor-corrector follows the
+reverse process instead.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
 from .statistics import RowStatistics
 
 
+class Proposal(NamedTuple):
+    """The next canvas, int64 `(B, C)`, and bool `(B, C)`: False where it holds fresh noise."""
+
+    canvas: torch.Tensor
+    accepted: torch.Tensor
+
+
 class Sampler(Protocol):
-    def accept(self, statistics: RowStatistics, step: int, max_denoising_steps: int) -> torch.Tensor:
-        """Returns bool `(B, C)`: True where a position is accepted. `step` counts up from 0."""
+    """`informed`: whether it needs what the canvas's own tokens are worth: `current_log_probs` and `other` of the statistics, and
+    `uniform`."""
+
+    informed: ClassVar[bool]
+
+    def propose(
+        self,
+        canvas: torch.Tensor,
+        statistics: RowStatistics,
+        noise: torch.Tensor,
+        uniform: torch.Tensor | None,
+        step: int,
+        max_denoising_steps: int,
+    ) -> Proposal:
+        """Args: `canvas` int64 (B, C), what the statistics were computed from; `noise` int64 (B, C); `uniform` float32 (B, C) in
+        [0, 1), None unless `informed`; `step`, an int or an int64 tensor without dimensions, counts up from 0."""
         ...
 
 
+class AcceptingSampler:
+    """A sampler that accepts positions and renoises the others."""
+
+    informed = False
+
+    def accept(self, statistics: RowStatistics, step: int, max_denoising_steps: int) -> torch.Tensor:
+        """Returns bool `(B, C)`: True where a position is accepted. `step` counts up from 0."""
+        raise NotImplementedError
+
+    def propose(self, canvas, statistics, noise, uniform, step, max_denoising_steps) -> Proposal:
+        accepted = self.accept(statistics, step, max_denoising_steps)
+        return Proposal(torch.where(accepted, statistics.sample, noise), accepted)
+
+
 @dataclass(frozen=True)
-class EntropyBoundSampler:
+class EntropyBoundSampler(AcceptingSampler):
     """Accepts positions in ascending order of entropy while `cumulative - own <= entropy_bound`.
 
     The left side bounds the mutual information that is lost when the accepted positions are sampled independently of each
@@ -41,7 +78,7 @@ class EntropyBoundSampler:
 
 
 @dataclass(frozen=True)
-class ConfidenceSampler:
+class ConfidenceSampler(AcceptingSampler):
     """Accepts every position whose most probable token has at least the probability `confidence`, and always the best one.
 
     Source: the threshold rule of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618).
@@ -60,15 +97,88 @@ class ConfidenceSampler:
 
 
 @dataclass(frozen=True)
-class FixedStepsSampler:
+class FixedStepsSampler(AcceptingSampler):
     """Accepts the `ceil(C * (step + 1) / max_denoising_steps)` most confident positions: the same number more at each step,
     the whole canvas at the last. Source: the linear schedule of MaskGIT (Chang et al. 2022, arXiv 2202.04200) and LLaDA."""
 
     def accept(self, statistics: RowStatistics, step: int, max_denoising_steps: int) -> torch.Tensor:
         length = statistics.log_probs.shape[-1]
         count = -(-length * (step + 1) // max_denoising_steps)
-        chosen = statistics.log_probs.topk(min(count, length), dim=-1).indices
-        return torch.zeros_like(statistics.log_probs, dtype=torch.bool).scatter(-1, chosen, True)
+        order = statistics.log_probs.argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, (torch.arange(length, device=order.device) < count).expand_as(order))
 
 
-__all__ = ["ConfidenceSampler", "EntropyBoundSampler", "FixedStepsSampler", "Sampler"]
+@dataclass(frozen=True)
+class PredictorCorrectorSampler:
+    """Follows the reverse of the uniform corruption, and between its steps resamples the tokens that fit least.
+
+    With noise proportion t a canvas token is its clean token with probability 1 - t, and uniform over the V ids otherwise.
+
+    - Predictor, from t to the next s < t: draws x from the denoiser p(x | canvas) and then the next token from the exact
+      posterior q(next | token, x) (D3PM, Austin et al. 2021, arXiv 2107.03006). At s = 0 it is x itself.
+    - Corrector, at t: one Gibbs step of the `positions` tokens of lowest conditional probability. Bayes' rule takes the token's
+      own observation z out of the denoiser, which gives the leave-one-out posterior
+          r(x) = p(x | canvas) / q(z | x), normalised, with q(z | x) = (1 - t) [x = z] + t / V,
+      and the new token is drawn from (1 - t) r + t / V: what the noised position holds given all others.
+
+    One predictor pass, then `corrector_steps` corrector passes, and again; at t = 0 nothing is corrected. The leave-one-out
+    posterior, and correcting where the present token is least likely under it: Gourevitch et al. 2026 (arXiv 2605.22765), derived
+    anew from its abstract.
+
+    Args:
+        vocab_size: V, the ids that the noise is drawn from.
+        corrector_steps: corrector passes after each predictor pass; 0: none.
+        positions: how many tokens a corrector pass resamples, at most the whole canvas.
+    """
+
+    vocab_size: int
+    corrector_steps: int
+    positions: int
+    informed = True
+
+    def __post_init__(self):
+        if self.corrector_steps < 0:
+            raise ValueError(f"`corrector_steps` is {self.corrector_steps!r}; expected an integer >= 0")
+        if self.positions < 1:
+            raise ValueError(f"`corrector_positions` is {self.positions!r}; expected a positive integer")
+
+    def propose(self, canvas, statistics, noise, uniform, step, max_denoising_steps) -> Proposal:
+        cycle = 1 + self.corrector_steps
+        levels, level = -(-max_denoising_steps // cycle), step // cycle
+        following = 1 - (level + 1) / levels  # the noise proportion after this level's predictor
+        predicted = self._predict(canvas, statistics, noise, uniform, 1 - level / levels, following)
+        corrected = self._correct(canvas, statistics, noise, uniform, following)
+        predicts = torch.as_tensor(step % cycle == 0, device=canvas.device)
+        return Proposal(*(torch.where(predicts, one, other) for one, other in zip(predicted, corrected, strict=True)))
+
+    def _predict(self, canvas, statistics, noise, uniform, now, following) -> Proposal:
+        # The posterior's factors (keep [y = z] + (1 - keep) / V) and (clean [y = x] + (1 - clean) / V), multiplied out.
+        clean, keep = 1 - following, (1 - now) / (1 - following)
+        agree = (canvas == statistics.sample).to(uniform.dtype)
+        stays = keep * following / self.vocab_size + agree * keep * clean
+        anything = (1 - keep) * following / self.vocab_size
+        moves = (1 - keep) * clean / self.vocab_size
+        point = uniform * (stays + anything + moves)
+        renoised = (point >= stays) & (point < stays + anything)
+        return Proposal(torch.where(point < stays, canvas, torch.where(renoised, noise, statistics.sample)), ~renoised)
+
+    def _correct(self, canvas, statistics, noise, uniform, now) -> Proposal:
+        probability = statistics.current_log_probs.exp()
+        own, others = probability * now, (1 - probability).clamp(min=0) * ((1 - now) * self.vocab_size + now)
+        left_out = own / (own + others).clamp(min=torch.finfo(own.dtype).tiny)  # r(z): p(z) at t = 1, 0 at t = 0 unless p(z) = 1
+        worst = statistics.current_log_probs.topk(min(self.positions, canvas.shape[-1]), dim=-1, largest=False).indices
+        chosen = torch.zeros_like(canvas, dtype=torch.bool).scatter(-1, worst, True) & torch.as_tensor(now > 0, device=canvas.device)
+        drawn = torch.where(uniform < now + (1 - now) * left_out, canvas, statistics.other)
+        renoised = chosen & (uniform < now)
+        return Proposal(torch.where(renoised, noise, torch.where(chosen, drawn, canvas)), ~renoised)
+
+
+__all__ = [
+    "AcceptingSampler",
+    "ConfidenceSampler",
+    "EntropyBoundSampler",
+    "FixedStepsSampler",
+    "PredictorCorrectorSampler",
+    "Proposal",
+    "Sampler",
+]

@@ -34,17 +34,20 @@ class Written:
         self.passes = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._tokens: list[torch.Tensor] = []
-        self._scores: list[dict[str, torch.Tensor]] = []
+        self._values: dict[str, list[torch.Tensor]] = {}
         if streamer is not None:
             streamer.put(prompt.cpu())
 
-    def add(self, state: CanvasState) -> torch.Tensor:
+    def add(self, state: CanvasState, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Takes in a denoised canvas of the rows still computed. Returns the tokens to commit, padded behind a row's end."""
-        scores = {name: getattr(state, name) for name in SCORE_FIELDS}
-        return self.add_tokens(state.argmax, torch.where(self.ended, 0, state.passes), scores)
+        values = {name: getattr(state, name) for name in SCORE_FIELDS}
+        return self.add_tokens(state.argmax, torch.where(self.ended, 0, state.passes), values, logits)
 
-    def add_tokens(self, tokens: torch.Tensor, passes: torch.Tensor, scores: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Takes in the next tokens `(b, n)` of the rows still computed, however they were made."""
+    def add_tokens(
+        self, tokens: torch.Tensor, passes: torch.Tensor, scores: dict[str, torch.Tensor] | None = None, logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Takes in the next tokens `(b, n)` of the rows still computed, however they were made; with their scores `(b, n)` and
+        logits `(b, n, V)` where there are any."""
         plan, width = self.plan, tokens.shape[1]
         is_eos = torch.isin(tokens, plan.eos)
         kept = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, width)  # (b,)
@@ -56,9 +59,9 @@ class Written:
         tokens = tokens.masked_fill(torch.arange(width, device=tokens.device) >= kept[:, None], plan.pad)
         whole = tokens.new_full((self.passes.shape[0], width), plan.pad)
         self._tokens.append(whole.index_copy(0, self.rows, tokens))
-        if scores is not None:
-            blank = {name: value.new_zeros((self.passes.shape[0], width)) for name, value in scores.items()}
-            self._scores.append({name: blank[name].index_copy(0, self.rows, value) for name, value in scores.items()})
+        for name, value in {**(scores or {}), **({"logits": logits} if plan.keep_logits else {})}.items():
+            blank = value.new_zeros((self.passes.shape[0], *value.shape[1:]))
+            self._values.setdefault(name, []).append(blank.index_copy(0, self.rows, value))
         self.passes[self.rows] += passes
         self._counts[self.rows] += kept
         self.context = torch.cat((self.context, tokens), dim=1)
@@ -97,14 +100,20 @@ class Written:
         new = torch.cat(self._tokens, dim=1)[:, : int(self._counts.max())]
         return torch.cat((self.prompt, new), dim=1), self._counts
 
-    def scores(self, counts: torch.Tensor) -> TokenScores | None:
+    def scores(self) -> TokenScores | None:
         """Scores of the new tokens; None where the way of decoding has none."""
-        if not self._scores:
-            return None
-        length = int(counts.max())
-        inside = torch.arange(length, device=counts.device) < counts[:, None]
-        joined = (torch.cat([part[name] for part in self._scores], dim=1)[:, :length] for name in SCORE_FIELDS)
-        return TokenScores(*(value.masked_fill(~inside, 0) for value in joined))
+        return TokenScores(*(self._joined(name) for name in SCORE_FIELDS)) if SCORE_FIELDS[0] in self._values else None
+
+    def logits(self) -> torch.Tensor | None:
+        """Logits of the new tokens, `(B, N, V)`; None unless the plan keeps them."""
+        return self._joined("logits") if "logits" in self._values else None
+
+    def _joined(self, name: str) -> torch.Tensor:
+        """What belongs to the new tokens, `(B, N, ...)`, 0 behind the end of a row."""
+        length = int(self._counts.max())
+        outside = torch.arange(length, device=self._counts.device) >= self._counts[:, None]
+        joined = torch.cat(self._values[name], dim=1)[:, :length]
+        return joined.masked_fill(outside.view(*outside.shape, *[1] * (joined.dim() - 2)), 0)
 
 
 __all__ = ["Written"]

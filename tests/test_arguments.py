@@ -229,3 +229,85 @@ def test_autoregressive_decoding_is_a_loop_over_the_causal_pass(model):
         hidden = model.prefill(slow).last_hidden_state[:, -1:]
         slow = torch.cat((slow, model.compute_logits(hidden).argmax(-1)), dim=1)
     assert torch.equal(model.generate(ids, decoding="autoregressive", do_sample=False, max_new_tokens=12, eos_token_id=[]), slow)
+
+
+def test_output_logits_are_the_models_own_for_every_token(model):
+    """Of the pass that committed the token, whatever shaped the distribution afterwards."""
+    seen = []
+
+    class Record(LogitsProcessor):
+        def __call__(self, input_ids, scores, cur_step):
+            seen.append(scores.clone())
+            return scores
+
+    ids = prompts(2, 6)[0]
+    settings = {"max_new_tokens": 15, "max_denoising_steps": 3, "confidence_threshold": 1e-9, "seed": 0, "eos_token_id": []}
+    output = model.generate(
+        ids, logits_processor=LogitsProcessorList([Record()]), suppress_tokens=[5, 6], temperature=0.5, output_logits=True,
+        return_dict_in_generate=True, **settings,
+    )  # fmt: skip
+    assert len(seen) == 6 and torch.equal(output.logits, torch.cat((seen[2], seen[5]), dim=1)[:, :15])
+    assert model.generate(ids, return_dict_in_generate=True, **settings).logits is None
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        model.generate(ids, output_logits=True, **settings)
+
+
+def test_output_logits_of_rows_that_end_early_are_their_own(model):
+    """A row that has left the batch, or stands finished in it, keeps the logits of its last step; behind its end they are 0."""
+    ids = prompts(3, 6)[0]
+    settings = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 4, "seed": [1, 2, 3], "eos_token_id": list(range(20, 26)), "pad_token_id": 0}
+    output = model.generate(ids, output_logits=True, output_scores=True, return_dict_in_generate=True, **settings)
+    new = output.sequences[:, 6:]
+    ended = torch.isin(new, torch.arange(20, 26)).cumsum(dim=1) - torch.isin(new, torch.arange(20, 26)).long() > 0
+    assert bool(ended.any()) and bool((output.logits[ended] == 0).all()) and bool((output.logits[~ended] != 0).any(-1).all())
+    assert torch.equal(output.logits.argmax(-1)[~ended], new[~ended]), "nothing else shapes them here"
+
+
+def test_prompt_as_embeddings_gives_the_new_tokens_of_the_prompt_as_ids(model):
+    ids, mask = prompts(2, 6, padded=2)
+    settings = {"attention_mask": mask, "max_new_tokens": 15, "max_denoising_steps": 3, "seed": 0}
+    embeds = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **settings)[:, 6:]
+    assert torch.equal(model.generate(inputs_embeds=embeds, **settings), expected)
+    assert torch.equal(model.generate(inputs_embeds=embeds, num_return_sequences=2, **settings)[::2], expected)
+    for decoding in ("autoregressive", "verified"):
+        one = model.generate(inputs_embeds=embeds[1:], decoding=decoding, do_sample=False, max_new_tokens=7)
+        assert torch.equal(one, model.generate(ids[1:], decoding=decoding, do_sample=False, max_new_tokens=7)[:, 6:])
+
+
+def test_bad_embeddings_are_refused(model):
+    ids = prompts(2, 6)[0]
+    embeds = model.get_input_embeddings()(ids)
+    for wrong in (embeds[0], embeds[..., :-1], ids[..., None], embeds[:, :0], "text"):
+        with pytest.raises(ValueError, match="inputs_embeds"):
+            model.generate(inputs_embeds=wrong, max_new_tokens=5)
+    for other in ({"input_ids": ids}, {"inputs": ids}):
+        with pytest.raises(ValueError, match="exactly one"):
+            model.generate(inputs_embeds=embeds, max_new_tokens=5, **other)
+    with pytest.raises(ValueError, match="pixel_values"):
+        model.generate(inputs_embeds=embeds, pixel_values=torch.zeros(1, 4, 12), max_new_tokens=5)
+
+
+def test_cache_of_a_kind_that_cannot_be_is_refused(model):
+    ids = prompts(1, 6)[0]
+    for kind in ("offloaded", "offloaded_static"):
+        with pytest.raises(ValueError, match=rf"cache_implementation.*'{kind}'.*CUDA"):
+            model.generate(ids, cache_implementation=kind, max_new_tokens=5)
+    with pytest.raises(ValueError, match="backend 'gguf'"):
+        model.generate(ids, cache_implementation="quantized", cache_config={"backend": "gguf"}, max_new_tokens=5)
+    with pytest.raises(ValueError, match="cache_config.*bits"):
+        model.generate(ids, cache_implementation="quantized", cache_config={"bits": 3}, max_new_tokens=5)
+    with pytest.raises(ValueError, match="cache_config"):
+        model.generate(ids, cache_config={"backend": "fp8"}, max_new_tokens=5)
+
+
+def test_several_prompts_verified_are_each_as_alone(model):
+    """Rows keep different numbers of tokens a round; scores there are none."""
+    ids, mask = prompts(3, 9, padded=4)
+    settings = {"max_new_tokens": 13, "do_sample": False, "max_denoising_steps": 3, "eos_token_id": [1], "return_dict_in_generate": True}
+    plain = model.generate(ids, attention_mask=mask, decoding="autoregressive", **settings)
+    several = model.generate(ids, attention_mask=mask, decoding="verified", output_scores=True, **settings)
+    assert torch.equal(several.sequences, plain.sequences) and several.scores is None
+    assert several.denoising_steps.shape == several.tokens_per_forward.shape == (3,)
+    with pytest.raises(ValueError, match="verified.*3 rows"):
+        model.generate(ids, decoding="verified", streamer=object(), **settings)

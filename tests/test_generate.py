@@ -325,7 +325,7 @@ BAD = {
     "max_new_tokens": POSITIVE_INT, "max_length": POSITIVE_INT, "max_denoising_steps": POSITIVE_INT,
     "stability_threshold": (-1, True, "1", 1.0, NAN), "entropy_bound": POSITIVE, "confidence_threshold": POSITIVE,
     "t_min": POSITIVE, "t_max": POSITIVE, "noise": ("absorbing", True, 1), "backend": ("fast", True, 0),
-    "cache_implementation": ("offloaded", "bogus", True), "mask_token_id": (-1, True, "4", 4.0),
+    "cache_implementation": ("hybrid", "bogus", True), "mask_token_id": (-1, True, "4", 4.0),
     "eos_token_id": ("1", True, 1.5, [1, "6"], [True]), "pad_token_id": ("0", True, 0.0, -1),
     "sampler": ("top", True), "decoding": ("beam", True), "confidence": (0, 1.01, True, "0.9", NAN), "patience": POSITIVE_INT,
     "canvas_length": POSITIVE_INT, "num_return_sequences": POSITIVE_INT, "min_new_tokens": (-1, True, "3"), "max_time": POSITIVE,

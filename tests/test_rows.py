@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import modeling_diffusiongemma
 
@@ -40,16 +41,49 @@ def answers(model, encoder, wanted, **settings):
     return encoder.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True), output
 
 
-def test_row_gives_the_same_alone_in_a_batch_and_at_another_place(text):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"cache_implementation": "static"}, {"sampler": "confidence"}, {"sampler": "predictor_corrector", "max_denoising_steps": 12}],
+    ids=["released", "static cache", "confidence", "predictor-corrector"],
+)
+def test_row_gives_the_same_alone_in_a_batch_and_at_another_place(text, settings):
+    """With a static cache finished rows stay in the batch: what they draw meanwhile must not shift their next canvas."""
     wanted, seeds = requests(7), list(range(100, 107))
-    together, output = answers(*text, wanted, seed=seeds)
+    settings = {"canvas_length": 32, **settings}
+    together, output = answers(*text, wanted, seed=seeds, **settings)
     assert len(set(output.denoising_steps.tolist())) > 1, "rows finish at different times"
-    turned, turned_output = answers(*text, wanted[3:] + wanted[:3], seed=seeds[3:] + seeds[:3])
+    turned, turned_output = answers(*text, wanted[3:] + wanted[:3], seed=seeds[3:] + seeds[:3], **settings)
     assert turned[4:] + turned[:4] == together
     assert turned_output.denoising_steps.tolist() == output.denoising_steps.roll(-3).tolist()
-    for place in range(7):
-        alone, single = answers(*text, [wanted[place]], seed=seeds[place])
+    for place in range(0, 7, 2):
+        alone, single = answers(*text, [wanted[place]], seed=seeds[place], **settings)
         assert alone == [together[place]] and single.denoising_steps[0] == output.denoising_steps[place]
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"max_denoising_steps": 1}, {"max_denoising_steps": 3}])
+def test_flags_read_one_step_late_change_no_token(text, settings, monkeypatch):
+    """As on a GPU, where the host looks at a step while the next one runs: the surplus step must leave finished rows alone."""
+    settings = {"canvas_length": 16, "seed": list(range(6)), "output_scores": True, **settings}
+    wanted = requests(6, seed=3)
+    at_once, output = answers(*text, wanted, **settings)
+    monkeypatch.setattr("generation.plan.reads_late", lambda device: True)
+    late, late_output = answers(*text, wanted, **settings)
+    assert late == at_once and late_output.denoising_steps.tolist() == output.denoising_steps.tolist()
+    for one, other in zip(late_output.scores, output.scores, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)  # a finished row leaves one step later: sums of another shape
+
+
+def test_late_flags_report_bad_logits_all_the_same(text, monkeypatch):
+    """Also where the step is the last one, whose flags nobody waits for."""
+    monkeypatch.setattr("generation.plan.reads_late", lambda device: True)
+
+    class Spoil(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill(torch.arange(scores.shape[0])[:, None, None] == 1, float("nan"))
+
+    for steps in (1, 2, 5):
+        with pytest.raises(ValueError, match=r"NaN.*rows \[1\]"):
+            answers(*text, requests(3), seed=0, max_denoising_steps=steps, logits_processor=LogitsProcessorList([Spoil()]))
 
 
 def test_rows_that_leave_the_batch_change_no_token(text):
@@ -82,9 +116,9 @@ def test_stop_string_ends_a_row_behind_it(text):
         answers(model, tokenizer, wanted, stop_strings=["x"])
 
 
-@pytest.mark.parametrize("place", range(6))
-def test_verified_decoding_gives_what_autoregressive_decoding_gives(text, place):
-    wanted = [requests(6, seed=2)[place]]
-    plain, slow = answers(*text, wanted, decoding="autoregressive", do_sample=False)
-    verified, fast = answers(*text, wanted, decoding="verified", do_sample=False, canvas_length=16)
-    assert verified == plain
+def test_verified_decoding_gives_what_autoregressive_decoding_gives(text):
+    wanted = requests(6, seed=2)
+    plain, slow = answers(*text, wanted, decoding="autoregressive", do_sample=False, output_logits=True)
+    verified, fast = answers(*text, wanted, decoding="verified", do_sample=False, canvas_length=16, output_logits=True)
+    assert verified == plain and torch.equal(fast.sequences, slow.sequences)
+    torch.testing.assert_close(fast.logits, slow.logits, atol=1e-4, rtol=0)  # each token's own, sums in another order

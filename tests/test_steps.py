@@ -121,7 +121,7 @@ def test_fixed_steps_accept_evenly_more_until_all(length, steps):
 
 def test_temperature_starts_at_t_max_and_ends_one_step_above_t_min():
     schedule = TemperatureSchedule(t_min=0.4, t_max=0.8, max_denoising_steps=48)
-    temperatures = [float(schedule.temperature(step)) for step in range(48)]
+    temperatures = schedule.temperatures().tolist()
     assert temperatures[0] == pytest.approx(0.8) and temperatures[-1] == pytest.approx(0.4 + 0.4 / 48)
     falls = [a - b for a, b in zip(temperatures, temperatures[1:], strict=False)]
     assert falls == pytest.approx([0.4 / 48] * 47, rel=1e-4)
@@ -141,12 +141,12 @@ def test_temperature_is_transformers_to_the_last_bit(steps):
         oracle = LinearTemperatureScheduleLogitsProcessor(t_min, t_max, steps)
         for step in range(steps):
             expected = oracle(None, logits, torch.tensor(steps - step, dtype=torch.int32))
-            assert torch.equal(logits / schedule.temperature(step), expected), f"step {step} of {steps}"
+            assert torch.equal(logits / schedule.temperatures()[step], expected), f"step {step} of {steps}"
 
 
 def test_equal_ends_give_a_constant_temperature():
     schedule = TemperatureSchedule(0.5, 0.5, 3)
-    assert [float(schedule.temperature(step)) for step in range(3)] == [0.5] * 3
+    assert schedule.temperatures().tolist() == [0.5] * 3
 
 
 # Stopping
@@ -264,18 +264,37 @@ def test_logits_that_are_not_numbers_are_refused():
 def test_row_draws_depend_on_the_rows_seed_alone():
     """A row must draw the same numbers in any batch, in any place, and when others have left."""
     probabilities = torch.rand(3, 10, 50, generator=seeded(17))
-    together = row_draws([5, 6, 5], None, 3, 1, torch.device("cpu"))
+    together = row_draws([5, 6, 5], None, 3, 1)
     first = together.tokens(probabilities[[0, 1, 0]])
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
-    alone = row_draws([6], None, 1, 1, torch.device("cpu"))
+    alone = row_draws([6], None, 1, 1)
     assert torch.equal(alone.tokens(probabilities[[1]])[0], first[1])
     noise = UniformNoise(50)
     left = together.select(torch.tensor([1])).noise(noise, (1, 10), torch.device("cpu"))
     assert torch.equal(left, alone.noise(noise, (1, 10), torch.device("cpu")))
 
 
+def test_row_draws_depend_on_the_place_alone():
+    """A step that was computed for nothing, or numbers of another kind drawn before, must not shift what comes after."""
+    draws, noise, device = row_draws([5], None, 1, 1), UniformNoise(50), torch.device("cpu")
+    later = draws.at(1, 3).noise(noise, (1, 10), device)
+    for place in ((0, 3), (1, 2), (1, -1)):
+        assert not torch.equal(draws.at(*place).noise(noise, (1, 10), device), later)
+    draws.at(1, 2).uniforms(1, (4,), device)
+    assert torch.equal(draws.at(1, 3).noise(noise, (1, 10), device), later)
+
+
+def test_generators_give_the_rows_their_seeds():
+    """One generator for all rows, or one a row; equal states give equal rows, and the next call other ones."""
+    source = seeded(3)
+    first, second = row_draws(None, source, 2, 1), row_draws(None, source, 2, 1)
+    assert first == row_draws(None, seeded(3), 2, 1) and len({*first.seeds, *second.seeds}) == 4
+    apart = row_draws(None, [seeded(3), seeded(4)], 2, 1)
+    assert apart.seeds[0] == row_draws(None, seeded(3), 1, 1).seeds[0]
+
+
 def test_copies_of_a_prompt_draw_different_numbers():
-    draws = row_draws(5, None, 2, 2, torch.device("cpu"))
+    draws = row_draws(5, None, 2, 2)
     rows = draws.noise(UniformNoise(1000), (4, 20), torch.device("cpu"))
     assert torch.equal(rows[0], rows[2]) and torch.equal(rows[1], rows[3]) and not torch.equal(rows[0], rows[1])
 
