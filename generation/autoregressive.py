@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from .denoise import CanvasContext, denoise_canvas
 from .draws import Draws
 from .plan import Plan
-from .statistics import dense_statistics
+from .statistics import check_finite, dense_statistics
 from .written import SCORE_FIELDS, Written
 
 
@@ -24,6 +24,7 @@ def decode_autoregressively(model, plan: Plan, written: Written, real: torch.Ten
         hidden = model.prefill(pending, attention_mask=real, position_ids=positions, past_key_values=cache, **images).last_hidden_state
         images = {}
         statistics = dense_statistics(_next_logits(model, plan, written, hidden), draws, plan.greedy)
+        check_finite(statistics.bad)
         zeros = torch.zeros_like(statistics.sample)
         scores = dict(zip(SCORE_FIELDS, (statistics.log_probs, statistics.entropy, zeros, zeros), strict=True))
         pending = written.add_tokens(statistics.sample, (~written.ended).long(), scores)

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from .canvas import CanvasState, condition, denoising_step, start_canvas
 from .draws import Draws
 from .plan import Plan
-from .statistics import dense_statistics
+from .statistics import check_finite, dense_statistics
 from .vocabulary import streamed_statistics
 
 
@@ -67,6 +67,7 @@ def denoise_canvas(
             logits = model.compute_logits(hidden)  # (B, C, V)
             logits = plan.shaping(logits, context.committed, guess, context.generated, temperature, remaining)
             statistics = dense_statistics(logits, draws, plan.greedy)
+        check_finite(statistics.bad)
         finished_before = state.finished
         noise = draws.noise(plan.noise, state.canvas.shape, state.canvas.device)
         state = denoising_step(
