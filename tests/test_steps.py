@@ -9,7 +9,7 @@ from generation import EntropyBoundSampler, MaskNoise, StableAndConfident, Tempe
 from generation.canvas import condition, denoising_step, start_canvas
 from generation.draws import BatchDraws, row_draws
 from generation.samplers import ConfidenceSampler, FixedStepsSampler
-from generation.statistics import RowStatistics, dense_statistics
+from generation.statistics import RowStatistics, check_finite, dense_statistics
 from generation.stopping import before_sure_end
 
 
@@ -258,7 +258,7 @@ def test_logits_that_are_not_numbers_are_refused():
     logits = torch.randn(3, 2, 7, generator=seeded(16))
     logits[1, 0, 3] = float("nan")
     with pytest.raises(ValueError, match=r"NaN.*rows \[1\]"):
-        dense_statistics(logits, BatchDraws(seeded(0)))
+        check_finite(dense_statistics(logits, BatchDraws(seeded(0))).bad)
 
 
 def test_row_draws_depend_on_the_rows_seed_alone():

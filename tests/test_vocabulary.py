@@ -6,7 +6,7 @@ from small_models import prompts, small_model
 
 from generation import denoise
 from generation.draws import BatchDraws, RowDraws
-from generation.statistics import dense_statistics
+from generation.statistics import check_finite, dense_statistics
 from generation.vocabulary import VocabularyHead, streamed_statistics
 
 CAP = 30.0
@@ -19,10 +19,10 @@ def case(vocab_size=1000, size=24, rows=(2, 9), seed=0, spread=4.0, dtype=torch.
     return hidden.to(dtype), VocabularyHead(weight.to(dtype), CAP, torch.tensor(size**0.5, dtype=dtype))
 
 
-def dense(hidden, head, temperature, draws, greedy=False):
+def dense(hidden, head, temperature, draws, greedy=False, current=None):
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight).float() / CAP) * CAP / temperature
     soft = (logits.softmax(-1).to(head.weight.dtype) @ head.weight) * head.embed_scale
-    return dense_statistics(logits, draws, greedy), soft
+    return dense_statistics(logits, draws, greedy, current), soft
 
 
 @pytest.mark.parametrize("piece", [1, 63, 100, 999, 1000, 4096])
@@ -80,7 +80,59 @@ def test_nan_is_reported_with_its_row():
     hidden, head = case()
     hidden[1, 3, 0] = float("nan")
     with pytest.raises(ValueError, match=r"rows \[1\]"):
-        streamed_statistics(hidden, head, 1.0, BatchDraws(), piece=100)
+        check_finite(streamed_statistics(hidden, head, 1.0, BatchDraws(), piece=100)[0].bad)
+
+
+@pytest.mark.parametrize("piece", [1, 63, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_log_probs_of_the_current_tokens_equal_the_dense_ones(piece, dtype, greedy):
+    """Current tokens in every piece; log-probabilities to 1e-4 nats, whose logits are rounded alike in both ways."""
+    hidden, head = case(dtype=dtype)
+    current = torch.arange(18).view(2, 9) * 58  # 0 to 986
+    expected, _ = dense(hidden, head, 0.7, BatchDraws(), greedy, current)
+    got, _ = streamed_statistics(hidden, head, 0.7, BatchDraws(), greedy, current, piece=piece)
+    torch.testing.assert_close(got.current_log_probs, expected.current_log_probs, atol=1e-4, rtol=0)
+    assert not bool((got.other == current).any())
+    if greedy:
+        assert torch.equal(got.other, expected.other)
+
+
+def test_greedy_other_is_the_runner_up_of_the_argmax():
+    hidden, head = case()
+    argmax = streamed_statistics(hidden, head, 1.0, BatchDraws(), greedy=True)[0].argmax
+    logits = torch.nn.functional.linear(hidden, head.weight)
+    got, _ = streamed_statistics(hidden, head, 1.0, BatchDraws(), greedy=True, current=argmax, piece=100)
+    assert torch.equal(got.other, logits.topk(2, dim=-1).indices[..., 1])
+
+
+@pytest.mark.parametrize("way", ["dense", 2, 3, 7])
+@pytest.mark.parametrize("token", [0, 4, 6])
+def test_other_follows_the_distribution_without_the_current_token(way, token):
+    """Chi-square over the 6 ids left and 40,000 draws; 20.5 is the 0.999 quantile of 5 degrees of freedom."""
+    hidden, head = case(vocab_size=7, rows=(1, 1), spread=1.5)
+    many, current = hidden.expand(1, 40_000, -1), torch.full((1, 40_000), token)
+    draws = BatchDraws(torch.Generator().manual_seed(1))
+    if way == "dense":
+        got, _ = dense(many, head, 1.0, draws, current=current)
+    else:
+        got, _ = streamed_statistics(many, head, 1.0, draws, current=current, piece=way)
+    logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight) / CAP) * CAP
+    left = torch.arange(7) != token
+    expected = (logits.flatten()[left]).softmax(-1) * 40_000
+    observed = torch.bincount(got.other.flatten(), minlength=7)
+    assert int(observed[token]) == 0
+    assert float(((observed[left] - expected) ** 2 / expected).sum()) < 20.5
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_other_is_the_current_token_where_nothing_else_has_mass(greedy):
+    """A vocabulary of one id leaves no other."""
+    hidden, head = case(vocab_size=1)
+    current = torch.zeros(2, 9, dtype=torch.int64)
+    for way in (dense, streamed_statistics):
+        got, _ = way(hidden, head, 1.0, BatchDraws(torch.Generator().manual_seed(0)), greedy, current)
+        assert torch.equal(got.other, current) and float(got.current_log_probs.abs().max()) == 0
 
 
 @pytest.fixture(scope="module")
