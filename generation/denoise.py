@@ -109,12 +109,8 @@ def denoise_canvas(
 
 
 def _view(model, plan: Plan, context: CanvasContext, shape: tuple[int, int]) -> dict:
-    """Masks and positions, which hold for every step of the canvas."""
-    return {
-        "past_key_values": context.cache,
-        "attention_mask": model.canvas_masks(context.cache, shape, context.real),
-        "position_ids": plan.positions(context.real, shape[1]),
-    }
+    """What holds for every step of the canvas."""
+    return {"view": model.prepare_canvas(context.cache, tuple(shape), context.real, plan.positions(context.real, shape[1]))}
 
 
 def _stream(streamer: BaseStreamer, state: CanvasState, logits: torch.Tensor | None) -> None:

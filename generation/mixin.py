@@ -1,8 +1,8 @@
 """Block-diffusion generation for any model that offers five methods:
 
     prefill(input_ids, attention_mask=, position_ids=, past_key_values=, **images) -> output with `last_hidden_state`
-    canvas_masks(past_key_values, (B, C), attention_mask) -> what `denoise` takes as its mask, good for one canvas
-    denoise(canvas_ids, past_key_values=, soft_embeds=, attention_mask=, position_ids=) -> output with `last_hidden_state`
+    prepare_canvas(past_key_values, (B, C), attention_mask, position_ids) -> a view, good for every step of one canvas
+    denoise(canvas_ids, soft_embeds=, view=) -> output with `last_hidden_state`
     compute_logits(hidden_states) -> float32 (B, C, V)
     soft_embed(logits) -> (B, C, D)
 

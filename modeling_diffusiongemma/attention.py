@@ -1,5 +1,5 @@
 """Attention, the same for the prompt pass and the canvas pass: it reads the cached keys and values and its own, and
-writes nothing. The stack above appends the new keys and values to the cache after a prompt pass.
+appends nothing. The stack above appends the new keys and values to the cache after a prompt pass.
 
 Queries and keys are RMS-normed, so scores are not scaled. Full-attention layers have no value projection: the value is
 the unscaled norm of the key projection.
@@ -7,11 +7,12 @@ the unscaled norm of the key projection.
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DiffusionGemmaTextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .caches import LayerCache, join
 from .layers import RMSNorm, rotate
-from .masks import LayerCache
 
 
 def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
@@ -29,6 +30,31 @@ def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     output = torch.matmul(weights.view(batch_size, key.shape[1], -1, key.shape[-2]), value)
     return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), weights
+
+
+def sdpa_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, is_causal=False, **kwargs):
+    """torch's fused attention; keys and values are never repeated per query head.
+
+    The query heads that share a key head are given as one: in one call where the kernel knows about groups, or as one long
+    block of queries where no mask tells them apart (a canvas), or one after another. transformers' own `"sdpa"` repeats keys and
+    values with a mask or a head_dim above 256: eight times, on the released full-attention layers.
+
+    Args: as `eager_attention`; `attention_mask` boolean (B or 1, 1, Q or 1, S). Returns: output `(B, Q, H, head_dim)`, None.
+    """
+    batch_size, heads, queries, head_dim = query.shape
+    options = {"dropout_p": dropout, "scale": scaling, "is_causal": is_causal and attention_mask is None}
+    groups = heads // key.shape[1]
+    # The CPU's kernel takes groups always, CUDA's flash kernel without a mask and up to this head_dim.
+    if groups == 1 or key.device.type == "cpu" or (attention_mask is None and head_dim <= 256):
+        output = scaled_dot_product_attention(query, key, value, attention_mask, enable_gqa=groups > 1, **options)
+        return output.transpose(1, 2), None
+    if not options["is_causal"] and (attention_mask is None or attention_mask.shape[2] == 1):
+        folded = query.reshape(batch_size, key.shape[1], groups * queries, head_dim)
+        output = scaled_dot_product_attention(folded, key, value, attention_mask, **options)
+    else:
+        grouped = query.reshape(batch_size, key.shape[1], groups, queries, head_dim).unbind(dim=2)
+        output = torch.stack([scaled_dot_product_attention(part, key, value, attention_mask, **options) for part in grouped], dim=2)
+    return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), None
 
 
 class Attention(nn.Module):
@@ -64,7 +90,7 @@ class Attention(nn.Module):
             hidden_states (`(B, L, D)`): the new tokens.
             rotary: cos and sin, each `(B, L, 1, head_dim)`.
             mask: as `masks.for_attention` makes it, over cached then new keys; None: everything, or causal.
-            cached: what the cache holds for this layer.
+            cached: what the cache holds for this layer; its free slots are written to (`caches.join`).
             is_causal: whether a mask of None means causal.
 
         Returns:
@@ -77,12 +103,13 @@ class Attention(nn.Module):
         key = rotate(self.k_norm(projected), *rotary).transpose(1, 2)  # (B, K, L, head_dim)
         value = self.v_norm(value).transpose(1, 2)
         new = LayerCache(key, value)
-        if cached is not None:
-            key, value = (torch.cat(pair, dim=-2) for pair in zip(cached, new, strict=True))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        key, value, _ = join(cached, new)
+        implementation = self.config._attn_implementation
+        own = sdpa_attention if implementation == "sdpa" else None
+        attend = own or ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=1.0, is_causal=is_causal)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), new, weights
 
 
-__all__ = ["Attention", "eager_attention"]
+__all__ = ["Attention", "eager_attention", "sdpa_attention"]

@@ -21,15 +21,17 @@ def check_shape(name: str, tensor: torch.Tensor | None, *shapes: tuple[int, ...]
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected {' or '.join(map(str, dict.fromkeys(shapes)))}")
 
 
-def check_cache(cache: Cache, batch_size: int, length: int) -> None:
-    """`cache` must hold rows for `batch_size` and have room for `length` more tokens; sliding layers always have room."""
+def check_cache(cache: Cache, batch_size: int, seen: int, length: int) -> None:
+    """`cache`, which holds `seen` tokens, must hold rows for `batch_size` and have room for `length` more tokens; sliding layers
+    always have room."""
     for layer in cache.layers:
-        if getattr(layer, "is_initialized", False) and layer.keys.shape[0] != batch_size:
-            raise ValueError(f"`past_key_values` holds {layer.keys.shape[0]} rows; expected {batch_size}, the rows of the new tokens")
+        stored = getattr(layer, "keys", None)
+        if stored is not None and stored.dim() == 4 and stored.shape[0] != batch_size:
+            raise ValueError(f"`past_key_values` holds {stored.shape[0]} rows; expected {batch_size}, the rows of the new tokens")
         limit = -1 if layer.is_sliding else layer.get_max_length()
-        if 0 <= limit < int(layer.get_seq_length()) + length:
+        if 0 <= limit < seen + length:
             raise ValueError(
-                f"`past_key_values` holds {int(layer.get_seq_length())} of at most {limit} tokens and is to take {length} more; "
+                f"`past_key_values` holds {seen} of at most {limit} tokens and is to take {length} more; "
                 "expected room for all of them: make it with a larger `max_cache_len`"
             )
 

@@ -16,6 +16,7 @@ from .model import DiffusionGemmaBlockModel
 from .outputs import MaskedBlockOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .score import Score, score_responses
+from .stack import View
 
 
 class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, DiffusionGenerationMixin):
@@ -24,8 +25,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     What is masked are the noised positions of a block (the canvas): the model sees the canvas with some of its tokens
     replaced by noise and predicts the clean token of every position. The released model's noise is a random token.
 
-    For generation it offers what `generation` asks of any model: `prefill`, `denoise`, `compute_logits`, `soft_embed`,
-    `canvas_masks`.
+    For generation it offers what `generation` asks of any model: `prefill`, `prepare_canvas`, `denoise`, `compute_logits`,
+    `soft_embed`.
     """
 
     saved_architecture = "DiffusionGemmaForBlockDiffusion"
@@ -53,9 +54,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """`DiffusionGemmaBlockModel.denoise`."""
         return self.model.denoise(*args, **kwargs)
 
-    def canvas_masks(self, *args, **kwargs) -> dict:
-        """`DiffusionGemmaBlockModel.canvas_masks`."""
-        return self.model.canvas_masks(*args, **kwargs)
+    def prepare_canvas(self, *args, **kwargs) -> View:
+        """`DiffusionGemmaBlockModel.prepare_canvas`."""
+        return self.model.prepare_canvas(*args, **kwargs)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Soft-capped logits, float32 `(..., V)`: `cap * tanh(head(x) / cap)`."""
@@ -88,7 +89,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         decoder_input_ids: torch.Tensor | None = None,
         self_conditioning_logits: torch.Tensor | None = None,
         self_conditioning_mask: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | dict | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
         decoder_position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,

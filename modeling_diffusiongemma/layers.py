@@ -84,9 +84,15 @@ class ScaledEmbedding(nn.Embedding):
     which brings offloaded weights in (Accelerate) serves both.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Numbers of the host: a tensor made in `forward` would be copied to the device, which waits for it, at every step.
+        size = torch.tensor(self.embedding_dim**0.5, dtype=torch.float64, device="cpu")
+        self.scales = {dtype: size.to(dtype).item() for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Args: integer ids `(B, L)`, or probabilities `(B, L, V)` in a floating dtype. Returns `(B, L, D)`."""
-        scale = torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
+        scale = self.scales[self.weight.dtype]
         if inputs.is_floating_point():
             return torch.matmul(inputs.to(self.weight.dtype), self.weight) * scale
         return super().forward(inputs) * scale

@@ -82,11 +82,8 @@ def canvas_inputs(model, cache: Cache, clean: CleanCanvas, real: torch.Tensor) -
     """
     before = real.cumsum(dim=1).gather(1, clean.start[:, None] - 1)  # (B, 1), real tokens before the canvas
     padding = torch.cat((real, torch.ones_like(clean.ids, dtype=torch.bool)), dim=1)
-    return {
-        "past_key_values": cache,
-        "attention_mask": model.canvas_masks(cache, clean.ids.shape, padding, prefix_length=clean.start),
-        "position_ids": before + torch.arange(clean.ids.shape[1], device=before.device),
-    }
+    positions = before + torch.arange(clean.ids.shape[1], device=before.device)
+    return {"view": model.prepare_canvas(cache, tuple(clean.ids.shape), padding, positions, prefix_length=clean.start)}
 
 
 def noise_proportions(batch_size: int, device: torch.device) -> torch.Tensor:

@@ -14,33 +14,8 @@ The rule holds for every cache of transformers: dynamic sliding layers keep the 
 ones the last sliding_window (one more than may be seen), and a `DynamicCache()` built without a config keeps all.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import Cache
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, each `(B, K, slots, head_dim)`, read and never written by the attention."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-def read_cache(cache: Cache | None, layer_idx: int, device: torch.device) -> LayerCache | None:
-    """The stored keys and values of a layer, on `device`, or None while nothing is stored."""
-    if cached_slots(cache, layer_idx) == 0:
-        return None
-    layer = cache.layers[layer_idx]
-    return LayerCache(layer.keys.to(device), layer.values.to(device))
-
-
-def cached_slots(cache: Cache | None, layer_idx: int) -> int:
-    """How many slots the layer's cache shows to a pass: 0 while nothing is stored, also where they are allocated."""
-    if cache is None or layer_idx >= len(cache.layers) or int(cache.get_seq_length(layer_idx)) == 0:
-        return 0
-    return cache.layers[layer_idx].keys.shape[-2]
 
 
 def slot_tokens(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
@@ -110,6 +85,8 @@ def _before(padding: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
 def for_attention(visible: torch.Tensor, queries: int, batch_size: int, implementation: str, dtype: torch.dtype):
     """Turns a boolean mask `(B or 1, 1, Q or 1, S)` into what `attn_implementation` takes: boolean for sdpa, additive
     for eager, a `BlockMask` for flex_attention."""
+    if implementation == "sdpa":
+        return visible  # it broadcasts by itself: one row of a canvas mask serves every query
     visible = visible.expand(batch_size, 1, queries, visible.shape[-1])
     if implementation == "flex_attention":
         return create_block_mask(
@@ -129,13 +106,4 @@ def image_numbers(mm_token_type_ids: torch.Tensor) -> torch.Tensor:
     return torch.where(is_image, (is_image & ~before).cumsum(dim=1), -1)
 
 
-__all__ = [
-    "LayerCache",
-    "canvas_mask",
-    "cached_slots",
-    "for_attention",
-    "image_numbers",
-    "prompt_mask",
-    "read_cache",
-    "slot_tokens",
-]
+__all__ = ["canvas_mask", "for_attention", "image_numbers", "prompt_mask", "slot_tokens"]

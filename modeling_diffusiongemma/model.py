@@ -13,12 +13,28 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
 
 from generation.inputs import check_ids
 
+from .caches import StoredLayers, cached_length
 from .checks import check_cache, check_mask, check_shape
 from .configuration import DiffusionGemmaConfig, check_config
-from .masks import cached_slots, canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
+from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
 from .outputs import BlockModelOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
-from .stack import BlockStack
+from .stack import BlockStack, View
+
+CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
+
+
+def chunks(length: int, chunk_length: int, images: torch.Tensor | None) -> list[tuple[int, int]]:
+    """Cuts `length` tokens into pieces of at most `chunk_length`, longer only where an image of some row (`image_numbers`, int64
+    `(B, length)`) would be cut. Returns (start, end) of each."""
+    uncut = torch.ones(length + 1, dtype=torch.bool)
+    if images is not None:
+        uncut[1:length] = ~((images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0)).any(dim=0).cpu()
+    allowed, pieces = uncut.nonzero().flatten().tolist(), [(0, 0)]
+    while (start := pieces[-1][1]) < length:
+        later = [place for place in allowed if place > start]
+        pieces.append((start, max((place for place in later if place <= start + chunk_length), default=later[0])))
+    return pieces[1:]
 
 
 class PromptScalars(nn.Module):
@@ -91,6 +107,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        chunk_length: int | None = None,
+        last_states: int | None = None,
     ) -> BaseModelOutputWithPast:
         """Runs new tokens causally and appends them to the cache. With a finished canvas as input this is the commit.
 
@@ -104,9 +122,13 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             pixel_values, image_position_ids (*optional*): patches and their coordinates, from the image processor.
             mm_token_type_ids (`(B, P)`, *optional*): 1 where a token belongs to an image, which is attended to
                 bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
+            chunk_length (*optional*): without gradients, a longer prompt goes through in chunks of at most so many tokens, which
+                bounds the memory and gives the same; an image is never cut. Default: 2,048, and everything at once with gradients or
+                where `hidden_states` or `attentions` are asked for.
+            last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
 
         Returns:
-            `last_hidden_state` `(B, P, D)`, `past_key_values`, `hidden_states` and `attentions` on request.
+            `last_hidden_state` `(B, P or last_states, D)`, `past_key_values`, `hidden_states` and `attentions` on request.
 
         Raises:
             ValueError: ids out of range, an empty prompt, a mask of the wrong shape, images that do not fit the tokens.
@@ -120,9 +142,16 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if length == 0:
             raise ValueError(f"the prompt is empty: got shape {tuple(new.shape)}; expected at least one token")
         check_shape("position_ids", position_ids, (batch_size, length), (1, length))
+        at_once = output_hidden_states or output_attentions
+        for name, value in (("chunk_length", chunk_length), ("last_states", last_states)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; expected a positive integer or None")
+        if chunk_length is not None and (at_once or torch.is_grad_enabled()):
+            why = "with gradients" if torch.is_grad_enabled() else "together with `output_hidden_states` or `output_attentions`"
+            raise ValueError(f"`chunk_length` is {chunk_length}; expected None {why}")
+        seen = cached_length(past_key_values)
         if past_key_values is not None:
-            check_cache(past_key_values, batch_size, length)
-        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            check_cache(past_key_values, batch_size, seen, length)
         padding = check_mask("attention_mask", attention_mask, (batch_size, seen + length))
         if padding is not None:
             padding = padding.to(new.device)
@@ -136,98 +165,137 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 )
         if past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        if inputs_embeds is None:
+        if pixel_values is not None:
+            if inputs_embeds is not None:
+                raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
             inputs_embeds = self.embed_prompt(input_ids, pixel_values, image_position_ids)
-        elif pixel_values is not None:
-            raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
-        if mm_token_type_ids is None and pixel_values is not None:
-            mm_token_type_ids = (input_ids == self.config.image_token_id).long()
+            if mm_token_type_ids is None:
+                mm_token_type_ids = input_ids == self.config.image_token_id
         if position_ids is None:
-            position_ids = self._positions(padding, seen, length, inputs_embeds.device)
+            position_ids = self._positions(padding, seen, length, new.device)
+        images = None
+        if self.config.text_config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
+            check_mask("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
+            images = image_numbers(mm_token_type_ids.to(new.device))
 
-        masks = self._prompt_masks(past_key_values, seen, inputs_embeds, padding, mm_token_type_ids)
+        whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
+        last_states = length if last_states is None else last_states
         scalars = [layer.layer_scalar for layer in self.encoder.language_model.layers]
-        hidden_states, states, weights = self.decoder(
-            inputs_embeds, position_ids, masks, past_key_values, True, scalars, output_hidden_states, output_attentions
-        )
-        return BaseModelOutputWithPast(hidden_states, past_key_values, states, weights)
+        kept = []
+        for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
+            part = slice(start, end)
+            embeds = self.decoder.embed_tokens(input_ids[:, part]) if inputs_embeds is None else inputs_embeds[:, part]
+            view = self._prompt_view(
+                past_key_values,
+                seen + start,
+                embeds,
+                position_ids[:, part],
+                None if padding is None else padding[:, : seen + end],
+                None if images is None else images[:, part],
+            )
+            hidden_states, states, weights = self.decoder(embeds, view, scalars, past_key_values, output_hidden_states, output_attentions)
+            if end > length - last_states:
+                kept.append(hidden_states[:, max(length - last_states - start, 0) :])
+        return BaseModelOutputWithPast(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), past_key_values, states, weights)
 
     def denoise(
         self,
         canvas_ids: torch.Tensor,
-        past_key_values: Cache,
+        past_key_values: Cache | None = None,
         soft_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
+        attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        view: View | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPast:
-        """Runs a canvas bidirectionally over itself and the cache, which is read and not written.
+        """Runs a canvas bidirectionally over itself and the cache, to which nothing is appended.
 
         Args:
             canvas_ids (`int64 (B, C)`): the canvas, of any length.
-            past_key_values: the prompt's cache, from `prefill`.
+            past_key_values (*optional*): the prompt's cache, from `prefill`.
             soft_embeds (`(B, C, D)`, *optional*): soft embedding of the previous step's distribution, from
                 `embed_tokens(probabilities)`. Default: zero, as at the first step.
-            attention_mask (*optional*): `(B, L + C)` with 0 at padding, or what `canvas_masks` made (once a canvas).
+            attention_mask (`(B, L + C)`, *optional*): 0 at padding.
             position_ids (`int64 (B or 1, C)`, *optional*): default: on from each row's real tokens.
+            view (*optional*): what `prepare_canvas` made of these three, once for all steps of a canvas. A step with a view
+                reads nothing back from the device and copies nothing to it.
 
         Returns:
             `last_hidden_state` `(B, C, D)`, the cache as it was given, `hidden_states` and `attentions` on request.
+
+        Raises:
+            ValueError: neither or both of `past_key_values` and `view`, a view of another canvas, a mask of the wrong shape.
         """
+        if (view is None) == (past_key_values is None):
+            raise ValueError("`denoise` takes the cache as `past_key_values` or inside a `view`; expected exactly one of them")
+        if view is None:
+            view = self._canvas_view(past_key_values, tuple(canvas_ids.shape), attention_mask, position_ids)
+        elif attention_mask is not None or position_ids is not None:
+            raise ValueError("`view` holds masks and positions already; expected `attention_mask` and `position_ids` to be None")
+        elif tuple(canvas_ids.shape) != view.shape:
+            raise ValueError(f"`canvas_ids` has shape {tuple(canvas_ids.shape)}; expected {view.shape}, the shape of the `view`")
         embeds = self.decoder.embed_tokens(canvas_ids)
         embeds = self.decoder.self_conditioning(embeds, torch.zeros_like(embeds) if soft_embeds is None else soft_embeds.to(embeds.dtype))
-        seen = int(past_key_values.get_seq_length())
-        if position_ids is None:
-            padding = attention_mask.bool() if isinstance(attention_mask, torch.Tensor) else None
-            position_ids = self._positions(padding, seen, canvas_ids.shape[1], embeds.device)
-        if not isinstance(attention_mask, dict):
-            attention_mask = self.canvas_masks(past_key_values, canvas_ids.shape, attention_mask)
         scalars = [layer.layer_scalar for layer in self.decoder.layers]
-        hidden_states, states, weights = self.decoder(
-            embeds, position_ids, attention_mask, past_key_values, False, scalars, output_hidden_states, output_attentions
-        )
+        hidden_states, states, weights = self.decoder(embeds, view, scalars, None, output_hidden_states, output_attentions)
         return BaseModelOutputWithPast(hidden_states, past_key_values, states, weights)
 
-    def canvas_masks(
+    def prepare_canvas(
         self,
         past_key_values: Cache,
         canvas_shape: tuple[int, int],
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         prefix_length: torch.Tensor | None = None,
-    ) -> dict:
-        """The canvas pass's masks, per layer type, for `denoise`; they hold for every step of one canvas.
+        slots: int = 0,
+    ) -> View:
+        """Masks, rotary tables, and keys and values with room for the canvas: all that the steps of one canvas share.
+
+        The view holds until something is appended to the cache. Made without gradients it passes none to the prompt.
 
         Args:
-            past_key_values: the prompt's cache.
+            past_key_values: the prompt's cache. The tensors of its dynamic layers are replaced by equal ones that have room
+                behind them, so that nothing is stored twice; a static cache's stay, and the view holds a copy of what they hold.
             canvas_shape: (B, C).
             attention_mask (`(B, L + C)`, *optional*): 0 at padding.
+            position_ids (`int64 (B or 1, C)`, *optional*): default: on from each row's real tokens.
             prefix_length (`int64 (B,)`, *optional*): how many cached tokens come before each row's canvas; later ones stay
                 unseen. Default: all.
+            slots: at least so many slots for cached tokens, those not filled being masked. With the length that the cache will
+                reach, the views of all canvases have equal shapes, which a captured CUDA graph needs.
         """
-        config, (batch_size, length) = self.config.text_config, canvas_shape
-        seen = int(past_key_values.get_seq_length())
-        padding = check_mask("decoder_attention_mask", attention_mask, (batch_size, seen + length))
-        device = self.decoder.norm.weight.device if padding is None else padding.device
-        prefix = torch.full((1,), seen, device=device) if prefix_length is None else prefix_length
-        masks = {}
-        for layer_type in sorted(set(config.layer_types)):
-            window = config.sliding_window if layer_type == "sliding_attention" else None
-            slots = cached_slots(past_key_values, config.layer_types.index(layer_type))
-            stored_exactly = slots == (seen if window is None else min(seen, window - 1))
-            if padding is None and prefix_length is None and stored_exactly:
-                masks[layer_type] = None  # every stored token is visible
-                continue
-            visible = canvas_mask(slot_tokens(slots, seen, length, device), length, prefix.to(device), window, padding)
-            masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, self.dtype)
-        return masks
+        view = self._canvas_view(past_key_values, canvas_shape, attention_mask, position_ids, prefix_length, slots)
+        if torch.is_grad_enabled():
+            return view  # steps concatenate, since gradients need what every one of them wrote
+        return view._replace(cached=view.cached.with_room(canvas_shape[1], self._slots(view.cached, slots)))
 
-    def _prompt_masks(self, cache, seen, embeds, padding, mm_token_type_ids) -> dict:
+    def _canvas_view(self, cache, shape, attention_mask=None, position_ids=None, prefix_length=None, slots=0) -> View:
+        """The view without room: every layer is read from the cache when it is its turn."""
+        config, (batch_size, length) = self.config.text_config, shape
+        seen = cached_length(cache)
+        padding = check_mask("decoder_attention_mask", attention_mask, (batch_size, seen + length))
+        check_shape("decoder_position_ids", position_ids, (batch_size, length), (1, length))
+        device = next((layer.device for layer in cache.layers if layer.is_initialized), self.decoder.norm.weight.device)
+        padding = None if padding is None else padding.to(device)
+        if position_ids is None:
+            position_ids = self._positions(padding, seen, length, device)
+        prefix = torch.full((1,), seen, device=device) if prefix_length is None else prefix_length.to(device)
+        stored = self._stored(cache, seen, padding is not None, prefix_length is not None)
+        laid_out, masks = self._slots(stored, slots), {}
+        for layer_type in sorted(set(config.layer_types)):
+            layer_idx = config.layer_types.index(layer_type)
+            window = config.sliding_window if layer_type == "sliding_attention" else None
+            if padding is None and prefix_length is None and laid_out[layer_idx] == stored.slots(layer_idx):
+                masks[layer_type] = None  # everything is visible
+                continue
+            visible = canvas_mask(slot_tokens(laid_out[layer_idx], seen, length, device), length, prefix, window, padding)
+            masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, self._embed_dtype)
+        return View((batch_size, length), masks, self.decoder.rotary(position_ids.to(device), self._embed_dtype), stored)
+
+    def _prompt_view(self, cache, seen, embeds, position_ids, padding, images) -> View:
         config, (batch_size, length) = self.config.text_config, embeds.shape[:2]
-        images = None
-        if config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
-            check_mask("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
-            images = image_numbers(mm_token_type_ids.to(embeds.device))
+        stored = self._stored(cache, seen, padding is not None)
         query = torch.arange(seen, seen + length, device=embeds.device)
         plain = padding is None and images is None and seen == 0 and config._attn_implementation == "sdpa"
         masks = {}
@@ -236,10 +304,34 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             if plain and (window is None or length <= window):
                 masks[layer_type] = None  # sdpa's own causal mask
                 continue
-            slots = cached_slots(cache, config.layer_types.index(layer_type))
+            slots = stored.slots(config.layer_types.index(layer_type))
             visible = prompt_mask(slot_tokens(slots, seen, length, embeds.device), query, window, padding, images)
             masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, embeds.dtype)
-        return masks
+        return View((batch_size, length), masks, self.decoder.rotary(position_ids.to(embeds.device), embeds.dtype), stored)
+
+    @property
+    def _embed_dtype(self) -> torch.dtype:
+        """Of the hidden states: also where the other weights are quantized."""
+        return self.decoder.embed_tokens.weight.dtype
+
+    def _stored(self, cache: Cache, seen: int, padded: bool, later: bool = False) -> StoredLayers:
+        """The layers of `cache`, of which sliding ones are read no further back than the window reaches.
+
+        It counts real tokens: where rows are padded in a cache that keeps all, it may reach further back. The window of a
+        canvas that stands before the last cached token (`later`) does too.
+        """
+        config = self.config.text_config
+        windows = []
+        for layer_idx, layer_type in enumerate(config.layer_types):
+            forgets = layer_idx < len(cache.layers) and cache.layers[layer_idx].is_sliding
+            narrow = layer_type == "sliding_attention" and not later and (forgets or not padded)
+            windows.append(config.sliding_window - 1 if narrow else None)
+        return StoredLayers(cache, seen, tuple(windows))
+
+    def _slots(self, stored: StoredLayers, least: int) -> tuple[int, ...]:
+        """For each layer how many slots a view lays out: those stored, and at least `least` or, if fewer, the window."""
+        windows = (least if window is None else min(least, window) for window in stored.windows)
+        return tuple(max(stored.slots(layer_idx), window) for layer_idx, window in enumerate(windows))
 
     @staticmethod
     def _positions(padding: torch.Tensor | None, seen: int, length: int, device: torch.device) -> torch.Tensor:
@@ -256,7 +348,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         soft_embeds: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | dict | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
         decoder_position_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
@@ -290,8 +382,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             soft_embeds,
             decoder_attention_mask,
             decoder_position_ids,
-            keep_states,
-            keep_weights,
+            output_hidden_states=keep_states,
+            output_attentions=keep_weights,
         )
         output = BlockModelOutput(
             last_hidden_state=denoised.last_hidden_state,
@@ -304,7 +396,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
 
     def _prepare_canvas(self, prompt, attention_mask, cache, canvas_ids, canvas_attention_mask, canvas_position_ids, soft_embeds):
         """Checks what `forward` got for the canvas and fills in what it did not. Returns the canvas and its mask."""
-        config, seen = self.config, 0 if cache is None else int(cache.get_seq_length())
+        config, seen = self.config, cached_length(cache)
         if prompt is None and seen == 0:
             raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `past_key_values`")
         if canvas_ids is None:
@@ -319,12 +411,11 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             raise ValueError(f"`decoder_input_ids` has shape {(rows, length)}; expected {expected}")
         total = seen + (0 if prompt is None or prompt.dim() < 2 else prompt.shape[1])
         if prompt is None:
-            check_cache(cache, rows, 0)
+            check_cache(cache, rows, seen, 0)
         if canvas_attention_mask is None and attention_mask is not None:
             check_mask("attention_mask", attention_mask, (rows, total))
             canvas_attention_mask = torch.cat((attention_mask.bool(), torch.ones_like(canvas_ids, dtype=torch.bool)), dim=1)
-        if not isinstance(canvas_attention_mask, dict):
-            check_mask("decoder_attention_mask", canvas_attention_mask, (rows, total + length))
+        check_mask("decoder_attention_mask", canvas_attention_mask, (rows, total + length))
         check_shape("decoder_position_ids", canvas_position_ids, (rows, length), (1, length))
         check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))
         return canvas_ids, canvas_attention_mask

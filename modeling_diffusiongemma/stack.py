@@ -1,9 +1,11 @@
-"""One stack of layers, called two ways: `causal=True` over the prompt, `causal=False` over the canvas.
+"""One stack of layers, called two ways: over the prompt, causally and with a cache to append to, and over the canvas.
 
 The parameters live under the names of the released checkpoint's decoder. The layers read the cache and never write it;
 the stack appends to it after each layer of a prompt pass, so that a layer stays a pure function of tensors (which is
 what gradient checkpointing and `torch.compile` want).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,10 +13,26 @@ from transformers import Cache, DiffusionGemmaTextConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attention
+from .caches import LayerCache, StoredLayers
 from .experts import Experts, Router
 from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
-from .masks import LayerCache, read_cache
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
+
+
+class View(NamedTuple):
+    """What new tokens see, and where they stand. Holds for every denoising step of one canvas.
+
+    Args:
+        shape: (B, L), how many rows and new tokens.
+        masks: per layer type, what `masks.for_attention` made, or None.
+        rotary: per layer type, cos and sin of the new tokens' positions, each `(B or 1, L, 1, head_dim)`.
+        cached: per layer, what is stored of the tokens before.
+    """
+
+    shape: tuple[int, int]
+    masks: dict
+    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    cached: tuple[LayerCache | None, ...] | StoredLayers
 
 
 class BlockLayer(GradientCheckpointingLayer):
@@ -81,11 +99,9 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_ids: torch.Tensor,
-        masks: dict,
-        cache: Cache | None,
-        causal: bool,
+        view: View,
         layer_scalars: list[torch.Tensor],
+        cache: Cache | None = None,
         keep_states: bool = False,
         keep_weights: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
@@ -93,27 +109,23 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
 
         Args:
             hidden_states (`(B, L, D)`): embeddings of the new tokens.
-            position_ids (`int64 (B or 1, L)`): their positions.
-            masks: per layer type, what `masks.for_attention` made, or None.
-            cache: read by every layer; appended to where `causal`.
-            causal: True for the prompt pass.
+            view: what they see.
             layer_scalars: one tensor a layer, this pass's own.
+            cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
             keep_states, keep_weights: whether to return what every layer put out.
 
         Returns:
             The normed output `(B, L, D)`; the layers' inputs and the normed output, or None; attention weights, or None.
         """
-        rotary = self.rotary(position_ids, hidden_states.dtype)
         states, all_weights = [], []
-        for layer_idx, layer in enumerate(self.layers):
+        for layer_idx, (layer, cached) in enumerate(zip(self.layers, view.cached, strict=True)):
             layer_type = self.config.layer_types[layer_idx]
             if keep_states:
                 states.append(hidden_states)
-            cached = read_cache(cache, layer_idx, hidden_states.device)
             hidden_states, new, weights = layer(
-                hidden_states, rotary[layer_type], masks[layer_type], cached, causal, layer_scalars[layer_idx]
+                hidden_states, view.rotary[layer_type], view.masks[layer_type], cached, cache is not None, layer_scalars[layer_idx]
             )
-            if causal and cache is not None:
+            if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)
             if keep_weights:
                 all_weights.append(weights)
@@ -125,4 +137,4 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
         )
 
 
-__all__ = ["BlockLayer", "BlockStack"]
+__all__ = ["BlockLayer", "BlockStack", "View"]

@@ -147,9 +147,9 @@ def test_canvas_sees_nothing_clean_from_itself_on(model, starts):
 
     def logits(clean):
         cache = model.prefill(clean, past_key_values=DynamicCache()).past_key_values
-        masks = model.canvas_masks(cache, canvas.shape, prefix_length=starts)
         positions = starts[:, None] + torch.arange(CANVAS)
-        return model.compute_logits(model.denoise(canvas, cache, attention_mask=masks, position_ids=positions).last_hidden_state)
+        view = model.prepare_canvas(cache, tuple(canvas.shape), position_ids=positions, prefix_length=starts)
+        return model.compute_logits(model.denoise(canvas, view=view).last_hidden_state)
 
     expected = logits(ids)
     for place in range(length):

@@ -1,0 +1,121 @@
+"""What a pass reads from a cache: the filled slots of each layer, and room behind them for a canvas.
+
+While a canvas is denoised the cache does not change. So its keys and values are laid out once a canvas with as many free
+slots behind them as the canvas has tokens, and every step writes its own there, instead of copying the whole cache in
+every layer of every step. Nothing is stored twice where the cache allows it: a dynamic layer's tensors are replaced by the
+filled part of the new ones, which holds the same values.
+
+Knows the caches of transformers (dynamic, static, sliding, offloaded, quantized), and nothing of masks or attention.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each `(B, K, slots + room, head_dim)`; the last `room` slots are free."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    room: int = 0
+
+
+def join(cached: LayerCache | None, new: LayerCache) -> LayerCache:
+    """Cached keys and values followed by the new ones; written into the free slots where there are any.
+
+    With gradients they are always concatenated: what a step wrote must still be there in the backward pass.
+    """
+    if cached is None:
+        return new
+    if cached.room == 0 or torch.is_grad_enabled():
+        slots = cached.keys.shape[2] - cached.room
+        return LayerCache(*(torch.cat((old[:, :, :slots], own), dim=2) for old, own in zip(cached[:2], new[:2], strict=True)))
+    for whole, own in zip(cached[:2], new[:2], strict=True):
+        whole[:, :, -cached.room :] = own
+    return cached
+
+
+def cached_length(cache: Cache | None) -> int:
+    """How many tokens the cache has seen. Static full-attention layers count on the device, the others on the host."""
+    lengths = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
+    return int(next((length for length in lengths if isinstance(length, int)), lengths[0] if lengths else 0))
+
+
+@dataclass(frozen=True)
+class StoredLayers:
+    """The layers of a cache, each read when it is its turn: what a pass appended to a layer before shows.
+
+    Args:
+        cache: any cache of transformers.
+        seen: how many tokens it holds, from `cached_length`; given, since static layers count on the device.
+        windows: for each layer how many of the last tokens the pass can see at most; None: all.
+    """
+
+    cache: Cache
+    seen: int
+    windows: tuple[int | None, ...]
+
+    def slots(self, layer_idx: int) -> int:
+        """How many of the last tokens are stored and read; 0 while nothing is stored, also where it is allocated."""
+        if self.seen == 0 or layer_idx >= len(self.cache.layers):
+            return 0
+        layer, window = self.cache.layers[layer_idx], self.windows[layer_idx]
+        stored = self.seen if _is_quantized(layer) else min(self.seen, layer.keys.shape[2])
+        return stored if window is None else min(stored, window)
+
+    def read(self, layer_idx: int) -> LayerCache | None:
+        """The last `slots(layer_idx)` tokens of a layer, on the device it computes on."""
+        slots = self.slots(layer_idx)
+        if slots == 0:
+            return None
+        layer = self.cache.layers[layer_idx]
+        if self.cache.offloading:  # `update` fetches the next layer on a stream of its own
+            torch.cuda.default_stream(layer.device).wait_stream(self.cache.prefetch_stream)
+        keys, values = _dequantize(layer) if _is_quantized(layer) else (layer.keys, layer.values)
+        filled = slice(max(min(self.seen, keys.shape[2]) - slots, 0), min(self.seen, keys.shape[2]))
+        return LayerCache(*(states[:, :, filled].to(layer.device) for states in (keys, values)))
+
+    def __iter__(self) -> Iterator[LayerCache | None]:
+        return (self.read(layer_idx) for layer_idx in range(len(self.windows)))
+
+    def with_room(self, room: int, least: tuple[int, ...]) -> "tuple[LayerCache | None, ...] | StoredLayers":
+        """The layers with `room` free slots behind at least `least[layer_idx]` cached ones, those not filled being zero.
+
+        An offloaded cache stays as it is: all of its layers at once would not fit.
+        """
+        if self.cache.offloading:
+            return self
+        return tuple(self._with_room(layer_idx, room, least[layer_idx]) for layer_idx in range(len(self.windows)))
+
+    def _with_room(self, layer_idx: int, room: int, least: int) -> LayerCache | None:
+        cached = self.read(layer_idx)
+        if cached is None:
+            return None
+        layer, slots = self.cache.layers[layer_idx], cached.keys.shape[2]
+        free = max(least - slots, 0) + room
+        wide = LayerCache(*(torch.nn.functional.pad(states, (0, 0, 0, free)) for states in cached[:2]), room)
+        owns_tensors = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.keys.requires_grad
+        if owns_tensors and layer.keys.shape[2] == slots:
+            layer.keys, layer.values = (states[:, :, :slots] for states in wide[:2])
+        return wide
+
+
+def _is_quantized(layer) -> bool:
+    return getattr(layer, "_quantized_keys", None) is not None
+
+
+def _dequantize(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a quantized layer: the quantized ones, then those it keeps as they are until there are enough."""
+    stored = []
+    for quantized, residual in ((layer._quantized_keys, layer.keys), (layer._quantized_values, layer.values)):
+        states = layer._dequantize(quantized)
+        stored.append(torch.cat((states, residual), dim=2) if residual.dim() == 4 else states)
+    return stored[0], stored[1]
+
+
+__all__ = ["LayerCache", "StoredLayers", "cached_length", "join"]
