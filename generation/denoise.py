@@ -61,8 +61,9 @@ def denoise_canvas(
         remaining, temperature = plan.max_denoising_steps - step, plan.schedule.temperature(step)
         guess = None if step == 0 else state.argmax
         soft_embeds = None
-        if head is not None and plan.shaping.only_temperature(context.generated):
-            statistics, soft_embeds = streamed_statistics(hidden, head, temperature, draws, plan.greedy)
+        filters = plan.shaping.streamable(context.generated)
+        if head is not None and filters is not None:
+            statistics, soft_embeds = streamed_statistics(hidden, head, temperature, draws, plan.greedy, filters=filters)
         else:
             logits = model.compute_logits(hidden)  # (B, C, V)
             logits = plan.shaping(logits, context.committed, guess, context.generated, temperature, remaining)

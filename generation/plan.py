@@ -22,7 +22,7 @@ class Plan:
     `new_tokens`: how many a row may get. `temperature`: the caller's, which the schedule already holds. `greedy`: take the
     argmax, not a sample. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as
     transformers' do. `sure_end`, `patience`: as `denoising_step` takes them. `deadline`: seconds on `time.perf_counter`.
-    `stream_vocabulary`: walk the vocabulary in pieces where nothing but the temperature shapes the logits.
+    `stream_vocabulary`: walk the vocabulary in pieces where `shaping` can.
     """
 
     canvas_length: int

@@ -147,7 +147,7 @@ def test_greedy_generation_is_the_same_by_either_way(wide, monkeypatch):
     ids = prompts(2, 9)[0]
     settings = {"do_sample": False, "max_new_tokens": 10, "max_denoising_steps": 2, "return_dict_in_generate": True, "output_scores": True}
     calls = []
-    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a: calls.append(1) or streamed_statistics(*a))
+    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a, **k: calls.append(1) or streamed_statistics(*a, **k))
     streamed = wide.generate(ids, **settings)
     assert len(calls) == 2
     monkeypatch.setattr(type(wide), "vocabulary_head", lambda self: None)
@@ -156,7 +156,7 @@ def test_greedy_generation_is_the_same_by_either_way(wide, monkeypatch):
     torch.testing.assert_close(streamed.scores.entropy, dense_way.scores.entropy, atol=1e-3, rtol=1e-3)
 
 
-def test_shaped_logits_take_the_dense_way(wide, monkeypatch):
-    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a: pytest.fail("top_k needs the whole distribution"))
-    wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, top_k=5)
+def test_logits_that_only_a_whole_distribution_shapes_take_the_dense_way(wide, monkeypatch):
+    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a, **k: pytest.fail("typical_p needs the whole distribution"))
+    wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, typical_p=0.9)
     wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, backend="reference")
