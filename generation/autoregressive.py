@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from .denoise import CanvasContext, denoise_canvas
 from .draws import Draws
 from .plan import Plan
-from .statistics import dense_statistics, check_finite
+from .statistics import check_finite, dense_statistics
 from .written import SCORE_FIELDS, Written
 
 
@@ -27,8 +27,8 @@ def decode_autoregressively(model, plan: Plan, written: Written, real: torch.Ten
     length = real.shape[1]
     while not bool(written.ended.all()) and not plan.out_of_time():
         positions = plan.positions(real, length)
-        hidden = model.prefill(**inputs, attention_mask=real, position_ids=positions, past_key_values=cache).last_hidden_state
-        shaped, raw = _next_logits(model, plan, written, hidden)
+        prefilled = model.prefill(**inputs, attention_mask=real, position_ids=positions, past_key_values=cache, last_states=1)
+        shaped, raw = _next_logits(model, plan, written, prefilled.last_hidden_state)
         statistics = dense_statistics(shaped, draws.at(written.generated, 0), plan.greedy)
         check_finite(statistics.bad, written.rows)
         zeros = torch.zeros_like(statistics.sample)
@@ -51,7 +51,7 @@ def decode_verified(model, plan: Plan, written: Written, real: torch.Tensor, dra
     """
     cache = DynamicCache()  # keeps every token, so that it can be cut back behind the sliding window
     positions = plan.positions(real, real.shape[1])
-    prefilled = model.prefill(**prompt, attention_mask=real, position_ids=positions, past_key_values=cache)
+    prefilled = model.prefill(**prompt, attention_mask=real, position_ids=positions, past_key_values=cache, last_states=1)
     shaped, before = _next_logits(model, plan, written, prefilled.last_hidden_state)
     chosen = shaped.argmax(dim=-1)  # (1, 1)
     one = written.passes.new_ones(1)

@@ -48,9 +48,16 @@ class HeldDraws:
 
 
 class Held:
-    """A structure of tensors (named tuples, tuples, dicts) in buffers of their own."""
+    """A structure of tensors (named tuples, tuples, dicts) in buffers of their own.
+
+    Raises:
+        ValueError: it holds something that cannot be copied into.
+    """
 
     def __init__(self, value: Any):
+        for leaf in pytree.tree_leaves(value):
+            if not isinstance(leaf, (torch.Tensor, int, float, str, type(None))):
+                raise ValueError(f"a recorded step cannot hold a {type(leaf).__name__}; expected tensors")
         self.value = pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
     def fill(self, value: Any) -> None:
@@ -62,41 +69,63 @@ class Held:
         for buffer, tensor in zip(held, new, strict=True):
             if isinstance(buffer, torch.Tensor):
                 buffer.copy_(tensor)
+            elif buffer != tensor:
+                raise ValueError(f"a recorded step got {tensor!r}; expected {buffer!r}, as it was recorded")
 
 
-class RecordedStep:
-    """`function(view, state, draws) -> outputs` on buffers, recorded at its first call and replayed at every later one.
+class Recording:
+    """The recording of one call of `generate`: made at the first step of its first canvas, replayed at all others.
 
     Args:
-        function: of structures of tensors; the same shapes at every call, no reading back from the device.
-        record: takes a function without arguments that returns tensors at fixed places; returns a function that does its work
-            again, into the same places, and those. Default: a CUDA graph.
+        record: takes a function without arguments that returns tensors; returns a function that does its work again into the same
+            tensors, and those. Default: a CUDA graph on CUDA, else the plain run that a graph must equal.
     """
 
-    def __init__(self, function: Callable, record: Callable | None = None):
-        self._function, self._record = function, record or record_graph
-        self._view = self._state = self._draws = self._replay = None
+    def __init__(self, record: Callable[[Callable], tuple[Callable, Any]] | None = None):
+        self._record = record
+        self._function = self._view = self._inputs = self._draws = self._replay = self._outputs = None
+        self._why_not: str | None = None
 
-    def hold(self, view: Any) -> None:
-        """Takes in another canvas's view."""
-        if self._view is None:
-            self._view = Held(view)
-        else:
-            self._view.fill(view)
+    def of(self, function: Callable, view: Any) -> Callable:
+        """`function(view, inputs, draws) -> outputs`, as it was or recorded, for a canvas with this view.
 
-    def __call__(self, state: Any, draws: Draws) -> Any:
+        Args:
+            function: of structures of tensors, without reading back from the device; at every call the same function but for the
+                view. Where it cannot be recorded it is returned as it is, with a warning that says why.
+        """
+        try:
+            if self._why_not is None and self._view is None:
+                self._function, self._view = function, Held(view)
+            elif self._why_not is None:
+                self._view.fill(view)
+        except ValueError as error:
+            self._give_up(error)
+        return function if self._why_not else self._step
+
+    def _step(self, view: Any, inputs: Any, draws: Draws) -> Any:
+        if self._why_not:
+            return self._function(view, inputs, draws)
         if self._replay is None:
-            self._state, self._draws = Held(state), HeldDraws(draws)
-            self._replay, self._outputs = self._record(self._run)
+            self._inputs, self._draws = Held(inputs), HeldDraws(draws)
+            record = self._record or (record_graph if torch.cuda.is_available() else record_plainly)
+            try:
+                self._replay, self._outputs = record(self._run)
+            except RuntimeError as error:
+                self._give_up(error)
+                return self._function(view, inputs, draws)
         else:
-            self._state.fill(state)
+            self._inputs.fill(inputs)
             self._draws.refill(draws)
         self._replay()
         return pytree.tree_map_only(torch.Tensor, torch.clone, self._outputs)
 
     def _run(self) -> Any:
         self._draws.rewind()
-        return self._function(self._view.value, self._state.value, self._draws)
+        return self._function(self._view.value, self._inputs.value, self._draws)
+
+    def _give_up(self, error: Exception) -> None:
+        self._why_not, self._view, self._inputs, self._draws = str(error) or type(error).__name__, None, None, None
+        logger.warning_once(f"The denoising step is not recorded but launched anew each time, which is slower: {self._why_not}")
 
 
 def record_graph(run: Callable) -> tuple[Callable, Any]:
@@ -118,4 +147,4 @@ def record_plainly(run: Callable) -> tuple[Callable, Any]:
     return lambda: held.fill(run()), held.value
 
 
-__all__ = ["Held", "HeldDraws", "RecordedStep", "record_graph", "record_plainly"]
+__all__ = ["Held", "HeldDraws", "Recording", "record_graph", "record_plainly"]

@@ -5,6 +5,7 @@ ones wait in `done`. With per-row random numbers the tokens are the same as with
 """
 
 import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,13 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from .canvas import CanvasState, condition, denoising_step, start_canvas
+from .capture import Recording
 from .draws import Draws
+from .filters import Filters
 from .flags import FlagReader
 from .plan import Plan
-from .statistics import dense_statistics, check_finite
-from .vocabulary import streamed_statistics
+from .statistics import RowStatistics, check_finite, dense_statistics
+from .vocabulary import VocabularyHead, streamed_statistics
 
 
 class CanvasContext(NamedTuple):
@@ -46,9 +49,13 @@ def can_select(cache: Cache) -> bool:
 
 
 def denoise_canvas(
-    model, plan: Plan, first: torch.Tensor, context: CanvasContext, draws: Draws, streamer: BaseStreamer | None = None
-) -> tuple[CanvasState, torch.Tensor | None]:
+    model, plan: Plan, first: torch.Tensor, context: CanvasContext, draws: Draws, streamer: BaseStreamer | None = None,
+    recording: Recording | None = None,
+) -> tuple[CanvasState, torch.Tensor | None]:  # fmt: skip
     """Denoises the canvas `first` int64 (B, C) until every row is finished, the steps are used up or the time is.
+
+    Args:
+        recording: where the step of one canvas is recorded for the next ones.
 
     Returns:
         The state of all B rows, without soft embeddings; and with `plan.keep_logits` the logits, float32 (B, C, V), of each
@@ -60,42 +67,38 @@ def denoise_canvas(
     live = torch.arange(first.shape[0], device=first.device)
     state = done = start_canvas(first, plan.stopping)
     view = _view(model, plan, context, first.shape)
-    streams = plan.stream_vocabulary and not getattr(streamer, "_takes_logits", False)
-    head = model.vocabulary_head() if streams and hasattr(model, "vocabulary_head") else None
+    head, filters = _streamed_by(model, plan, context, streamer)
+    stream = None if head is None else partial(streamed_step, model, plan, head, filters)
+    if recording is not None and head is not None and filters.hidden_before == 0:  # what changes from canvas to canvas is not recorded
+        stream = recording.of(stream, view)
+        state = state._replace(soft_embeds=first.new_zeros((*first.shape, head.weight.shape[1]), dtype=head.weight.dtype))
     flags, last_logits = FlagReader(plan.late_flags), None
     steps, temperatures = plan.steps(first.device)
     for number in range(plan.max_denoising_steps):
         step, temperature, here = steps[number], temperatures[number], draws.at(context.number, number)
-        before, is_last = state.finished, number + 1 == plan.max_denoising_steps
-        hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, **view).last_hidden_state
-        current = state.canvas if plan.sampler.informed else None
-        soft_embeds = None
-        if head is not None and plan.shaping.only_temperature(context.generated):
-            statistics, soft_embeds = streamed_statistics(hidden, head, temperature, here, plan.greedy, current=current)
+        before, is_last, logits = state.finished, number + 1 == plan.max_denoising_steps, None
+        if stream is not None:
+            state, bad = stream(view, (state, step, temperature), here)
         else:
+            hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
             raw = model.compute_logits(hidden)  # (B, C, V)
             guess = None if number == 0 else state.argmax
             remaining = plan.max_denoising_steps - number
             logits = plan.shaping(raw, context.committed, guess, context.generated, temperature, remaining)
-            statistics = dense_statistics(logits, here, plan.greedy, current=current)
+            statistics = dense_statistics(logits, here, plan.greedy, current=state.canvas if plan.sampler.informed else None)
+            state, bad = _advance(plan, state, step, statistics, here), statistics.bad
             if plan.keep_logits:
                 last_logits = raw.clone() if last_logits is None else last_logits
                 last_logits[live] = torch.where(before[:, None, None], last_logits[live], raw)
-        noise = here.noise(plan.noise, state.canvas.shape, state.canvas.device)
-        uniform = here.uniforms(*state.canvas.shape, state.canvas.device) if plan.sampler.informed else None
-        state = denoising_step(
-            state, step, plan.max_denoising_steps, statistics, noise, plan.sampler, plan.stopping, plan.sure_end, plan.patience, uniform
-        )
         if streamer is not None:
-            _stream(streamer, done.place(live, state), None if soft_embeds is not None else logits)
-        known = flags.push(state.finished, statistics.bad)
+            _stream(streamer, done.place(live, state), logits)
+        known = flags.push(state.finished, bad)
         if known is not None:
             check_finite(known.bad, live)
         if is_last or plan.out_of_time() or (known is not None and bool(known.finished.all())):
             break
-        if soft_embeds is None:
-            soft_embeds = model.soft_embed(logits.to(model.dtype))
-        state = condition(state, before, soft_embeds)
+        if logits is not None:
+            state = condition(state, before, model.soft_embed(logits.to(model.dtype)))
         if plan.compact and known is not None and bool(known.finished.any()) and can_select(context.cache):
             done = done.place(live, state)
             staying = (~known.finished).nonzero().flatten()
@@ -108,9 +111,46 @@ def denoise_canvas(
     return done.place(live, state), last_logits
 
 
-def _view(model, plan: Plan, context: CanvasContext, shape: tuple[int, int]) -> dict:
+def streamed_step(
+    model, plan: Plan, head: VocabularyHead, filters: Filters, view, inputs: tuple[CanvasState, torch.Tensor, torch.Tensor], draws: Draws
+) -> tuple[CanvasState, torch.Tensor]:
+    """One whole step in pieces of the vocabulary: canvas pass, statistics, next canvas. On CUDA it reads nothing back from the
+    device (tests/test_capture.py).
+
+    Args:
+        view: what `prepare_canvas` made.
+        inputs: the state, the step's number, int64 (), and its temperature, float32 ().
+
+    Returns:
+        The next state; and bool (b,), rows whose logits are NaN.
+    """
+    state, step, temperature = inputs
+    hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
+    current = state.canvas if plan.sampler.informed else None
+    statistics, soft_embeds = streamed_statistics(hidden, head, temperature, draws, plan.greedy, current, filters)
+    return condition(_advance(plan, state, step, statistics, draws), state.finished, soft_embeds), statistics.bad
+
+
+def _advance(plan: Plan, state: CanvasState, step: torch.Tensor, statistics: RowStatistics, draws: Draws) -> CanvasState:
+    noise = draws.noise(plan.noise, state.canvas.shape, state.canvas.device)
+    uniform = draws.uniforms(state.canvas.shape[0], state.canvas.shape[1:], state.canvas.device) if plan.sampler.informed else None
+    return denoising_step(
+        state, step, plan.max_denoising_steps, statistics, noise, plan.sampler, plan.stopping, plan.sure_end, plan.patience, uniform
+    )
+
+
+def _streamed_by(model, plan: Plan, context: CanvasContext, streamer) -> tuple[VocabularyHead | None, Filters | None]:
+    """The head and the filters to walk the vocabulary with; None where only whole logits will do."""
+    if not plan.stream_vocabulary or getattr(streamer, "_takes_logits", False) or not hasattr(model, "vocabulary_head"):
+        return None, None
+    filters, head = plan.shaping.streamable(context.generated), model.vocabulary_head()
+    return (None, None) if head is None or filters is None else (head, filters)
+
+
+def _view(model, plan: Plan, context: CanvasContext, shape: tuple[int, int]):
     """What holds for every step of the canvas."""
-    return {"view": model.prepare_canvas(context.cache, tuple(shape), context.real, plan.positions(context.real, shape[1]))}
+    positions = plan.positions(context.real, shape[1])
+    return model.prepare_canvas(context.cache, tuple(shape), context.real, positions, **({"slots": plan.slots} if plan.record else {}))
 
 
 def _stream(streamer: BaseStreamer, state: CanvasState, logits: torch.Tensor | None) -> None:
@@ -122,4 +162,4 @@ def _stream(streamer: BaseStreamer, state: CanvasState, logits: torch.Tensor | N
         streamer.put_draft(**({"logits": logits.cpu()} if wants_logits else {"value": state.argmax.cpu()}))
 
 
-__all__ = ["CanvasContext", "can_select", "denoise_canvas", "select_rows"]
+__all__ = ["CanvasContext", "can_select", "denoise_canvas", "select_rows", "streamed_step"]

@@ -1,7 +1,7 @@
 """Block-diffusion generation for any model that offers five methods:
 
-    prefill(input_ids, attention_mask=, position_ids=, past_key_values=, **images) -> output with `last_hidden_state`
-    prepare_canvas(past_key_values, (B, C), attention_mask, position_ids) -> a view, good for every step of one canvas
+    prefill(input_ids, attention_mask=, position_ids=, past_key_values=, last_states=, **images) -> output with `last_hidden_state`
+    prepare_canvas(past_key_values, (B, C), attention_mask, position_ids, slots=) -> a view, good for every step of one canvas
     denoise(canvas_ids, soft_embeds=, view=) -> output with `last_hidden_state`
     compute_logits(hidden_states) -> float32 (B, C, V)
     soft_embed(logits) -> (B, C, D)
@@ -19,6 +19,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcess
 from transformers.generation.streamers import BaseStreamer
 
 from .autoregressive import decode_autoregressively, decode_verified
+from .capture import Recording
 from .configuration import DiffusionGenerationConfig
 from .denoise import CanvasContext, can_select, denoise_canvas
 from .draws import BatchDraws, row_draws
@@ -125,7 +126,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             ids = torch.zeros((inputs_embeds.shape[0], 0), dtype=torch.int64, device=inputs_embeds.device)
             prompt = {"inputs_embeds": inputs_embeds}
         prompts, device, copies = ids.shape[0], ids.device, config.num_return_sequences or 1
-        plan = make_plan(config, use_max_length, self.config, real.shape[1], device, logits_processor, past_key_values is None)
+        plan = make_plan(
+            config, use_max_length, self.config, real.shape[1], device, logits_processor, ids.shape[0] * copies, past_key_values is None
+        )
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
         prompt |= {name: value for name, value in images.items() if value is not None}
         ids, real, decoder_input_ids, prompt = repeat_rows(copies, ids, real, decoder_input_ids, prompt, past_key_values)
@@ -141,13 +144,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             if streamer is not None or pixel_values is not None:
                 raise ValueError(f"`decoding='verified'` got {shape[0]} rows; expected one together with a streamer or images")
             config.update(max_new_tokens=plan.new_tokens, max_length=None, num_return_sequences=None)
-            rows = [
-                self.generate(
-                    generation_config=config, logits_processor=logits_processor, stopping_criteria=stopping_criteria, tokenizer=tokenizer,
-                    attention_mask=real[row : row + 1], seed=draws.seeds[row], **{key: value[row : row + 1] for key, value in prompt.items()},
-                )
-                for row in range(shape[0])
-            ]  # fmt: skip
+            rules = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "tokenizer": tokenizer}
+            rows = []
+            for row, own_seed in enumerate(draws.seeds):
+                own = {"attention_mask": real[row : row + 1]} | {name: value[row : row + 1] for name, value in prompt.items()}
+                rows.append(self.generate(generation_config=config, seed=own_seed, **rules, **own))
             return join_rows(rows, plan.pad)
         try:
             written = Written(plan, ids, config.stop_strings, tokenizer, stopping_criteria, streamer)
@@ -178,13 +179,14 @@ class DiffusionGenerationMixin(GenerationMixin):
         if cache is None:
             cache = make_cache(config, self.config.get_text_config(), real.shape[1] + (plan.canvases - 1) * length, real.device)
         pending, new, whole = prompt, real.shape[1] - int(cache.get_seq_length()), True
+        recording = Recording() if plan.record else None
         for number in range(plan.canvases):
-            self.prefill(**pending, attention_mask=real, position_ids=plan.positions(real, new), past_key_values=cache)
+            self.prefill(**pending, attention_mask=real, position_ids=plan.positions(real, new), past_key_values=cache, last_states=1)
             shape = (real.shape[0], length)
             noise = draws.at(number, -1).noise(plan.noise, shape, real.device)  # drawn also where a canvas is given, as transformers does
             real = torch.cat((real, real.new_ones(shape)), dim=1)
             context = CanvasContext(cache, real, written.context, written.generated, number)
-            state, logits = denoise_canvas(self, plan, noise if first is None else first, context, draws, written.streamer)
+            state, logits = denoise_canvas(self, plan, noise if first is None else first, context, draws, written.streamer, recording)
             tokens, new, first = written.add(state, logits), length, None
             if bool(written.ended.all()) or plan.out_of_time():
                 break

@@ -53,11 +53,12 @@ def join_rows(rows: list, pad: int):
 
     if isinstance(rows[0], torch.Tensor):
         return stack(rows, pad)
+    scores = None if rows[0].scores is None else TokenScores(*map(stack, zip(*(row.scores for row in rows), strict=True)))
     return DiffusionGenerationOutput(
         sequences=stack([row.sequences for row in rows], pad),
         tokens_per_forward=torch.cat([row.tokens_per_forward for row in rows]),
         denoising_steps=torch.cat([row.denoising_steps for row in rows]),
-        scores=None if rows[0].scores is None else TokenScores(*(stack(parts) for parts in zip(*(row.scores for row in rows), strict=True))),
+        scores=scores,
         logits=None if rows[0].logits is None else stack([row.logits for row in rows]),
     )
 

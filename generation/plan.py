@@ -22,9 +22,9 @@ class Plan:
     `new_tokens`: how many a row may get. `temperature`: the caller's, which the schedule already holds. `greedy`: take the
     argmax, not a sample. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as
     transformers' do. `sure_end`, `patience`: as `denoising_step` takes them. `deadline`: seconds on `time.perf_counter`.
-    `stream_vocabulary`: walk the vocabulary in pieces where nothing but the temperature shapes the logits. `keep_logits`: hand
-    out the logits of what is committed. `late_flags`: look one step late at which rows are finished, so that the device never
-    waits for the host.
+    `stream_vocabulary`: walk the vocabulary in pieces where `shaping` can. `keep_logits`: hand out the logits of what is committed.
+    `late_flags`: look one step late at which rows are finished, so that the device never waits for the host. `record`: record
+    the denoising step once and replay it, over canvases that all have `slots` slots for cached tokens.
     """
 
     canvas_length: int
@@ -47,6 +47,8 @@ class Plan:
     stream_vocabulary: bool
     keep_logits: bool
     late_flags: bool
+    record: bool
+    slots: int
 
     @property
     def canvases(self) -> int:
@@ -72,11 +74,16 @@ def reads_late(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def records(device: torch.device) -> bool:
+    """Whether launching a step costs the host more than replaying it."""
+    return device.type == "cuda"
+
+
 def make_plan(
     config: DiffusionGenerationConfig, use_max_length: bool, model_config, prompt_length: int, device: torch.device,
-    logits_processor: LogitsProcessorList | None, owns_cache: bool,
+    logits_processor: LogitsProcessorList | None, rows: int, owns_cache: bool,
 ) -> Plan:  # fmt: skip
-    """Args: `prompt_length` counts cached tokens; `owns_cache`: no caller holds the cache, so rows may leave it.
+    """Args: `prompt_length` counts cached tokens; `rows`: of the batch; `owns_cache`: no caller holds the cache, so rows may leave it.
 
     Raises:
         ValueError: lengths that leave no room, or arguments that do not go together.
@@ -96,8 +103,12 @@ def make_plan(
         "fixed_steps": FixedStepsSampler,
         "predictor_corrector": lambda: PredictorCorrectorSampler(vocab_size, config.corrector_steps, config.corrector_positions),
     }[config.sampler]()
+    canvas_length = config.canvas_length or model_config.canvas_length
+    stays = config.cache_implementation not in (None, "dynamic") or not owns_cache  # rows cannot leave such a cache
+    streams = not reference and vocab_size > PIECE and not config.output_logits
+    record = streams and (stays or rows == 1) and not config.disable_compile and config.decoding == "diffusion" and records(device)
     return Plan(
-        canvas_length=config.canvas_length or model_config.canvas_length,
+        canvas_length=canvas_length,
         new_tokens=new_tokens,
         max_denoising_steps=config.max_denoising_steps,
         temperature=scale,
@@ -109,13 +120,15 @@ def make_plan(
         eos=eos,
         pad=config.pad_token_id if config.pad_token_id is not None else int(eos[0]) if len(eos) else 0,
         greedy=config.do_sample is False or config.temperature == 0,
-        compact=not reference and owns_cache and config.cache_implementation in (None, "dynamic"),
+        compact=not reference and not stays,
         count_padding=reference,
         sure_end=eos if config.ignore_after_eos or (config.ignore_after_eos is None and not reference) else None,
         patience=config.patience,
-        stream_vocabulary=not reference and vocab_size > PIECE and not config.output_logits,
+        stream_vocabulary=streams,
         keep_logits=bool(config.output_logits),
         late_flags=reads_late(device),
+        record=record,
+        slots=prompt_length + (-(-new_tokens // canvas_length) - 1) * canvas_length if record else 0,
         deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
     )
 

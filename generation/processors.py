@@ -7,9 +7,11 @@
   see, for position j, everything committed and then the previous step's argmax canvas up to j, as if it were being written
   from left to right. They run position by position: exact, and slow;
 - min_new_tokens hides the end-of-sequence ids at the positions it concerns.
+
+`Shaping.streamable` is the same for a pass over pieces of the vocabulary, where that can be.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import (
@@ -28,6 +30,7 @@ from transformers import (
 )
 
 from .configuration import DiffusionGenerationConfig
+from .filters import MOST_TOP_K, Filters
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Shaping:
         contextual: of a position and what stands before it.
         eos: end-of-sequence ids, int64 (n,).
         min_new_tokens: generated tokens before which `eos` is hidden.
+        filters: the same as `before` and `after`, for a pass over pieces of the vocabulary; None where only whole logits will do.
     """
 
     own: LogitsProcessorList
@@ -48,6 +52,7 @@ class Shaping:
     after: LogitsProcessorList
     eos: torch.Tensor
     min_new_tokens: int
+    filters: Filters | None
 
     def __call__(
         self,
@@ -74,10 +79,12 @@ class Shaping:
         logits = logits / temperature
         return self._each(self.after, logits) if self.after else logits
 
-    def only_temperature(self, generated: int) -> bool:
-        """Whether the temperature is all that shapes the logits of a canvas that begins behind `generated` tokens."""
-        processors = self.own or self.before or self.contextual or self.after
-        return not processors and not (len(self.eos) and generated < self.min_new_tokens)
+    def streamable(self, generated: int) -> Filters | None:
+        """What `__call__` does besides the temperature to a canvas that begins behind `generated` tokens, for `streamed_statistics`; None
+        where a processor needs whole logits: the caller's own, those of a context, typical_p, epsilon_cutoff and eta_cutoff."""
+        if self.own or self.contextual or self.filters is None:
+            return None
+        return replace(self.filters, hidden_before=max(self.min_new_tokens - generated, 0))
 
     @staticmethod
     def _each(processors: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
@@ -118,13 +125,20 @@ def build_shaping(
         "top_k": (TopKLogitsWarper, 0), "top_p": (TopPLogitsWarper, 1.0), "min_p": (MinPLogitsWarper, 0.0),
         "typical_p": (TypicalLogitsWarper, 1.0), "epsilon_cutoff": (EpsilonLogitsWarper, 0.0),
     }  # fmt: skip
-    for name, (warper, off) in warpers.items():
-        if (value := getattr(config, name)) not in (None, off):
-            after.append(warper(value))
+    active = {name: getattr(config, name) for name, (_, off) in warpers.items() if getattr(config, name) not in (None, off)}
+    for name, value in active.items():
+        after.append(warpers[name][0](value))
+    filters = None
     if config.eta_cutoff not in (None, 0.0):
         after.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
+    elif active.keys() <= {"top_k", "top_p", "min_p"} and min(active.get("top_k", 0), vocab_size) <= MOST_TOP_K:
+        allowed = None
+        if config.suppress_tokens:
+            suppressed = torch.tensor(config.suppress_tokens, device=device)
+            allowed = torch.ones(vocab_size, dtype=torch.bool, device=device).index_fill(0, suppressed, False)
+        filters = Filters(allowed, hidden=eos if len(eos) else None, **active)
     least = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)
-    return Shaping(LogitsProcessorList() if own is None else own, before, contextual, after, eos, least)
+    return Shaping(LogitsProcessorList() if own is None else own, before, contextual, after, eos, least, filters)
 
 
 def _ids(name: str, ids: list[int], vocab_size: int) -> list[int]:

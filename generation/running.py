@@ -80,6 +80,7 @@ def absorb(running: Running, logits: torch.Tensor, start: int, chance: torch.Ten
         piece_mass = exponentials.sum(dim=-1)
         other_mass = other_mass * shrink + piece_mass
         other = draw(exponentials, other_mass, piece_mass, chance[:, 2:], start, other)
+        other = torch.where(other_mass > 0, other, running.current)  # a piece that was all masked may have left one of its ids
         exponentials.scatter_(1, place, here)
     return Running(top, mass, spread, argmax, sample, running.current, own, other_top, other_mass, other), exponentials, shrink
 

@@ -105,7 +105,8 @@ class FixedStepsSampler(AcceptingSampler):
         length = statistics.log_probs.shape[-1]
         count = -(-length * (step + 1) // max_denoising_steps)
         order = statistics.log_probs.argsort(dim=-1, descending=True, stable=True)
-        return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, (torch.arange(length, device=order.device) < count).expand_as(order))
+        among = (torch.arange(length, device=order.device) < count).expand_as(order)
+        return torch.zeros_like(among).scatter(-1, order, among)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ tensors of `(canvas, vocabulary)` a step; here the largest is `(canvas, PIECE)`.
 `soft_embed` is the reference (tests/test_vocabulary.py).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from .draws import Draws
+from .filters import Filters, find_threshold, mask_piece
 from .running import MASKED, Running, absorb, start_running
 from .statistics import RowStatistics
 
@@ -27,7 +29,7 @@ class VocabularyHead(NamedTuple):
 
 def streamed_statistics(
     hidden: torch.Tensor, head: VocabularyHead, temperature: float | torch.Tensor, draws: Draws, greedy: bool = False,
-    current: torch.Tensor | None = None, piece: int = PIECE,
+    current: torch.Tensor | None = None, filters: Filters | None = None, piece: int = PIECE,
 ) -> tuple[RowStatistics, torch.Tensor]:  # fmt: skip
     """Statistics of softmax(logits / temperature), and the soft embedding under it.
 
@@ -37,23 +39,40 @@ def streamed_statistics(
         temperature: divides the soft-capped logits.
         draws: two uniform numbers a position and piece, four with `current`; none if `greedy`, which takes the most probable tokens.
         current (`int64 (B, C)`, *optional*): the canvas's tokens; with them, `current_log_probs` and `other` are given.
+        filters (*optional*): what narrows the distribution; all that is returned is of what they leave, renormalised. Top_k and min_p
+            cost one more pass over the vocabulary, top_p three more.
         piece: ids at a time.
 
     Returns:
         `RowStatistics` (B, C), and the soft embedding `(B, C, D)` in the weight's dtype.
     """
     batch_size, length, size = hidden.shape
-    rows, vocab_size = hidden.reshape(-1, size), head.weight.shape[0]  # (N, D)
-    count, pieces, numbers = rows.shape[0], -(-vocab_size // piece), 2 if current is None else 4
-    chance = None if greedy else draws.uniforms(batch_size, (length, pieces, numbers), rows.device).view(count, pieces, numbers)
-    running = start_running(count, rows.device, None if current is None else current.flatten())
-    soft = rows.new_zeros((count, size), dtype=torch.float32)
-    for number, weight in enumerate(head.weight.split(piece)):
-        logits = torch.nn.functional.linear(rows, weight).float().div_(head.softcap).tanh_().mul_(head.softcap).div_(temperature)
+    count, vocab_size = batch_size * length, head.weight.shape[0]
+    pieces, numbers = -(-vocab_size // piece), 2 if current is None else 4
+    chance = None if greedy else draws.uniforms(batch_size, (length, pieces, numbers), hidden.device).view(count, pieces, numbers)
+    threshold = None
+    if filters is not None and filters.need_threshold():
+        threshold = find_threshold(filters, lambda: (logits for _, logits in _walk(hidden, head, temperature, filters, piece)), vocab_size)
+    running = start_running(count, hidden.device, None if current is None else current.flatten())
+    soft, seen = hidden.new_zeros((count, size), dtype=torch.float32), torch.zeros_like(running.argmax)
+    for number, (weight, logits) in enumerate(_walk(hidden, head, temperature, filters, piece)):
+        if threshold is not None:
+            seen = threshold.apply(logits, seen)
         running, exponentials, shrink = absorb(running, logits, number * piece, None if chance is None else chance[:, number])
         soft.mul_(shrink[:, None]).add_(exponentials.to(weight.dtype) @ weight)
     soft = (soft / running.mass[:, None]).to(head.weight.dtype) * head.embed_scale
     return _summary(running, (batch_size, length)), soft.view(batch_size, length, size)
+
+
+def _walk(
+    hidden: torch.Tensor, head: VocabularyHead, temperature: float | torch.Tensor, filters: Filters | None, piece: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The pieces: weights (W, D), and their logits (N, W), float32, as the temperature and the masks of `filters` shape them."""
+    for number, weight in enumerate(head.weight.split(piece)):
+        logits = torch.nn.functional.linear(hidden, weight).float().div_(head.softcap).tanh_().mul_(head.softcap).div_(temperature)
+        if filters is not None:
+            mask_piece(filters, logits, number * piece)
+        yield weight, logits.flatten(0, 1)
 
 
 def _summary(running: Running, shape: tuple[int, int]) -> RowStatistics:

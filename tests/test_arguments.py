@@ -255,10 +255,12 @@ def test_output_logits_are_the_models_own_for_every_token(model):
 def test_output_logits_of_rows_that_end_early_are_their_own(model):
     """A row that has left the batch, or stands finished in it, keeps the logits of its last step; behind its end they are 0."""
     ids = prompts(3, 6)[0]
-    settings = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 4, "seed": [1, 2, 3], "eos_token_id": list(range(20, 26)), "pad_token_id": 0}
+    ends = list(range(20, 26))
+    settings = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 4, "seed": [1, 2, 3], "eos_token_id": ends, "pad_token_id": 0}
     output = model.generate(ids, output_logits=True, output_scores=True, return_dict_in_generate=True, **settings)
     new = output.sequences[:, 6:]
-    ended = torch.isin(new, torch.arange(20, 26)).cumsum(dim=1) - torch.isin(new, torch.arange(20, 26)).long() > 0
+    is_end = torch.isin(new, torch.tensor(ends)).long()
+    ended = is_end.cumsum(dim=1) - is_end > 0
     assert bool(ended.any()) and bool((output.logits[ended] == 0).all()) and bool((output.logits[~ended] != 0).any(-1).all())
     assert torch.equal(output.logits.argmax(-1)[~ended], new[~ended]), "nothing else shapes them here"
 

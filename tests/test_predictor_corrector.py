@@ -125,10 +125,10 @@ def test_generate_takes_it_by_name(vocab_size, settings):
     assert not torch.equal(first, model.generate(ids, seed=[3, 4], **settings))
 
 
-@pytest.mark.parametrize(
-    "settings, name",
-    [({"corrector_steps": -1}, "corrector_steps"), ({"corrector_positions": 0}, "corrector_positions"), ({"noise": "mask", "mask_token_id": 4}, "noise")],  # fmt: skip
-)
+WRONG = [({"corrector_steps": -1}, "corrector_steps"), ({"corrector_positions": 0}, "corrector_positions"), ({"noise": "mask"}, "noise")]
+
+
+@pytest.mark.parametrize("settings, name", WRONG)
 def test_wrong_arguments_are_refused_by_name(settings, name):
     with pytest.raises(ValueError, match=name):
-        small_model().generate(prompts(1, 5)[0], sampler="predictor_corrector", **settings)
+        small_model().generate(prompts(1, 5)[0], sampler="predictor_corrector", mask_token_id=4, **settings)

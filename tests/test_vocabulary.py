@@ -156,7 +156,7 @@ def test_greedy_generation_is_the_same_by_either_way(wide, monkeypatch):
     torch.testing.assert_close(streamed.scores.entropy, dense_way.scores.entropy, atol=1e-3, rtol=1e-3)
 
 
-def test_shaped_logits_take_the_dense_way(wide, monkeypatch):
-    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a, **k: pytest.fail("top_k needs the whole distribution"))
-    wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, top_k=5)
+def test_logits_that_only_a_whole_distribution_shapes_take_the_dense_way(wide, monkeypatch):
+    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a, **k: pytest.fail("typical_p needs the whole distribution"))
+    wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, typical_p=0.9)
     wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, backend="reference")

@@ -1,0 +1,158 @@
+"""Which ids of a position may be predicted, found out and applied piece by piece of the vocabulary.
+
+Hidden and allowed ids need nothing but the piece at hand. `top_k`, `top_p` and `min_p` keep the most probable ids of a position, so
+each is a threshold on its logits, which passes over the pieces find before the one that uses it; no `(N, V)` tensor exists. They
+mean what transformers' `TopKLogitsWarper`, `TopPLogitsWarper` and `MinPLogitsWarper` do one after the other, which is the order in
+which `processors.build_shaping` calls them.
+
+N: positions (B * C), W: ids of a piece.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .running import MASKED
+
+BINS = 4096  # of a histogram of logits; two of them, one inside a bin of the other, tell logits apart that differ by span / BINS^2
+MOST_TOP_K = 1024  # so many logits a position are kept while the pieces pass; a greater top_k takes the dense way
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What narrows a distribution besides the temperature.
+
+    `allowed`: bool `(V,)` or `(B, V)`, True where an id may be predicted. `allowed_ids`: int64 `(B, C, K)`, the only ids of a position,
+    padded with -1; a position of -1 alone is free. `hidden`: int64 `(n,)`, ids that the first `hidden_before` positions may not
+    have. `top_k`, `top_p`, `min_p`: as in `GenerationConfig`. None: not in use.
+
+    Raises:
+        ValueError: a value out of range, or a mask of another dtype.
+    """
+
+    allowed: torch.Tensor | None = None
+    allowed_ids: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    hidden_before: int = 0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k > 0):
+            raise ValueError(f"`top_k` is {self.top_k!r}; expected a positive integer")
+        if self.top_p is not None and not 0 <= self.top_p < 1:
+            raise ValueError(f"`top_p` is {self.top_p!r}; expected a share from 0 to below 1, or None to leave it out")
+        if self.min_p is not None and not 0 < self.min_p <= 1:
+            raise ValueError(f"`min_p` is {self.min_p!r}; expected a share above 0, at most 1, or None to leave it out")
+        for name, dtype in (("allowed", torch.bool), ("allowed_ids", torch.int64), ("hidden", torch.int64)):
+            if (value := getattr(self, name)) is not None and value.dtype != dtype:
+                raise ValueError(f"`{name}` has dtype {value.dtype}; expected {dtype}")
+
+    def need_threshold(self) -> bool:
+        """Whether passes over the pieces must come before the one that uses the filters."""
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+
+class Threshold(NamedTuple):
+    """What is kept, `(N,)` each: logits of at least `floor` float32; and, with top_p, those whose `depth` below `top` float32 is less than
+    `edge` int64, and the first `ties` int64 ids of just that depth. `scale`: depths a nat."""
+
+    top: torch.Tensor
+    floor: torch.Tensor
+    edge: torch.Tensor | None
+    ties: torch.Tensor | None
+    scale: float
+
+    def depth(self, logits: torch.Tensor) -> torch.Tensor:
+        """How far logits (N, W) lie below the highest, int64, from 0 to BINS^2 - 1. NaN lies at 0, where it is kept, and found."""
+        return ((self.top[:, None] - logits) * self.scale).nan_to_num_(nan=0.0).clamp_(0, BINS**2 - 1).long()
+
+    def apply(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Masks what of a piece (N, W) is not kept, in place; `seen` int64 (N,): how many ids of depth `edge` lay in the pieces before.
+        Returns the new `seen`."""
+        dropped = logits < self.floor[:, None]
+        if self.edge is not None:
+            depth = self.depth(logits)
+            tied = depth == self.edge[:, None]
+            rank = tied.cumsum(dim=-1) + seen[:, None]
+            dropped |= (depth > self.edge[:, None]) | (tied & (rank > self.ties[:, None]))
+            seen = rank[:, -1]
+        logits.masked_fill_(dropped, MASKED)
+        return seen
+
+
+def mask_piece(filters: Filters, logits: torch.Tensor, start: int) -> None:
+    """Sets what hidden and allowed ids rule out of a piece `(B, C, W)`, whose first id is `start`, to `MASKED`, in place."""
+    length, width = logits.shape[1:]
+    if filters.allowed is not None:
+        allowed = filters.allowed[..., start : start + width]
+        logits.masked_fill_(~allowed if allowed.dim() == 1 else ~allowed[:, None], MASKED)
+    if filters.allowed_ids is not None:
+        place = filters.allowed_ids - start
+        place = torch.where((place >= 0) & (place < width), place, width)
+        ruled_out = logits.new_ones((*logits.shape[:2], width + 1), dtype=torch.bool).scatter_(-1, place, False)[..., :width]
+        logits.masked_fill_(ruled_out & (filters.allowed_ids >= 0).any(dim=-1, keepdim=True), MASKED)
+    if filters.hidden is not None and filters.hidden_before > 0:
+        hidden = (torch.arange(start, start + width, device=logits.device)[:, None] == filters.hidden).any(dim=-1)
+        logits[:, : filters.hidden_before].masked_fill_(hidden, MASKED)
+
+
+def find_threshold(filters: Filters, walk: Callable[[], Iterable[torch.Tensor]], vocab_size: int) -> Threshold:
+    """The threshold of `top_k`, then `top_p`, then `min_p`. One pass over the pieces; with `top_p` two more.
+
+    `top_k` and `min_p` are exact. `top_p` is exact but for two things: shares of the mass are sums of other rounding (here float64),
+    and logits that differ by less than `(log(V / (1 - top_p)) + 1) / BINS^2`, about 1e-6 nats and so less than the rounding of a
+    logit, count as equal. Of equal logits at the threshold as many are kept as in transformers, the first ids; its sort leaves open which.
+
+    Args:
+        walk: called, goes over the pieces' shaped logits, float32 `(N, W)`, masked ids at `MASKED`; they may be overwritten.
+    """
+    highest = None
+    for logits in walk():
+        best = logits.topk(min(filters.top_k or 1, logits.shape[1]), dim=-1).values
+        highest = best if highest is None else torch.cat((highest, best), dim=-1)
+        highest = highest.topk(min(filters.top_k or 1, highest.shape[1]), dim=-1).values  # (N, top_k)
+    top, floor = highest[:, 0], torch.full_like(highest[:, 0], MASKED) if filters.top_k is None else highest[:, -1]
+    if filters.top_p is None:
+        edge, ties, scale = None, None, 0.0
+    else:
+        # Ids deeper than log(V / (1 - top_p)) have less than 1 - top_p of the mass in all. One nat more keeps the edge off the last depth.
+        scale = BINS**2 / (math.log(vocab_size) - math.log1p(-filters.top_p) + 1)
+        edge, ties = _nucleus(Threshold(top, floor, None, None, scale), filters.top_p, walk)
+    if filters.min_p is not None:
+        floor = torch.maximum(floor, top + math.log(filters.min_p))
+    return Threshold(top, floor, edge, ties, scale)
+
+
+def _nucleus(threshold: Threshold, top_p: float, walk: Callable[[], Iterable[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Edge and ties of the smallest set of the most probable ids above `floor` that has at least `top_p` of their mass."""
+    above = coarse = None
+    for level in range(2):
+        mass = threshold.top.new_zeros((len(threshold.top), BINS), dtype=torch.float64)
+        count = None if level == 0 else torch.zeros_like(mass, dtype=torch.int32)
+        for logits in walk():
+            depth = threshold.depth(logits)
+            counted = logits >= threshold.floor[:, None]
+            if level == 0:
+                place = depth // BINS
+            else:
+                place = depth % BINS
+                counted &= depth // BINS == coarse
+                count.scatter_add_(1, place, counted.int())
+            mass.scatter_add_(1, place, torch.where(counted, torch.exp(logits - threshold.top[:, None]), 0.0).double())
+        if level == 0:
+            wanted, above = top_p * mass.sum(dim=-1, keepdim=True), torch.zeros_like(mass[:, :1])
+        before = mass.cumsum(dim=-1).sub_(mass).add_(above)
+        place = ((before < wanted).sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # the bin that reaches `wanted`
+        above = before.gather(1, place)
+        coarse = place if level == 0 else coarse
+    each = mass.gather(1, place) / count.gather(1, place)
+    ties = ((wanted - above) / each).nan_to_num_(nan=1.0).ceil_().clamp_(1, 2**31).long()
+    return (coarse * BINS + place).squeeze(1), ties.squeeze(1)
+
+
+__all__ = ["Filters", "Threshold", "find_threshold", "mask_piece"]
