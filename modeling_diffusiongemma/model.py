@@ -262,8 +262,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             position_ids (`int64 (B or 1, C)`, *optional*): default: on from each row's real tokens.
             prefix_length (`int64 (B,)`, *optional*): how many cached tokens come before each row's canvas; later ones stay
                 unseen. Default: all.
-            slots: at least so many slots for cached tokens, those not filled being masked. With the length that the cache will
-                reach, the views of all canvases have equal shapes, which a captured CUDA graph needs.
+            slots: at least so many slots for cached tokens, those not filled being masked (and a mask also where all are). With the
+                length that the cache will reach, the views of all canvases have equal shapes, which a captured CUDA graph needs.
         """
         view = self._canvas_view(past_key_values, canvas_shape, attention_mask, position_ids, prefix_length, slots)
         if torch.is_grad_enabled():
@@ -286,7 +286,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         for layer_type in sorted(set(config.layer_types)):
             layer_idx = config.layer_types.index(layer_type)
             window = config.sliding_window if layer_type == "sliding_attention" else None
-            if padding is None and prefix_length is None and laid_out[layer_idx] == stored.slots(layer_idx):
+            if slots == 0 and padding is None and prefix_length is None and laid_out[layer_idx] == stored.slots(layer_idx):
                 masks[layer_type] = None  # everything is visible
                 continue
             visible = canvas_mask(slot_tokens(laid_out[layer_idx], seen, length, device), length, prefix, window, padding)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList, cache_utils
 
 import modeling_diffusiongemma
 
@@ -94,6 +94,18 @@ def test_rows_that_leave_the_batch_change_no_token(text):
     staying, kept = answers(*text, wanted, seed=5, canvas_length=16, past_key_values=cache)
     assert leaving == staying and output.denoising_steps.tolist() == kept.denoising_steps.tolist()
     assert kept.past_key_values is cache and output.past_key_values is None
+
+
+def test_quantized_cache_holds_full_attention_in_eight_bits(text):
+    """The answers of a trained model survive it; the sliding layers, which never grow beyond the window, stay as they are."""
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("transformers before 5.23 has no FP8 cache")
+    wanted = requests(6, seed=4)
+    exact, _ = answers(*text, wanted, seed=0, canvas_length=16)
+    quantized, output = answers(*text, wanted, seed=0, canvas_length=16, cache_implementation="quantized")
+    assert quantized == exact
+    stored = {type(layer).__name__ for layer in output.past_key_values.layers}
+    assert stored == {"Fp8QuantizedLayer", "DynamicSlidingWindowLayer"}
 
 
 def test_scores_describe_every_committed_token(text):

@@ -1,0 +1,135 @@
+"""The denoising step as one unit: it reads nothing back from the device, and recorded it gives the same tokens.
+
+A CUDA graph itself needs a GPU (tests/test_gpu.py). Here the same buffers and the same loop run with a plain replay, and the step is
+run on tensors without data, which raise wherever somebody wants to look at them.
+"""
+
+import copy
+
+import pytest
+import torch
+from small_models import prompts, small_model
+from torch.utils import _pytree as pytree
+
+from generation.canvas import start_canvas
+from generation.capture import Held, HeldDraws, Recording
+from generation.denoise import streamed_step
+from generation.draws import BatchDraws, row_draws
+from generation.inputs import resolve_config
+from generation.plan import make_plan
+
+VOCAB = 5001  # two pieces of the vocabulary
+
+
+@pytest.fixture(scope="module")
+def model():
+    built = small_model(vocab_size=VOCAB)
+    built.generation_config.update(eos_token_id=[], pad_token_id=0)
+    return built
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """As on a GPU: flags late, steps recorded."""
+    monkeypatch.setattr("generation.plan.records", lambda device: True)
+    monkeypatch.setattr("generation.plan.reads_late", lambda device: True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "top_k": 7, "top_p": 0.9, "suppress_tokens": [3, 4]},
+        {"sampler": "predictor_corrector", "max_denoising_steps": 3},
+        {"sampler": "fixed_steps"},
+        {"do_sample": False},
+        {"min_new_tokens": 13, "eos_token_id": list(range(2000))},
+    ],
+    ids=["dynamic", "static", "filters", "predictor-corrector", "fixed steps", "greedy", "hidden ends"],
+)
+def test_recorded_steps_give_the_same_tokens(model, settings, request):
+    """Over several canvases, past the sliding window, at every step."""
+    rows = 3 if "cache_implementation" in settings else 1
+    ids, mask = prompts(rows, 9, padded=3 if rows > 1 else 0)
+    settings = {"attention_mask": mask, "max_new_tokens": 35, "max_denoising_steps": 4, "seed": list(range(rows)), **settings}
+    plain = model.generate(ids, **settings)
+    request.getfixturevalue("records")
+    recorded = model.generate(ids, **settings)
+    # Slots that are laid out but not filled are masked: sums of another length, which random weights make grow at the last canvases.
+    assert torch.equal(recorded[:, :29], plain[:, :29]) and recorded.shape[0] == plain.shape[0]
+
+
+def test_settings_of_a_call_go_over_those_of_the_call_before(model, records):
+    """Elsewhere a compiled sampler keeps the first call's entropy bound."""
+    ids = prompts(1, 9)[0]
+    settings = {"max_new_tokens": 10, "max_denoising_steps": 6, "seed": 0, "confidence_threshold": 1e-9, "cache_implementation": "static"}
+    by_bound = [model.generate(ids, entropy_bound=bound, **settings) for bound in (1e-6, 100.0, 1e-6)]
+    assert torch.equal(by_bound[0], by_bound[2]) and not torch.equal(by_bound[0], by_bound[1])
+    by_temperature = [model.generate(ids, temperature=scale, **settings) for scale in (0.1, 1.0)]
+    assert not torch.equal(*by_temperature)
+
+
+def test_disable_compile_records_nothing(model, records, monkeypatch):
+    monkeypatch.setattr(Recording, "of", lambda *a: pytest.fail("recorded"))
+    model.generate(prompts(1, 9)[0], max_new_tokens=5, max_denoising_steps=2, disable_compile=True)
+
+
+def test_a_step_that_cannot_be_recorded_runs_plainly_with_a_warning(model, records, monkeypatch):
+    ids, settings = prompts(1, 9)[0], {"max_new_tokens": 25, "max_denoising_steps": 3, "seed": 0}
+
+    def fail(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected = model.generate(ids, **settings)
+    monkeypatch.setattr("generation.capture.record_plainly", fail)
+    said = []
+    monkeypatch.setattr("generation.capture.logger.warning_once", said.append)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert len(said) == 1 and "when stream is capturing" in said[0]
+
+
+def test_held_values_refuse_what_they_cannot_copy():
+    with pytest.raises(ValueError, match="cannot hold a object"):
+        Held({"mask": object()})
+    held = Held((torch.zeros(2), 3))
+    with pytest.raises(ValueError, match="structure"):
+        held.fill((torch.zeros(2),))
+    with pytest.raises(ValueError, match="expected 3"):
+        held.fill((torch.zeros(2), 4))
+
+
+def test_held_draws_are_those_of_the_place():
+    """The buffers of the first step must be refilled with what the next step would have drawn."""
+    source, device = row_draws([5, 6], None, 2, 1), torch.device("cpu")
+    held = HeldDraws(source.at(0, 0))
+    first = held.uniforms(2, (3,), device).clone()
+    assert torch.equal(first, source.at(0, 0).uniforms(2, (3,), device))
+    held.refill(source.at(0, 1))
+    held.rewind()
+    second = held.uniforms(2, (3,), device)
+    assert torch.equal(second, source.at(0, 1).uniforms(2, (3,), device)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}, {"sampler": "predictor_corrector"}, {"do_sample": False}]
+)
+@torch.no_grad()
+def test_a_step_never_looks_at_the_device(model, settings):
+    """Tensors without data raise where a value, or a size that depends on values, is asked for; and no CPU tensor may come in."""
+    model = copy.deepcopy(model).to(torch.bfloat16)  # grouped products without data know no other dtype
+    config, _ = resolve_config(None, model.generation_config, {"min_new_tokens": 3, **settings})
+    cache = model.prefill(prompts(2, 9)[0]).past_key_values
+    view = model.prepare_canvas(cache, (2, 10), torch.ones((2, 19), dtype=torch.bool), slots=19)
+    device = torch.device("meta")
+    plan = make_plan(config, False, model.config, 9, device, None, 2, True)
+    view = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), view)
+    state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), plan.stopping)
+    steps, temperatures = plan.steps(device)
+    head = model.vocabulary_head()
+    head = head._replace(weight=head.weight.to(device), embed_scale=head.embed_scale.to(device))
+    model = model.to(device)
+    after, bad = streamed_step(model, plan, head, plan.shaping.streamable(0), view, (state, steps[1], temperatures[1]), BatchDraws())
+    assert after.canvas.shape == (2, 10) and bad.shape == (2,) and after.soft_embeds.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(bad.any())
