@@ -71,34 +71,40 @@ class Threshold(NamedTuple):
         """How far logits (N, W) lie below the highest, int64, from 0 to BINS^2 - 1. NaN lies at 0, where it is kept, and found."""
         return ((self.top[:, None] - logits) * self.scale).nan_to_num_(nan=0.0).clamp_(0, BINS**2 - 1).long()
 
-    def apply(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Masks what of a piece (N, W) is not kept, in place; `seen` int64 (N,): how many ids of depth `edge` lay in the pieces before.
-        Returns the new `seen`."""
-        dropped = logits < self.floor[:, None]
+    def keep(self, logits: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of a piece (N, W) is kept, bool (N, W). `seen` int64 (N,): how many ids of depth `edge` lay in the pieces before; the second
+        value is the new one. NaN is kept, and found out later."""
+        kept = ~(logits < self.floor[:, None])
         if self.edge is not None:
-            depth = self.depth(logits)
-            tied = depth == self.edge[:, None]
-            rank = tied.cumsum(dim=-1) + seen[:, None]
-            dropped |= (depth > self.edge[:, None]) | (tied & (rank > self.ties[:, None]))
-            seen = rank[:, -1]
-        logits.masked_fill_(dropped, MASKED)
-        return seen
+            depth, edge = self.depth(logits), self.edge[:, None]
+            tied = depth == edge
+            rank = tied.cumsum(dim=-1) + seen
+            kept &= (depth < edge) | (tied & (rank <= self.ties[:, None]))
+            seen = rank[:, -1:]
+        return kept, seen
 
 
-def mask_piece(filters: Filters, logits: torch.Tensor, start: int) -> None:
-    """Sets what hidden and allowed ids rule out of a piece `(B, C, W)`, whose first id is `start`, to `MASKED`, in place."""
-    length, width = logits.shape[1:]
+def listed(filters: Filters, start: int, width: int, batch_size: int, length: int) -> torch.Tensor | None:
+    """What hidden and allowed ids leave of the piece of `width` ids from `start` on: bool `(B * C, W)`, `(1, W)` where all positions are
+    alike, or None where all ids are left."""
+    kept = None
     if filters.allowed is not None:
-        allowed = filters.allowed[..., start : start + width]
-        logits.masked_fill_(~allowed if allowed.dim() == 1 else ~allowed[:, None], MASKED)
+        kept = filters.allowed[..., start : start + width]
+        kept = kept[None, None] if kept.dim() == 1 else kept[:, None]  # (B or 1, 1, W)
     if filters.allowed_ids is not None:
         place = filters.allowed_ids - start
         place = torch.where((place >= 0) & (place < width), place, width)
-        ruled_out = logits.new_ones((*logits.shape[:2], width + 1), dtype=torch.bool).scatter_(-1, place, False)[..., :width]
-        logits.masked_fill_(ruled_out & (filters.allowed_ids >= 0).any(dim=-1, keepdim=True), MASKED)
+        given = torch.zeros((batch_size, length, width + 1), dtype=torch.bool, device=place.device).scatter_(-1, place, True)[..., :width]
+        given |= (filters.allowed_ids < 0).all(dim=-1, keepdim=True)
+        kept = given if kept is None else kept & given
     if filters.hidden is not None and filters.hidden_before > 0:
-        hidden = (torch.arange(start, start + width, device=logits.device)[:, None] == filters.hidden).any(dim=-1)
-        logits[:, : filters.hidden_before].masked_fill_(hidden, MASKED)
+        ids, places = (torch.arange(count, device=filters.hidden.device) for count in (width, length))
+        hidden = (ids[:, None] + start == filters.hidden).any(dim=-1)
+        shown = (places[:, None] >= filters.hidden_before) | ~hidden
+        kept = shown[None] if kept is None else kept & shown
+    if kept is None or kept.shape[:2] == (1, 1):
+        return None if kept is None else kept[0]
+    return kept.expand(batch_size, length, width).flatten(0, 1)
 
 
 def find_threshold(filters: Filters, walk: Callable[[], Iterable[torch.Tensor]], vocab_size: int) -> Threshold:
@@ -116,7 +122,9 @@ def find_threshold(filters: Filters, walk: Callable[[], Iterable[torch.Tensor]],
         best = logits.topk(min(filters.top_k or 1, logits.shape[1]), dim=-1).values
         highest = best if highest is None else torch.cat((highest, best), dim=-1)
         highest = highest.topk(min(filters.top_k or 1, highest.shape[1]), dim=-1).values  # (N, top_k)
-    top, floor = highest[:, 0], torch.full_like(highest[:, 0], MASKED) if filters.top_k is None else highest[:, -1]
+    top, floor = highest[:, 0], torch.full_like(highest[:, 0], MASKED / 2)  # above what is masked
+    if filters.top_k is not None:
+        floor = torch.maximum(floor, highest[:, -1])
     if filters.top_p is None:
         edge, ties, scale = None, None, 0.0
     else:
@@ -155,4 +163,4 @@ def _nucleus(threshold: Threshold, top_p: float, walk: Callable[[], Iterable[tor
     return (coarse * BINS + place).squeeze(1), ties.squeeze(1)
 
 
-__all__ = ["Filters", "Threshold", "find_threshold", "mask_piece"]
+__all__ = ["MOST_TOP_K", "Filters", "Threshold", "find_threshold", "listed"]

@@ -1,7 +1,12 @@
-"""The running sums of one pass over the vocabulary, and what a piece of it adds to them.
+"""The running sums of one pass over the vocabulary, and what a piece of it adds to them: in PyTorch, and as a Triton kernel.
 
-Running sums as in online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). The sample is a reservoir over pieces: a
-piece's candidate replaces the one before with the probability of its share of the mass so far, and only then is it drawn.
+Running sums as in online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). The sample is a reservoir over parts: a part's
+candidate replaces the one before with the probability of its share of the mass so far, and only then is it drawn.
+
+`absorb` is the reference of `absorb_triton`, which does the same in one launch: two sweeps over a piece's logits, which the second
+finds in the L2 cache, instead of some twenty operations. Both products with the weights stay with the matrix library: at 256
+positions they are bound by its rate of multiplication, not by memory, and reading the weights twice is what the soft embedding needs
+anyway, since its factors are known only when a piece's logits are.
 
 Knows nothing of weights: it is handed a piece's logits. N: positions, W: ids of a piece.
 """
@@ -9,8 +14,19 @@ Knows nothing of weights: it is handed a piece's logits. N: positions, W: ids of
 from typing import NamedTuple
 
 import torch
+from transformers.utils import logging
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+logger = logging.get_logger(__name__)
 
 MASKED = -1e30  # the logit of an id that cannot be: exp gives 0 beside any real logit, and 0 * MASKED is 0, where -inf gives NaN
+TILE = 2048  # ids of a part in the kernel
+WARPS = 8
 
 
 class Running(NamedTuple):
@@ -33,25 +49,46 @@ class Running(NamedTuple):
     other: torch.Tensor | None
 
 
+class Shape(NamedTuple):
+    """How a head's products become logits: `softcap * tanh(x / softcap) / temperature`."""
+
+    softcap: float
+    temperature: float | torch.Tensor
+
+    def logits(self, products: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """Float32 (N, W) from products (N, W) of any dtype; `MASKED` where `kept`, bool (N or 1, W), is False."""
+        logits = (products.float() / self.softcap).tanh_().mul_(self.softcap).div_(self.temperature)
+        return logits if kept is None else logits.masked_fill_(~kept, MASKED)
+
+
 def start_running(count: int, device: torch.device, current: torch.Tensor | None) -> Running:
     """Before the first piece; `current` int64 (N,) or None."""
-    lowest = torch.full((count,), MASKED, device=device)
-    zero, none = torch.zeros_like(lowest), torch.zeros(count, dtype=torch.int64, device=device)
-    others = (None,) * 5 if current is None else (current, lowest, lowest, zero, current)
-    return Running(lowest, zero, zero, none, none, *others)
+
+    def filled(value: float) -> torch.Tensor:
+        return torch.full((count,), value, device=device)
+
+    first = (filled(MASKED), filled(0.0), filled(0.0), filled(0).long(), filled(0).long())
+    return Running(*first, *((None,) * 5 if current is None else (current, filled(MASKED), filled(MASKED), filled(0.0), current.clone())))
 
 
-def absorb(running: Running, logits: torch.Tensor, start: int, chance: torch.Tensor | None) -> tuple[Running, torch.Tensor, torch.Tensor]:
+def absorb(
+    running: Running, products: torch.Tensor, start: int, shape: Shape, kept: torch.Tensor | None, chance: torch.Tensor | None
+) -> tuple[Running, torch.Tensor, torch.Tensor]:
     """Adds a piece.
 
     Args:
-        logits: shaped, float32 (N, W), `MASKED` where an id cannot be; overwritten.
+        running: used up; go on with what is returned.
+        products: of hidden states and weights, (N, W).
         start: the first id of the piece.
-        chance: uniform numbers in [0, 1), (N, 2), or (N, 4) with current tokens; None takes the most probable tokens.
+        shape: makes them logits.
+        kept: bool (N or 1, W), ids that can be; None: all.
+        chance: uniform numbers in [0, 1), (N, parts, 2), or (N, parts, 4) with current tokens; None takes the most probable tokens. One
+            part here; in `absorb_triton` one for every `TILE` ids.
 
     Returns:
-        The sums; e^(l - top), float32 (N, W); and the factor (N,) that brings earlier sums to the new `top`.
+        The sums; e^(l - top), (N, W) in the dtype of `products`; and the factor float32 (N,) that brings earlier sums to the new `top`.
     """
+    logits = shape.logits(products, kept)
     piece_top, place = logits.max(dim=-1)
     argmax = torch.where(piece_top > running.top, place + start, running.argmax)
     top = torch.maximum(running.top, piece_top)
@@ -73,19 +110,20 @@ def absorb(running: Running, logits: torch.Tensor, start: int, chance: torch.Ten
     piece_mass = exponentials.sum(dim=-1)
     mass = running.mass * shrink + piece_mass
     spread = (running.spread + rise * running.mass) * shrink + torch.linalg.vecdot(exponentials, logits)
-    sample = argmax if chance is None else draw(exponentials, mass, piece_mass, chance[:, :2], start, running.sample)
+    sample = argmax if chance is None else _draw(exponentials, mass, piece_mass, chance[:, 0, :2], start, running.sample)
     if running.current is not None and chance is not None:
         here = exponentials.gather(1, place)
         exponentials.scatter_(1, place, torch.where(inside, 0.0, here))
         piece_mass = exponentials.sum(dim=-1)
         other_mass = other_mass * shrink + piece_mass
-        other = draw(exponentials, other_mass, piece_mass, chance[:, 2:], start, other)
+        other = _draw(exponentials, other_mass, piece_mass, chance[:, 0, 2:], start, other)
         other = torch.where(other_mass > 0, other, running.current)  # a piece that was all masked may have left one of its ids
         exponentials.scatter_(1, place, here)
-    return Running(top, mass, spread, argmax, sample, running.current, own, other_top, other_mass, other), exponentials, shrink
+    running = Running(top, mass, spread, argmax, sample, running.current, own, other_top, other_mass, other)
+    return running, exponentials.to(products.dtype), shrink
 
 
-def draw(
+def _draw(
     exponentials: torch.Tensor, mass: torch.Tensor, piece_mass: torch.Tensor, chance: torch.Tensor, start: int, sample: torch.Tensor
 ) -> torch.Tensor:
     """The sample (N,) after a piece: drawn from it with the probability `piece_mass / mass`, else the one before.
@@ -102,4 +140,135 @@ def draw(
     return torch.where(replaced, drawn, sample)
 
 
-__all__ = ["MASKED", "Running", "absorb", "draw", "start_running"]
+if triton is not None:
+
+    @triton.jit
+    def _logits(products, kept, offsets, valid, softcap, temperature, masked: tl.constexpr, filtered: tl.constexpr):
+        scaled = tl.load(products + offsets, mask=valid, other=0.0).to(tl.float32) / softcap
+        decay = tl.exp(-2.0 * tl.abs(scaled))
+        tanh = (1.0 - decay) / (1.0 + decay)
+        logits = tl.where(scaled < 0, -tanh, tanh) * softcap / temperature
+        if filtered:
+            valid = valid & (tl.load(kept + offsets, mask=valid, other=0) != 0)
+        return tl.where(valid, logits, masked)
+
+    @triton.jit
+    def _absorb_kernel(
+        products, exponentials, kept, kept_stride, chance, temperature, softcap, start, width, parts,
+        top_at, mass_at, spread_at, argmax_at, sample_at, current_at, own_at, other_top_at, other_mass_at, other_at, shrink_at,
+        masked: tl.constexpr, tile: tl.constexpr, filtered: tl.constexpr, greedy: tl.constexpr, with_current: tl.constexpr,
+    ):  # fmt: skip
+        """One program a position: it alone reads and writes the position's sums."""
+        row = tl.program_id(0).to(tl.int64)
+        products += row * width
+        exponentials += row * width
+        kept += row * kept_stride
+        chance += row * parts * (4 if with_current else 2)
+        temperature = tl.load(temperature)
+        lanes = tl.arange(0, tile)
+        old_top, old_mass = tl.load(top_at + row), tl.load(mass_at + row)
+        top, argmax = old_top, tl.load(argmax_at + row)
+        place = -1
+        if with_current:
+            place = tl.load(current_at + row) - start
+            own, other_top, other = tl.load(own_at + row), tl.load(other_top_at + row), tl.load(other_at + row)
+            other_mass = tl.load(other_mass_at + row)
+        for first in range(0, width, tile):
+            offsets = first + lanes
+            logits = _logits(products, kept, offsets, offsets < width, softcap, temperature, masked, filtered)
+            best = tl.max(logits, axis=0)
+            argmax = tl.where(best > top, start + first + tl.argmax(logits, axis=0), argmax)
+            top = tl.maximum(top, best)
+            if with_current:
+                here = offsets == place
+                inside = (place >= first) & (place < first + tile) & (place < width)
+                own = tl.where(inside, tl.sum(tl.where(here, logits, 0.0), axis=0), own)
+                if greedy:
+                    logits = tl.where(here, masked, logits)
+                    best = tl.max(logits, axis=0)
+                    other = tl.where(best > other_top, start + first + tl.argmax(logits, axis=0), other)
+                    other_top = tl.maximum(other_top, best)
+        rise = old_top - top
+        shrink = tl.exp(rise)
+        mass = old_mass * shrink
+        spread = (tl.load(spread_at + row) + rise * old_mass) * shrink
+        sample = argmax if greedy else tl.load(sample_at + row)
+        if with_current:
+            other_mass *= shrink
+        for first in range(0, width, tile):
+            offsets = first + lanes
+            valid = offsets < width
+            depth = _logits(products, kept, offsets, valid, softcap, temperature, masked, filtered) - top
+            part = tl.where(valid, tl.exp(depth), 0.0)
+            tl.store(exponentials + offsets, part.to(exponentials.dtype.element_ty), mask=valid)
+            part_mass = tl.sum(part, axis=0)
+            mass += part_mass
+            spread += tl.sum(part * depth, axis=0)
+            if not greedy:
+                if tl.load(chance) * mass < part_mass:
+                    sample = start + first + _pick(part, tl.load(chance + 1))
+                if with_current:
+                    part = tl.where(offsets == place, 0.0, part)
+                    part_mass = tl.sum(part, axis=0)
+                    other_mass += part_mass
+                    if tl.load(chance + 2) * other_mass < part_mass:
+                        other = start + first + _pick(part, tl.load(chance + 3))
+                chance += 4 if with_current else 2
+        tl.store(top_at + row, top)
+        tl.store(mass_at + row, mass)
+        tl.store(spread_at + row, spread)
+        tl.store(argmax_at + row, argmax)
+        tl.store(sample_at + row, sample)
+        tl.store(shrink_at + row, shrink)
+        if with_current:
+            if not greedy:
+                other = tl.where(other_mass > 0, other, place + start)
+            tl.store(own_at + row, own)
+            tl.store(other_top_at + row, other_top)
+            tl.store(other_mass_at + row, other_mass)
+            tl.store(other_at + row, other)
+
+    @triton.jit
+    def _pick(part, chance):
+        """The first place at which the running sum of `part` reaches the share `1 - chance` of it: of no mass never."""
+        cumulative = tl.cumsum(part, axis=0)
+        wanted = tl.maximum((1.0 - chance) * tl.max(cumulative, axis=0), 1e-37)
+        return tl.sum((cumulative < wanted).to(tl.int64), axis=0)
+
+
+def absorb_triton(
+    running: Running, products: torch.Tensor, start: int, shape: Shape, kept: torch.Tensor | None, chance: torch.Tensor | None
+) -> tuple[Running, torch.Tensor, torch.Tensor]:
+    """`absorb` in one launch of a kernel. Nothing waits for the device; a captured graph rereads a temperature that is a tensor."""
+    products = products.contiguous()
+    exponentials, shrink = torch.empty_like(products), torch.empty_like(running.top)
+    temperature = shape.temperature
+    if not isinstance(temperature, torch.Tensor):
+        temperature = torch.full((1,), temperature, device=products.device)
+    unused = running.top
+    kept = None if kept is None else kept.contiguous().view(torch.uint8)
+    with_current = running.current is not None
+    _absorb_kernel[(products.shape[0],)](
+        products, exponentials, unused if kept is None else kept, 0 if kept is None or len(kept) == 1 else kept.stride(0),
+        unused if chance is None else chance.contiguous(), temperature.float(), shape.softcap, start, products.shape[1],
+        0 if chance is None else chance.shape[1], *(unused if value is None else value for value in running), shrink,
+        masked=MASKED, tile=TILE, filtered=kept is not None, greedy=chance is None, with_current=with_current, num_warps=WARPS,
+    )  # fmt: skip
+    return running, exponentials, shrink
+
+
+def choose_absorb(device: torch.device, dtype: torch.dtype):
+    """`absorb_triton` on CUDA where Triton is installed and takes the dtype, else `absorb`; the reason is told once."""
+    if device.type != "cuda":
+        return absorb
+    why = None
+    if triton is None:
+        why = "the package `triton` is not installed"
+    elif dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        why = f"its kernel takes float32, bfloat16 and float16, not {dtype}"
+    if why is not None:
+        logger.warning_once(f"The pass over the vocabulary runs in plain PyTorch, which is slower: {why}.")
+    return absorb if why is not None else absorb_triton
+
+
+__all__ = ["MASKED", "TILE", "Running", "Shape", "absorb", "absorb_triton", "choose_absorb", "start_running"]

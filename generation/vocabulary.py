@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from .draws import Draws
-from .filters import Filters, find_threshold, mask_piece
-from .running import MASKED, Running, absorb, start_running
+from .filters import Filters, find_threshold, listed
+from .running import MASKED, TILE, Running, Shape, absorb_triton, choose_absorb, start_running
 from .statistics import RowStatistics
 
 PIECE = 4096  # ids; 256 positions of float32 are 4 MiB, which stays in a CPU's caches
@@ -47,32 +47,31 @@ def streamed_statistics(
         `RowStatistics` (B, C), and the soft embedding `(B, C, D)` in the weight's dtype.
     """
     batch_size, length, size = hidden.shape
-    count, vocab_size = batch_size * length, head.weight.shape[0]
-    pieces, numbers = -(-vocab_size // piece), 2 if current is None else 4
-    chance = None if greedy else draws.uniforms(batch_size, (length, pieces, numbers), hidden.device).view(count, pieces, numbers)
+    rows, vocab_size, shape = hidden.reshape(-1, size), head.weight.shape[0], Shape(head.softcap, temperature)  # (N, D)
+    absorb = choose_absorb(hidden.device, hidden.dtype)
+
+    def walk() -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """The pieces: first id, weights (W, D), their products with the hidden states (N, W), and which ids are left."""
+        for number, weight in enumerate(head.weight.split(piece)):
+            kept = None if filters is None else listed(filters, number * piece, len(weight), batch_size, length)
+            yield number * piece, weight, torch.nn.functional.linear(rows, weight), kept
+
     threshold = None
     if filters is not None and filters.need_threshold():
-        threshold = find_threshold(filters, lambda: (logits for _, logits in _walk(hidden, head, temperature, filters, piece)), vocab_size)
-    running = start_running(count, hidden.device, None if current is None else current.flatten())
-    soft, seen = hidden.new_zeros((count, size), dtype=torch.float32), torch.zeros_like(running.argmax)
-    for number, (weight, logits) in enumerate(_walk(hidden, head, temperature, filters, piece)):
+        threshold = find_threshold(filters, lambda: (shape.logits(products, kept) for _, _, products, kept in walk()), vocab_size)
+    chance, part = None, TILE if absorb is absorb_triton else piece
+    if not greedy:
+        chance = draws.uniforms(batch_size, (length, -(-vocab_size // part), 2 if current is None else 4), hidden.device).flatten(0, 1)
+    running = start_running(len(rows), hidden.device, None if current is None else current.flatten())
+    soft, seen = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0
+    for start, weight, products, kept in walk():
         if threshold is not None:
-            seen = threshold.apply(logits, seen)
-        running, exponentials, shrink = absorb(running, logits, number * piece, None if chance is None else chance[:, number])
-        soft.mul_(shrink[:, None]).add_(exponentials.to(weight.dtype) @ weight)
+            kept, seen = threshold.keep(shape.logits(products, kept), seen)
+        parts = None if chance is None else chance[:, start // part : -(-(start + len(weight)) // part)]
+        running, exponentials, shrink = absorb(running, products, start, shape, kept, parts)
+        soft.mul_(shrink[:, None]).add_(exponentials @ weight)
     soft = (soft / running.mass[:, None]).to(head.weight.dtype) * head.embed_scale
     return _summary(running, (batch_size, length)), soft.view(batch_size, length, size)
-
-
-def _walk(
-    hidden: torch.Tensor, head: VocabularyHead, temperature: float | torch.Tensor, filters: Filters | None, piece: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The pieces: weights (W, D), and their logits (N, W), float32, as the temperature and the masks of `filters` shape them."""
-    for number, weight in enumerate(head.weight.split(piece)):
-        logits = torch.nn.functional.linear(hidden, weight).float().div_(head.softcap).tanh_().mul_(head.softcap).div_(temperature)
-        if filters is not None:
-            mask_piece(filters, logits, number * piece)
-        yield weight, logits.flatten(0, 1)
 
 
 def _summary(running: Running, shape: tuple[int, int]) -> RowStatistics:

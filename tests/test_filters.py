@@ -30,6 +30,7 @@ SETTINGS = {
     "suppress_tokens": {"suppress_tokens": [*range(0, 150), 777, 999]},
     "min_new_tokens": {"min_new_tokens": 5, "eos_token_id": [3, 400, 998]},
     "all but one suppressed": {"suppress_tokens": [i for i in range(1000) if i != 640]},
+    "fewer ids left than top_k": {"suppress_tokens": list(range(3, 1000)), "top_k": 7, "top_p": 0.99},
     "top_k and top_p": {"top_k": 20, "top_p": 0.8},
     "top_p and min_p": {"top_p": 0.95, "min_p": 0.1},
     "all of them": {"top_k": 50, "top_p": 0.9, "min_p": 0.05, "suppress_tokens": [640, 2], "min_new_tokens": 4, "eos_token_id": [7, 500]},

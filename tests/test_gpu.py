@@ -5,6 +5,11 @@ import torch
 from small_models import prompts, small_model, small_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
+from generation import vocabulary
+from generation.draws import BatchDraws
+from generation.filters import Filters
+from generation.running import absorb
+from generation.vocabulary import VocabularyHead, streamed_statistics
 from modeling_diffusiongemma import default_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -38,6 +43,24 @@ def test_static_cache_equals_dynamic_cache_on_cuda(dtype):
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=30)
         static = model(input_ids=ids, decoder_input_ids=canvas, past_key_values=cache).logits
     torch.testing.assert_close(static, dynamic, atol=1e-3 if dtype == torch.float32 else 0.3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("filters", [None, Filters(top_k=50, top_p=0.9)])
+def test_vocabulary_kernel_equals_its_reference_on_cuda(dtype, filters, monkeypatch):
+    """The same products on the same device, so that only the kernel differs: 141 positions, 20,000 ids, several tiles a piece."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn((20_000, 88), device="cuda", generator=generator).to(dtype)
+    hidden = torch.randn((3, 47, 88), device="cuda", generator=generator).to(dtype)
+    head, current = VocabularyHead(weight, 30.0, torch.tensor(88**0.5, dtype=dtype, device="cuda")), hidden[..., 0].long().abs()
+    got, soft = streamed_statistics(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
+    monkeypatch.setattr(vocabulary, "choose_absorb", lambda device, dtype: absorb)
+    expected, expected_soft = streamed_statistics(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
+    assert torch.equal(got.argmax, expected.argmax) and not bool((got.other == current).any())
+    for name in ("entropy", "log_probs", "current_log_probs"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-3, rtol=0)
+    scale = float(expected_soft.float().abs().max())
+    torch.testing.assert_close(soft.float(), expected_soft.float(), atol=scale * (1e-4 if dtype == torch.float32 else 2e-2), rtol=0)
 
 
 def test_shipped_checkpoint_answers_on_cuda():
