@@ -1,6 +1,7 @@
-"""Presets, samplers and ways of decoding on the shipped text checkpoint's held-out set: accuracy, steps, tokens per forward, time.
+"""Presets, samplers and ways of decoding on a shipped checkpoint's held-out set: accuracy, steps, tokens per forward, time.
 
-    python benchmarks/presets.py --cases 100
+    python benchmarks/presets.py text --cases 100
+    python benchmarks/presets.py sudoku --cases 100
 
 One table; every line runs on the same inputs with the same seeds. Below it: a batch whose rows finish at different times,
 with finished rows leaving and without (same tokens, ratio of time), on the same machine in one run. Prints hardware and
@@ -25,7 +26,7 @@ from modeling_diffusiongemma import default_checkpoint
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from jobs import TEXT_JOBS  # noqa: E402
-from recipes import TextRecipe  # noqa: E402
+from recipes import RECIPES, TextRecipe  # noqa: E402
 
 LINES = {
     **{f"preset {name}": {**DIFFUSION_FIELDS, **settings} for name, settings in PRESETS.items()},
@@ -33,6 +34,9 @@ LINES = {
     "released, patience 8": {"patience": 8},
     "sampler confidence 0.9": {"sampler": "confidence"},
     "sampler fixed_steps, 16": {"sampler": "fixed_steps", "max_denoising_steps": 16},
+    "sampler predictor_corrector, 16": {"sampler": "predictor_corrector", "max_denoising_steps": 16},
+    "sampler predictor_corrector, 48": {"sampler": "predictor_corrector"},
+    "the same without corrector, 48": {"sampler": "predictor_corrector", "corrector_steps": 0},
     "one step": {"max_denoising_steps": 1},
     "greedy": {"do_sample": False},
     "autoregressive, greedy": {"decoding": "autoregressive", "do_sample": False},
@@ -42,24 +46,28 @@ LINES = {
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=50, help="unseen inputs of each job")
-    parser.add_argument("--checkpoint", help="default: the shipped text checkpoint")
-    parser.add_argument("--canvas-length", type=int, default=64, help="of every line; 256 is the checkpoint's own")
+    parser.add_argument("recipe", choices=sorted(RECIPES), nargs="?", default="text")
+    parser.add_argument("--cases", type=int, default=50, help="unseen inputs (of each job)")
+    parser.add_argument("--checkpoint", help="default: the shipped one")
+    parser.add_argument("--canvas-length", type=int, help="of every line (default: 64 for text, whose own is 256; sudoku's own 81)")
     parser.add_argument("--only", help="lines whose name holds this")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.canvas_length = args.canvas_length or {"text": 64, "sudoku": 81}[args.recipe]
+    return args
 
 
-def measure_lines(model, recipe: TextRecipe, args: argparse.Namespace) -> None:
+def measure_lines(model, recipe, args: argparse.Namespace) -> None:
     print("| setting | exact | passes | tokens per forward | seconds |\n|---|---|---|---|---|")
     for name, settings in LINES.items():
-        if args.only and args.only not in name:
-            continue
-        batch_size = 1 if settings.get("decoding") == "verified" else 50
+        if (args.only and args.only not in name) or (not recipe.causal and "decoding" in settings):
+            continue  # a checkpoint trained without the causal loss cannot write from left to right
+        settings = {"canvas_length": args.canvas_length, "max_new_tokens": args.canvas_length, **settings}
         started = time.perf_counter()
-        results = recipe.evaluate(model, args.cases, batch_size=batch_size, canvas_length=args.canvas_length, max_new_tokens=64, **settings)
+        results = recipe.evaluate(model, args.cases, **settings)
         seconds = time.perf_counter() - started
-        means = [statistics.mean(row[key] for row in results.values()) for key in ("exact", "steps", "tokens_per_forward")]
+        rows = [results["all"]] if "all" in results else results.values()
+        means = [statistics.mean(row[key] for row in rows) for key in ("exact", "steps", "tokens_per_forward")]
         print(f"| {name} | {means[0]:.1%} | {means[1]:.1f} | {means[2]:.1f} | {seconds:.1f} |", flush=True)
 
 
@@ -88,14 +96,15 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint or default_checkpoint()).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint or default_checkpoint(args.recipe)).eval()
     model.set_experts_implementation("dense_mm")
+    recipe = RECIPES[args.recipe](None)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, float32, torch {torch.__version__}, "
           f"transformers {transformers.__version__}\npython benchmarks/presets.py {' '.join(sys.argv[1:])}\n"
-          f"{args.cases} unseen inputs of each of {len(TEXT_JOBS)} jobs, canvas {args.canvas_length}\n")  # fmt: skip
-    recipe = TextRecipe()
+          f"{args.cases} unseen inputs (of each job), canvas {args.canvas_length}\n")  # fmt: skip
     measure_lines(model, recipe, args)
-    measure_leaving(model, recipe)
+    if args.recipe == "text":
+        measure_leaving(model, recipe)
 
 
 if __name__ == "__main__":
