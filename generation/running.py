@@ -11,6 +11,7 @@ anyway, since its factors are known only when a piece's logits are.
 Knows nothing of weights: it is handed a piece's logits. N: positions, W: ids of a piece.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,9 @@ class Shape(NamedTuple):
 
     def logits(self, products: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """Float32 (N, W) from products (N, W) of any dtype; `MASKED` where `kept`, bool (N or 1, W), is False."""
-        logits = (products.float() / self.softcap).tanh_().mul_(self.softcap).div_(self.temperature)
+        # One new tensor, not two: on a CPU a second one of this size costs more than all the arithmetic.
+        scaled = products / self.softcap if products.dtype == torch.float32 else products.float().div_(self.softcap)
+        logits = scaled.tanh_().mul_(self.softcap).div_(self.temperature)
         return logits if kept is None else logits.masked_fill_(~kept, MASKED)
 
 
@@ -89,8 +92,8 @@ def absorb(
         The sums; e^(l - top), (N, W) in the dtype of `products`; and the factor float32 (N,) that brings earlier sums to the new `top`.
     """
     logits = shape.logits(products, kept)
-    piece_top, place = logits.max(dim=-1)
-    argmax = torch.where(piece_top > running.top, place + start, running.argmax)
+    piece_top = logits.amax(dim=-1)
+    argmax = _update(running.argmax, piece_top > running.top, lambda rows: logits[rows].argmax(dim=-1) + start)
     top = torch.maximum(running.top, piece_top)
     rise = running.top - top
     shrink = torch.exp(rise)
@@ -101,15 +104,15 @@ def absorb(
         here = logits.gather(1, place)
         own = torch.where(inside, here, own[:, None]).squeeze(1)
         if chance is None:
-            best, candidate = logits.scatter_(1, place, torch.where(inside, MASKED, here)).max(dim=-1)
-            other = torch.where(best > other_top, candidate + start, other)
+            best = logits.scatter_(1, place, torch.where(inside, MASKED, here)).amax(dim=-1)
+            other = _update(other, best > other_top, lambda rows: logits[rows].argmax(dim=-1) + start)
             other_top = torch.maximum(other_top, best)
             logits.scatter_(1, place, here)
     logits.sub_(top[:, None])
     exponentials = torch.exp(logits)
     piece_mass = exponentials.sum(dim=-1)
     mass = running.mass * shrink + piece_mass
-    spread = (running.spread + rise * running.mass) * shrink + torch.linalg.vecdot(exponentials, logits)
+    spread = (running.spread + rise * running.mass) * shrink + logits.mul_(exponentials).sum(dim=-1)
     sample = argmax if chance is None else _draw(exponentials, mass, piece_mass, chance[:, 0, :2], start, running.sample)
     if running.current is not None and chance is not None:
         here = exponentials.gather(1, place)
@@ -123,21 +126,26 @@ def absorb(
     return running, exponentials.to(products.dtype), shrink
 
 
+def _update(values: torch.Tensor, chosen: torch.Tensor, compute: Callable[[torch.Tensor | slice], torch.Tensor]) -> torch.Tensor:
+    """`values` (N,), and `compute(rows)` where `chosen`. On the CPU only those rows are computed; elsewhere all are, since to count them is
+    to wait for the device."""
+    if values.device.type != "cpu":
+        return torch.where(chosen, compute(slice(None)), values)
+    rows = chosen.nonzero().flatten()
+    return values.index_copy(0, rows, compute(rows)) if len(rows) else values
+
+
 def _draw(
     exponentials: torch.Tensor, mass: torch.Tensor, piece_mass: torch.Tensor, chance: torch.Tensor, start: int, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The sample (N,) after a piece: drawn from it with the probability `piece_mass / mass`, else the one before.
+    """The sample (N,) after a piece: drawn from it with the probability `piece_mass / mass`, else the one before."""
 
-    On the CPU only the rows that replace walk their piece; elsewhere all do, since to count them is to wait for the device.
-    """
-    replaced = chance[:, 0] * mass < piece_mass
-    rows = replaced.nonzero().flatten() if sample.device.type == "cpu" else slice(None)
-    cumulative = exponentials[rows].cumsum(dim=-1)
-    wanted = (1 - chance[rows, 1:]) * cumulative[:, -1:]  # in (0, total], so that an id of no mass is never hit
-    drawn = torch.searchsorted(cumulative, wanted.clamp(min=1e-45)).squeeze(-1) + start
-    if sample.device.type == "cpu":
-        return sample.index_copy(0, rows, drawn)
-    return torch.where(replaced, drawn, sample)
+    def pick(rows: torch.Tensor | slice) -> torch.Tensor:
+        cumulative = exponentials[rows].cumsum(dim=-1)
+        wanted = (1 - chance[rows, 1:]) * cumulative[:, -1:]  # in (0, total], so that an id of no mass is never hit
+        return torch.searchsorted(cumulative, wanted.clamp(min=1e-45)).squeeze(-1) + start
+
+    return _update(sample, chance[:, 0] * mass < piece_mass, pick)
 
 
 if triton is not None:
