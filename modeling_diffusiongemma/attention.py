@@ -32,20 +32,25 @@ def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), weights
 
 
+def kernel_takes_groups(key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether torch's fused kernel lets several query heads share a key head without repeating it: the CPU's always does, CUDA's
+    flash kernel without a mask and up to this head_dim. Elsewhere torch would write the scores out."""
+    return key.device.type == "cpu" or (attention_mask is None and key.shape[-1] <= 256)
+
+
 def sdpa_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, is_causal=False, **kwargs):
     """torch's fused attention; keys and values are never repeated per query head.
 
-    The query heads that share a key head are given as one: in one call where the kernel knows about groups, or as one long
-    block of queries where no mask tells them apart (a canvas), or one after another. transformers' own `"sdpa"` repeats keys and
-    values with a mask or a head_dim above 256: eight times, on the released full-attention layers.
+    Where the kernel does not take groups, the query heads that share a key head become one long block of queries if no mask
+    tells queries apart (a canvas), and go one after another if one does. transformers' own `"sdpa"` repeats keys and values with a
+    mask or a head_dim above 256: eight times, on the released full-attention layers.
 
     Args: as `eager_attention`; `attention_mask` boolean (B or 1, 1, Q or 1, S). Returns: output `(B, Q, H, head_dim)`, None.
     """
     batch_size, heads, queries, head_dim = query.shape
     options = {"dropout_p": dropout, "scale": scaling, "is_causal": is_causal and attention_mask is None}
     groups = heads // key.shape[1]
-    # The CPU's kernel takes groups always, CUDA's flash kernel without a mask and up to this head_dim.
-    if groups == 1 or key.device.type == "cpu" or (attention_mask is None and head_dim <= 256):
+    if groups == 1 or kernel_takes_groups(key, attention_mask):
         output = scaled_dot_product_attention(query, key, value, attention_mask, enable_gqa=groups > 1, **options)
         return output.transpose(1, 2), None
     if not options["is_causal"] and (attention_mask is None or attention_mask.shape[2] == 1):
@@ -112,4 +117,4 @@ class Attention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), new, weights
 
 
-__all__ = ["Attention", "eager_attention", "sdpa_attention"]
+__all__ = ["Attention", "eager_attention", "kernel_takes_groups", "sdpa_attention"]

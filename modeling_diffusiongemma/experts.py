@@ -1,8 +1,8 @@
 """The mixture of experts: a router that reads the raw residual, and experts stored as two stacked tensors.
 
 The experts go through transformers' experts interface (`experts_implementation=`): `"eager"` is the loop below, the
-reference; `"grouped_mm"` is the default; `"dense_mm"`, registered here, computes every expert for every token as two
-plain matrix products, which is the fastest path where all experts together are small (see benchmarks/RESULTS.md).
+reference; `"grouped_mm"` and `"batched_mm"` are transformers'; `"dense_mm"`, registered here, computes every expert for every
+token as two plain matrix products. Where the caller chooses none, `choose_experts` does.
 """
 
 import torch
@@ -12,6 +12,11 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from .layers import RMSNorm
+
+# Elements of `gate_up_proj` up to which "dense_mm" is the faster one in bfloat16 on a CPU. `python benchmarks/experts.py`, one thread of
+# an Intel Xeon with AMX, torch 2.13, ms at 256 tokens: 0.45 against 0.82 (grouped_mm) for 65,536 elements (4 experts, 2 active, hidden
+# 128, intermediate 64), 1.36 against 1.56 for 147,456 (4, 2, 192, 96), 2.5 against 1.8 for 294,912 (8, 2, 192, 96).
+DENSE_LIMIT = 2**18
 
 
 class Router(nn.Module):
@@ -68,7 +73,25 @@ def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
     return weighted.reshape(-1, experts * double // 2) @ self.down_proj.transpose(1, 2).reshape(experts * double // 2, -1)
 
 
+def choose_experts(experts: nn.Module) -> str:
+    """The implementation that is used when the caller names none: by the weights' shape, dtype and device, and not by the number of
+    tokens, or a row's rounding would depend on its neighbours in the batch.
+
+    `"grouped_mm"`, but `"dense_mm"` for few small experts in bfloat16 on a CPU. In float32 the two are equally fast there at 128 to 256
+    tokens and `"grouped_mm"` is the faster one above; and it is what transformers uses, so that equal seeds give its tokens.
+    """
+    weight = experts.gate_up_proj
+    small = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= DENSE_LIMIT
+    return "dense_mm" if small else "grouped_mm"
+
+
+def chosen_experts(self: Experts, *args: torch.Tensor) -> torch.Tensor:
+    """`Experts.forward` by the implementation that `choose_experts` names."""
+    return ALL_EXPERTS_FUNCTIONS[choose_experts(self)](self, *args)
+
+
 ALL_EXPERTS_FUNCTIONS.register("dense_mm", dense_experts)
+ALL_EXPERTS_FUNCTIONS.register("auto", chosen_experts)
 
 
-__all__ = ["Experts", "Router", "dense_experts"]
+__all__ = ["Experts", "Router", "choose_experts", "dense_experts"]

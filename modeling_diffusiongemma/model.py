@@ -5,6 +5,9 @@ the two passes; here both are the stack in `decoder`, and `encoder` holds only w
 vision tower, its projection, and one `layer_scalar` a layer.
 """
 
+from bisect import bisect_right
+from itertools import pairwise
+
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, DynamicCache
@@ -24,17 +27,20 @@ from .stack import BlockStack, View
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
 
 
-def chunks(length: int, chunk_length: int, images: torch.Tensor | None) -> list[tuple[int, int]]:
-    """Cuts `length` tokens into pieces of at most `chunk_length`, longer only where an image of some row (`image_numbers`, int64
-    `(B, length)`) would be cut. Returns (start, end) of each."""
-    uncut = torch.ones(length + 1, dtype=torch.bool)
+def chunks(length: int, chunk_length: int, images: torch.Tensor | None = None) -> list[tuple[int, int]]:
+    """Cuts `length` tokens into pieces of at most `chunk_length`, longer only where an image would be cut.
+
+    Args: `images` int64 (B, length), the image each token belongs to (`image_numbers`). Returns: start and end of each piece.
+    """
+    cuts = range(length + 1)
     if images is not None:
-        uncut[1:length] = ~((images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0)).any(dim=0).cpu()
-    allowed, pieces = uncut.nonzero().flatten().tolist(), [(0, 0)]
-    while (start := pieces[-1][1]) < length:
-        later = [place for place in allowed if place > start]
-        pieces.append((start, max((place for place in later if place <= start + chunk_length), default=later[0])))
-    return pieces[1:]
+        inside = ((images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0)).any(dim=0).tolist()  # between j and j + 1
+        cuts = [0, *(place + 1 for place, cut in enumerate(inside) if not cut), length]
+    ends = [0]
+    while ends[-1] < length:
+        here = bisect_right(cuts, ends[-1])  # the first place to cut behind the last one
+        ends.append(cuts[max(bisect_right(cuts, ends[-1] + chunk_length) - 1, here)])
+    return list(pairwise(ends))
 
 
 class PromptScalars(nn.Module):

@@ -34,6 +34,10 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers; `"auto"` (`experts.choose_experts`) where nothing is requested."""
+        return super().get_correct_experts_implementation("auto" if requested_experts is None else requested_experts)
+
     # One method under its two names in transformers 5 (the second is the newer).
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """As in transformers, without the reentrant kind."""

@@ -1,0 +1,99 @@
+"""Times the ways of computing a mixture of experts: what `experts_implementation` chooses from, layer by layer.
+
+    python benchmarks/experts.py                       # the table behind `choose_experts` in modeling_diffusiongemma/experts.py
+    python benchmarks/experts.py --device cuda --dtype bfloat16
+
+Prints milliseconds of one call (the least of several rounds, the ways taking turns), and what is chosen when the user does not.
+A dash: the way would take more than 1 GiB, as "batched_mm" does, which gathers the weights of every token.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DiffusionGemmaTextConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
+
+from modeling_diffusiongemma.experts import Experts, choose_experts
+
+WAYS = ("eager", "grouped_mm", "batched_mm", "dense_mm")
+SHAPES = ((4, 2, 192, 96), (16, 4, 512, 128), (128, 8, 256, 64))  # experts, active ones, hidden size, intermediate size
+TOKENS = (1, 16, 64, 256, 2048)
+MOST_BYTES = 2**30
+
+
+def build(experts: int, active: int, hidden: int, intermediate: int, device: str, dtype: torch.dtype) -> Experts:
+    config = DiffusionGemmaTextConfig(
+        num_experts=experts, top_k_experts=active, hidden_size=hidden, moe_intermediate_size=intermediate,
+        hidden_activation="gelu_pytorch_tanh",
+    )  # fmt: skip
+    module = Experts(config).to(device, dtype).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=hidden**-0.5)
+    return module
+
+
+def bytes_made(way: str, tokens: int, experts: int, active: int, hidden: int, intermediate: int, dtype: torch.dtype) -> int:
+    """Of the largest tensor that a way makes."""
+    rows = {"batched_mm": tokens * active * 2 * intermediate * hidden, "dense_mm": tokens * experts * 2 * intermediate}
+    return rows.get(way, tokens * active * 2 * intermediate) * dtype.itemsize
+
+
+@torch.no_grad()
+def measure(module: Experts, tokens: int, active: int, ways: list[str], rounds: int) -> dict[str, float]:
+    """Milliseconds of one call of each way."""
+    weight = module.gate_up_proj
+    hidden = torch.randn(tokens, module.hidden_dim, device=weight.device, dtype=weight.dtype)
+    weights, chosen = torch.randn(tokens, module.num_experts, device=weight.device).softmax(dim=-1).topk(active)
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for way in ways:
+            module.config._experts_implementation = way
+            calls, start = 0, time.perf_counter()
+            while calls < 3 or (time.perf_counter() - start < 0.03 and calls < 100):
+                begin = time.perf_counter()
+                module(hidden, chosen, weights)
+                if weight.is_cuda:
+                    torch.cuda.synchronize()
+                best[way] = min(best[way], 1000 * (time.perf_counter() - begin))
+                calls += 1
+    return best
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", nargs="+", default=("float32", "bfloat16"), choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("E", "A", "D", "I"), help="instead of the three")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("`--device` is 'cuda', and torch finds no CUDA device; expected cpu")
+    if args.rounds < 1 or min(args.tokens) < 1:
+        parser.error(f"`--rounds` is {args.rounds} and `--tokens` {args.tokens}; expected positive integers")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"`python benchmarks/experts.py {' '.join(arguments)}`\n")
+    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
+    for name in args.dtype:
+        dtype = getattr(torch, name)
+        print(f"\n| {name}: experts, active, hidden, intermediate | tokens | {' | '.join(WAYS)} | chosen |\n|{'---|' * (len(WAYS) + 3)}")
+        for shape in args.shape or SHAPES:
+            module = build(*shape, args.device, dtype)
+            for tokens in args.tokens:
+                ways = [way for way in WAYS if bytes_made(way, tokens, *shape, dtype) <= MOST_BYTES]
+                best = measure(module, tokens, shape[1], ways, args.rounds)
+                cells = [f"{best[way]:.3g}" if way in best else "-" for way in WAYS]
+                print(f"| {', '.join(map(str, shape))} | {tokens} | {' | '.join(cells)} | {choose_experts(module)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Which way of computing the experts is used, and that the choice changes nothing but rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import CANVAS, close, pair, same_weights, tokens
+
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+from modeling_diffusiongemma.experts import DENSE_LIMIT, Experts, choose_experts, dense_experts
+
+ROOT = Path(__file__).parents[1]
+
+
+def experts(dtype, **text):
+    torch.manual_seed(0)
+    module = Experts(tiny.tiny_config(**text).text_config).to(dtype)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return module
+
+
+def routed(module, count=21):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(count, module.hidden_dim, generator=generator).to(module.gate_up_proj.dtype)
+    weights, chosen = torch.randn(count, module.num_experts, generator=generator).softmax(dim=-1).topk(2)
+    return hidden, chosen, weights
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text", "expected"),
+    [
+        (torch.float32, {}, "grouped_mm"), (torch.float16, {}, "grouped_mm"), (torch.bfloat16, {}, "dense_mm"),
+        (torch.bfloat16, {"num_experts": 128, "moe_intermediate_size": 64}, "grouped_mm"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_choice_follows_dtype_and_size(dtype, text, expected):
+    """And is what then runs: equal to the last bit to the way it names, where the other way is not."""
+    module = experts(dtype, **text)
+    assert choose_experts(module) == expected and (module.gate_up_proj.numel() <= DENSE_LIMIT) == (not text)
+    found = {}
+    for way in ("auto", "grouped_mm", "dense_mm"):
+        module.config._experts_implementation = way
+        found[way] = module(*routed(module))
+    assert torch.equal(found["auto"], found[expected])
+    other = found["grouped_mm" if expected == "dense_mm" else "dense_mm"]
+    assert not torch.equal(found["auto"], other)
+    torch.testing.assert_close(found["auto"].float(), other.float(), atol=0.05, rtol=0.02)  # 8 bits of mantissa in bfloat16
+
+
+def test_a_choice_of_the_callers_wins(oracle_checkpoint):
+    """Also `"grouped_mm"`, which transformers would take by default, in bfloat16, where ours would not."""
+    for given, expected in ((None, "auto"), ("grouped_mm", "grouped_mm"), ("eager", "eager"), ("dense_mm", "dense_mm")):
+        options = {} if given is None else {"experts_implementation": given}
+        model = DiffusionGemmaForMaskedBlockLM.from_pretrained(oracle_checkpoint, dtype=torch.bfloat16, **options)
+        assert model.config.text_config._experts_implementation == expected
+        module = model.model.decoder.layers[0].experts
+        inputs = routed(module)
+        wanted = dense_experts(module, *inputs) if expected in ("auto", "dense_mm") else None
+        if wanted is not None:
+            assert torch.equal(module(*inputs), wanted)
+        else:
+            assert not torch.equal(module(*inputs), dense_experts(module, *inputs))
+    model.set_experts_implementation("grouped_mm")
+    assert model.config.text_config._experts_implementation == "grouped_mm"
+    with pytest.raises(ValueError, match="fastest"):
+        model.set_experts_implementation("fastest")
+
+
+@torch.no_grad()
+def test_the_default_keeps_transformers_tokens_and_is_not_saved(tmp_path):
+    """In float32 the default is transformers' own way, bit by bit, so equal seeds go on giving equal tokens."""
+    oracle, model = pair()
+    inputs = {"input_ids": tokens(2, 9), "decoder_input_ids": tokens(2, CANVAS, 1)}
+    explicit = same_weights(oracle, experts="grouped_mm")
+    assert model.config.text_config._experts_implementation == "auto"
+    close(model(**inputs).logits, explicit(**inputs).logits, 0)
+    model.save_pretrained(tmp_path)
+    assert "experts_implementation" not in (tmp_path / "config.json").read_text()
+
+
+def test_the_benchmark_prints_a_table():
+    command = [sys.executable, "benchmarks/experts.py", "--tokens", "3", "--shape", "4", "2", "16", "8", "--rounds", "1", "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| 4, 2, 16, 8")]
+    assert len(rows) == 2 and all(float(cell) > 0 for row in rows for cell in row[2:-1])
+    assert [row[-1].strip() for row in rows] == ["grouped_mm", "dense_mm"]
