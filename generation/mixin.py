@@ -84,8 +84,9 @@ class DiffusionGenerationMixin(GenerationMixin):
                 argument get the remaining steps, as transformers' model gives them.
             stopping_criteria (*optional*): asked after each canvas, with everything committed so far of the rows that are still
                 written; a row that has ended is no longer among them.
-            streamer (*optional*): gets prompt and finished canvases by `put`, the argmax canvas of each step by `put_draft` and
-                the whole `CanvasState` by `put_state`, where it has these. It is ended also when generation raises.
+            streamer (*optional*): gets the prompt `(B, P)` and finished canvases, `(n,)` of one row and `(B, n)` of several, by
+                `put`, the argmax canvas of each step by `put_draft` and the whole `CanvasState` by `put_state`, where it has these.
+                It is ended where generation is: as elsewhere in transformers, a failure does not read as a finished answer.
             attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included.
             past_key_values (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
             decoder_input_ids (`int64 (B, C)`, *optional*): the first canvas. Default: noise.
@@ -128,16 +129,14 @@ class DiffusionGenerationMixin(GenerationMixin):
             draws = BatchDraws(generator)
         else:
             draws = row_draws(0 if plan.greedy and seed is None and generator is None else seed, generator, prompts, copies, device)
-        try:
-            written = Written(plan, prompt, config.stop_strings, tokenizer, stopping_criteria, streamer)
-            if config.decoding == "diffusion":
-                past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, images)
-            else:
-                decode = decode_verified if config.decoding == "verified" else decode_autoregressively
-                decode(self, plan, written, real, draws, images)
-        finally:
-            if streamer is not None:
-                streamer.end()
+        written = Written(plan, prompt, config.stop_strings, tokenizer, stopping_criteria, streamer)
+        if config.decoding == "diffusion":
+            past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, images)
+        else:
+            decode = decode_verified if config.decoding == "verified" else decode_autoregressively
+            decode(self, plan, written, real, draws, images)
+        if streamer is not None:
+            streamer.end()
 
         sequences, counts = written.sequences()
         if not config.return_dict_in_generate:

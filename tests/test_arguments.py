@@ -194,8 +194,8 @@ def test_nan_logits_are_reported_and_not_committed(model):
         generate(model, prompts(3, 6)[0], logits_processor=LogitsProcessorList([Spoil()]))
 
 
-def test_streamer_is_ended_when_generation_raises(model):
-    """A consumer in another thread would wait for ever."""
+def test_failure_does_not_end_the_streamer(model):
+    """transformers' server reports a failure after `generate` has raised; ended before, the stream read as a whole, empty answer."""
 
     class Stream:
         ended = False
@@ -209,7 +209,7 @@ def test_streamer_is_ended_when_generation_raises(model):
     stream = Stream()
     with pytest.raises(RuntimeError, match="closed"):
         model.generate(prompts(1, 6)[0], streamer=stream, max_denoising_steps=2)
-    assert stream.ended
+    assert not stream.ended
 
 
 @pytest.mark.parametrize("seed, length", [(0, 25), (1, 40), (2, 13)])
