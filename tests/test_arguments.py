@@ -77,6 +77,19 @@ def test_sequence_bias_draws_a_token_in(model):
     assert (generate(model, prompts(1, 6)[0], sequence_bias={(42,): 80.0}) == 42).float().mean() > 0.9
 
 
+def test_whole_numbers_do_as_sequence_bias(model):
+    """OpenAI's logit_bias holds integers; transformers' processor takes floats alone."""
+    ids = prompts(1, 6)[0]
+    assert torch.equal(generate(model, ids, sequence_bias={(42,): 80}), generate(model, ids, sequence_bias={(42,): 80.0}))
+
+
+@pytest.mark.parametrize("value", ["", [""], ["a", ""], [3], 3])
+def test_stop_strings_that_are_none_are_refused(value):
+    """The empty string stands in every text, so that nothing was ever written."""
+    with pytest.raises(ValueError, match="stop_strings"):
+        DiffusionGenerationConfig(stop_strings=value)
+
+
 def test_repetition_penalty_counts_prompt_and_canvas(model):
     """A huge penalty leaves no room for a token of the prompt, or for one twice in the stable canvas."""
     ids = prompts(1, 6)[0]
