@@ -149,6 +149,15 @@ class DiffusionGenerationMixin(GenerationMixin):
             scores=written.scores(counts) if config.output_scores else None,
         )
 
+    @property
+    def init_continuous_batching(self):
+        """Absent: transformers' server asks for it, and without it calls `generate`."""
+        raise AttributeError("init_continuous_batching")
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: transformers' continuous batching schedules single tokens."""
+        raise ValueError("`generate_batch` schedules single tokens, and a canvas is written as a whole; expected a call of `generate`")
+
     def _write_canvases(self, plan, written: Written, real, cache, config, draws, first, images) -> Cache | None:
         """The outer loop. Returns the cache, or None once rows have left it."""
         length = plan.canvas_length

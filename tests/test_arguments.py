@@ -207,6 +207,13 @@ def test_nan_logits_are_reported_and_not_committed(model):
         generate(model, prompts(3, 6)[0], logits_processor=LogitsProcessorList([Spoil()]))
 
 
+def test_continuous_batching_is_refused(model):
+    """Its scheduler writes token by token; the server asks for the method, and calls `generate` where there is none."""
+    assert not hasattr(model, "init_continuous_batching")
+    with pytest.raises(ValueError, match="generate_batch"):
+        model.generate_batch([[5, 6, 7]])
+
+
 def test_failure_does_not_end_the_streamer(model):
     """transformers' server reports a failure after `generate` has raised; ended before, the stream read as a whole, empty answer."""
 
