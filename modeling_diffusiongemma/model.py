@@ -19,6 +19,7 @@ from .masks import cached_slots, canvas_mask, for_attention, image_numbers, prom
 from .outputs import BlockModelOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .stack import BlockStack
+from .views import PromptPassView
 
 
 class PromptScalars(nn.Module):
@@ -29,7 +30,7 @@ class PromptScalars(nn.Module):
         self.layer_scalar = nn.Buffer(torch.ones(1))
 
 
-class PromptSide(nn.Module):
+class PromptSide(PromptPassView):
     """What the prompt pass has beyond the stack: images, and its layer scalars."""
 
     def __init__(self, config: DiffusionGemmaConfig):
@@ -50,7 +51,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         super().__init__(config)
         self.decoder = BlockStack(config.text_config)
         self.encoder = PromptSide(config)
+        self.encoder.show(self)
         self.post_init()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.encoder.show(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens

@@ -15,6 +15,7 @@ from .experts import Experts, Router
 from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from .masks import LayerCache, read_cache
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
+from .views import CanvasMasksView
 
 
 class BlockLayer(GradientCheckpointingLayer):
@@ -61,7 +62,7 @@ class BlockLayer(GradientCheckpointingLayer):
         return hidden_states * layer_scalar.to(hidden_states.device), new, weights
 
 
-class BlockStack(DiffusionGemmaBlockPreTrainedModel):
+class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
     """Embedding, self-conditioning, layers, last norm. A `PreTrainedModel` of its own, so that transformers finds the text
     config's attention and experts implementations where it looks for them."""
 
