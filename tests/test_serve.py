@@ -16,7 +16,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.serve import check_chat, main
@@ -192,6 +192,13 @@ def test_part_the_model_cannot_read_is_refused(part):
     """The server leaves out what its handler does not know, and answers the rest."""
     with pytest.raises(ValueError, match=r"`messages\[1\]`"):
         check_chat([*CHAT, {"role": "user", "content": [part]}], images=False)
+
+
+@pytest.mark.parametrize("name", ["text", "sudoku"])
+def test_shipped_tokenizer_is_its_processor(name):
+    """The server loads AutoProcessor, which looked for Gemma 4's image processor."""
+    path = default_checkpoint(name)
+    assert type(AutoProcessor.from_pretrained(path)) is type(AutoTokenizer.from_pretrained(path))
 
 
 def test_missing_extra_is_named_in_one_line(monkeypatch):
