@@ -149,7 +149,7 @@ class SudokuRecipe:
         tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>", mask_token="<mask>",
-            padding_side="left", model_max_length=512, clean_up_tokenization_spaces=False,
+            padding_side="left", model_max_length=512, clean_up_tokenization_spaces=False, processor_class="TokenizersBackend",
             chat_template="{{ bos_token }}{{ messages[-1]['content'] }}",
         )  # fmt: skip
 

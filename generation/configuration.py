@@ -135,6 +135,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in ("bos_token_id", "pad_token_id", "mask_token_id"):
             _expect(name, getattr(self, name), lambda v: _is_int(v) and v >= 0, "a token id")
         _expect("eos_token_id", self.eos_token_id, _are_ids, "a token id, or a list of them")
+        _expect("stop_strings", self.stop_strings, _are_strings, "a string that is not empty, or a list of them")
         _expect("confidence", self.confidence, lambda v: _is_number(v) and 0 < v <= 1, "a probability above 0, at most 1")
         _expect("sampler", self.sampler, SAMPLERS.__contains__, f"one of {SAMPLERS}")
         _expect("decoding", self.decoding, DECODINGS.__contains__, f"one of {DECODINGS}")
@@ -220,6 +221,11 @@ def _is_number(value: Any) -> bool:
 def _are_ids(value: Any) -> bool:
     ids = value.flatten().tolist() if isinstance(value, torch.Tensor) else value if isinstance(value, (list, tuple)) else [value]
     return all(_is_int(token) and token >= 0 for token in ids)
+
+
+def _are_strings(value: Any) -> bool:
+    strings = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(string, str) and string for string in strings)
 
 
 def _expect(name: str, value: Any, holds, expectation: str) -> None:

@@ -45,7 +45,7 @@ class _Relay(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if self.canvas >= 0:
-            self._send(CommitEvent(self.canvas, value))
+            self._send(CommitEvent(self.canvas, value if value.dim() == 2 else value[None]))
         self.canvas, self.step = self.canvas + 1, 0
 
     def put_state(self, state: CanvasState) -> None:

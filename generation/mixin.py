@@ -86,8 +86,9 @@ class DiffusionGenerationMixin(GenerationMixin):
                 argument get the remaining steps, as transformers' model gives them.
             stopping_criteria (*optional*): asked after each canvas, with everything committed so far of the rows that are still
                 written; a row that has ended is no longer among them.
-            streamer (*optional*): gets prompt and finished canvases by `put`, the argmax canvas of each step by `put_draft` and
-                the whole `CanvasState` by `put_state`, where it has these. It is ended also when generation raises.
+            streamer (*optional*): gets the prompt `(B, P)` and finished canvases, `(n,)` of one row and `(B, n)` of several, by
+                `put`, the argmax canvas of each step by `put_draft` and the whole `CanvasState` by `put_state`, where it has these.
+                It is ended where generation is: as elsewhere in transformers, a failure does not read as a finished answer.
             attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included.
             inputs_embeds (`(B, P, D)`, *optional*): embeddings of the prompts instead of their ids, scaled as `get_input_embeddings()`
                 scales them. The sequences that are returned then hold the new tokens alone.
@@ -150,16 +151,14 @@ class DiffusionGenerationMixin(GenerationMixin):
                 own = {"attention_mask": real[row : row + 1]} | {name: value[row : row + 1] for name, value in prompt.items()}
                 rows.append(self.generate(generation_config=config, seed=own_seed, **rules, **own))
             return join_rows(rows, plan.pad)
-        try:
-            written = Written(plan, ids, config.stop_strings, tokenizer, stopping_criteria, streamer)
-            if config.decoding == "diffusion":
-                past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, prompt)
-            else:
-                decode = decode_verified if config.decoding == "verified" else decode_autoregressively
-                decode(self, plan, written, real, draws, prompt)
-        finally:
-            if streamer is not None:
-                streamer.end()
+        written = Written(plan, ids, config.stop_strings, tokenizer, stopping_criteria, streamer)
+        if config.decoding == "diffusion":
+            past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, prompt)
+        else:
+            decode = decode_verified if config.decoding == "verified" else decode_autoregressively
+            decode(self, plan, written, real, draws, prompt)
+        if streamer is not None:
+            streamer.end()
 
         sequences, counts = written.sequences()
         if not config.return_dict_in_generate:
@@ -172,6 +171,15 @@ class DiffusionGenerationMixin(GenerationMixin):
             scores=written.scores() if config.output_scores else None,
             logits=written.logits(),
         )
+
+    @property
+    def init_continuous_batching(self):
+        """Absent: transformers' server asks for it, and without it calls `generate`."""
+        raise AttributeError("init_continuous_batching")
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: transformers' continuous batching schedules single tokens."""
+        raise ValueError("`generate_batch` schedules single tokens, and a canvas is written as a whole; expected a call of `generate`")
 
     def _write_canvases(self, plan, written: Written, real, cache, config, draws, first, prompt: dict) -> Cache | None:
         """The outer loop. `prompt`: what `prefill` takes for it. Returns the cache, or None once rows have left it."""

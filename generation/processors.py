@@ -112,7 +112,10 @@ def build_shaping(
     if config.suppress_tokens:
         before.append(SuppressTokensLogitsProcessor(_ids("suppress_tokens", config.suppress_tokens, vocab_size), device=device))
     if config.sequence_bias is not None:
-        contextual.append(SequenceBiasLogitsProcessor(sequence_bias=config.sequence_bias))
+        bias = config.sequence_bias
+        if isinstance(bias, dict):  # JSON has whole numbers, as OpenAI's logit_bias does; the processor takes floats alone
+            bias = {ids: float(value) if isinstance(value, int) else value for ids, value in bias.items()}
+        contextual.append(SequenceBiasLogitsProcessor(sequence_bias=bias))
     if config.repetition_penalty not in (None, 1.0):
         contextual.append(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty))
     if config.no_repeat_ngram_size not in (None, 0):

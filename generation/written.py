@@ -68,7 +68,8 @@ class Written:
         self.generated += width
         self.ended = self.ended | stopped
         if self.streamer is not None and int(kept.max()) > 0:
-            self.streamer.put(self._tokens[-1][:, : int(kept.max())].cpu())
+            new = self._tokens[-1][:, : int(kept.max())].cpu()
+            self.streamer.put(new[0] if len(new) == 1 else new)  # one row as single tokens: who counts them counts right
         if self.stopping_criteria is not None:
             self.ended = self.ended | self.stopping_criteria(self.context, None).to(self.ended.device)
         if self.generated >= plan.new_tokens:

@@ -2,7 +2,10 @@
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import (
+    Cache,
+    PreTrainedModel,  # noqa: F401  by it Diffusers knows how to load a saved pipeline's model
+)
 
 from generation.configuration import DiffusionGenerationConfig
 from generation.inputs import check_images

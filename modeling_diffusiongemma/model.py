@@ -23,6 +23,7 @@ from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_
 from .outputs import BlockModelOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .stack import BlockStack, View
+from .views import PromptPassView
 
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
 
@@ -51,7 +52,7 @@ class PromptScalars(nn.Module):
         self.layer_scalar = nn.Buffer(torch.ones(1))
 
 
-class PromptSide(nn.Module):
+class PromptSide(PromptPassView):
     """What the prompt pass has beyond the stack: images, and its layer scalars."""
 
     def __init__(self, config: DiffusionGemmaConfig):
@@ -72,7 +73,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         super().__init__(config)
         self.decoder = BlockStack(config.text_config)
         self.encoder = PromptSide(config)
+        self.encoder.show(self)
         self.post_init()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.encoder.show(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens

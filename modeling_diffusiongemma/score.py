@@ -11,15 +11,18 @@ from .checks import check_mask
 from .loss import IGNORED, canvas_inputs, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions
 
 MODES = ("diffusion", "autoregressive")
+PIECE = 256  # response tokens whose logits are held at a time: 268 MB at 262,144 ids
 
 
 class Score(NamedTuple):
-    """Of every row, each `(B,)`: `log_prob` float32, nats per response token; its `standard_error`, 0 where it is exact; and
-    `tokens` int64, how many tokens the response has."""
+    """Of every row, each `(B,)`: `log_prob` float32, nats per response token; its `standard_error`, 0 where it is exact;
+    `tokens` int64, how many tokens the response has; and, with `mode="autoregressive"`, `greedy` bool, whether every token is the
+    causal pass's most probable one, which is what greedy autoregressive decoding would write."""
 
     log_prob: torch.Tensor
     standard_error: torch.Tensor
     tokens: torch.Tensor
+    greedy: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -56,9 +59,15 @@ def score_responses(
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     prefilled = model.prefill(input_ids, real, past_key_values=DynamicCache())
     if mode == "autoregressive":
-        logits = model.compute_logits(prefilled.last_hidden_state[:, :-1])
-        found = _log_probs(logits, input_ids[:, 1:]).masked_fill(~target[:, 1:], 0).sum(dim=1)
-        return Score(found / tokens, torch.zeros_like(found), tokens)
+        rows, places = target[:, 1:].nonzero(as_tuple=True)  # of the response tokens, as they are predicted
+        total = torch.zeros(input_ids.shape[0], device=input_ids.device)
+        greedy = torch.ones_like(tokens, dtype=torch.bool)
+        for row, place in zip(rows.split(PIECE), places.split(PIECE), strict=True):
+            logits = model.compute_logits(prefilled.last_hidden_state[row, place])  # (piece, V)
+            ids = input_ids[row, place + 1]
+            total = total.index_add(0, row, _log_probs(logits, ids))
+            greedy[row[logits.argmax(dim=-1) != ids]] = False
+        return Score(total / tokens, torch.zeros_like(total), tokens, greedy)
 
     config, rows = model.config, input_ids.shape[0]
     length = config.canvas_length if canvas_length is None else canvas_length
@@ -81,7 +90,7 @@ def score_responses(
 
 
 def _log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits) (B, L, V) at `ids` (B, L)."""
+    """log softmax(logits) (..., V) at `ids` (...)."""
     return logits.log_softmax(dim=-1).gather(-1, ids[..., None]).squeeze(-1)
 
 

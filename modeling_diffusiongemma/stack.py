@@ -17,6 +17,7 @@ from .caches import LayerCache, StoredLayers
 from .experts import Experts, Router
 from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
+from .views import CanvasMasksView
 
 
 class View(NamedTuple):
@@ -79,7 +80,7 @@ class BlockLayer(GradientCheckpointingLayer):
         return hidden_states * layer_scalar.to(hidden_states.device), new, weights
 
 
-class BlockStack(DiffusionGemmaBlockPreTrainedModel):
+class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
     """Embedding, self-conditioning, layers, last norm. A `PreTrainedModel` of its own, so that transformers finds the text
     config's attention and experts implementations where it looks for them."""
 

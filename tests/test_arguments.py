@@ -77,6 +77,19 @@ def test_sequence_bias_draws_a_token_in(model):
     assert (generate(model, prompts(1, 6)[0], sequence_bias={(42,): 80.0}) == 42).float().mean() > 0.9
 
 
+def test_whole_numbers_do_as_sequence_bias(model):
+    """OpenAI's logit_bias holds integers; transformers' processor takes floats alone."""
+    ids = prompts(1, 6)[0]
+    assert torch.equal(generate(model, ids, sequence_bias={(42,): 80}), generate(model, ids, sequence_bias={(42,): 80.0}))
+
+
+@pytest.mark.parametrize("value", ["", [""], ["a", ""], [3], 3])
+def test_stop_strings_that_are_none_are_refused(value):
+    """The empty string stands in every text, so that nothing was ever written."""
+    with pytest.raises(ValueError, match="stop_strings"):
+        DiffusionGenerationConfig(stop_strings=value)
+
+
 def test_repetition_penalty_counts_prompt_and_canvas(model):
     """A huge penalty leaves no room for a token of the prompt, or for one twice in the stable canvas."""
     ids = prompts(1, 6)[0]
@@ -194,8 +207,15 @@ def test_nan_logits_are_reported_and_not_committed(model):
         generate(model, prompts(3, 6)[0], logits_processor=LogitsProcessorList([Spoil()]))
 
 
-def test_streamer_is_ended_when_generation_raises(model):
-    """A consumer in another thread would wait for ever."""
+def test_continuous_batching_is_refused(model):
+    """Its scheduler writes token by token; the server asks for the method, and calls `generate` where there is none."""
+    assert not hasattr(model, "init_continuous_batching")
+    with pytest.raises(ValueError, match="generate_batch"):
+        model.generate_batch([[5, 6, 7]])
+
+
+def test_failure_does_not_end_the_streamer(model):
+    """transformers' server reports a failure after `generate` has raised; ended before, the stream read as a whole, empty answer."""
 
     class Stream:
         ended = False
@@ -209,7 +229,7 @@ def test_streamer_is_ended_when_generation_raises(model):
     stream = Stream()
     with pytest.raises(RuntimeError, match="closed"):
         model.generate(prompts(1, 6)[0], streamer=stream, max_denoising_steps=2)
-    assert stream.ended
+    assert not stream.ended
 
 
 @pytest.mark.parametrize("seed, length", [(0, 25), (1, 40), (2, 13)])

@@ -413,8 +413,14 @@ def test_streamer_gets_every_step_and_every_canvas(model):
     assert len(recorder.drafts) == len(recorder.states) == int(output.denoising_steps) == 9
     assert all(isinstance(state, CanvasState) for state in recorder.states)
     assert all(torch.equal(draft, state.argmax) for draft, state in zip(recorder.drafts, recorder.states, strict=True))
-    assert torch.equal(recorder.puts[0], IDS[:1]) and [put.shape[1] for put in recorder.puts[1:]] == [10, 10, 5]
-    assert torch.equal(torch.cat(recorder.puts, dim=1), output.sequences) and recorder.ends == 1
+    assert torch.equal(recorder.puts[0], IDS[:1]) and [tuple(put.shape) for put in recorder.puts[1:]] == [(10,), (10,), (5,)]
+    assert torch.equal(torch.cat((recorder.puts[0][0], *recorder.puts[1:])), output.sequences[0]) and recorder.ends == 1
+
+
+def test_streamer_gets_several_rows_side_by_side(model):
+    recorder = Recorder()
+    output = run(model, max_new_tokens=15, streamer=recorder, return_dict_in_generate=True)
+    assert torch.equal(torch.cat(recorder.puts, dim=1), output.sequences)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,21 @@ def test_autoregressive_score_is_the_sum_over_single_tokens(model):
             ids.append(token)
         assert float(scored.log_prob[row]) == pytest.approx(total / len(response), abs=1e-4)
     assert scored.tokens.tolist() == [23, 3] and scored.standard_error.tolist() == [0, 0]
+    assert scored.greedy.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("piece", [1, 4, 256])
+def test_response_is_greedy_where_greedy_decoding_writes_it(model, monkeypatch, piece):
+    """In pieces of the vocabulary head, across rows; one other token anywhere makes it no longer greedy."""
+    monkeypatch.setattr("modeling_diffusiongemma.score.PIECE", piece)
+    prompt = [20, 21, 22, 23]
+    settings = {"decoding": "autoregressive", "do_sample": False, "max_new_tokens": 7, "eos_token_id": []}
+    written = model.generate(torch.tensor([prompt]), **settings)[0, 4:].tolist()
+    changed = [[*written[:at], (written[at] + 1) % 90, *written[at + 1 :]] for at in (0, 3, 6)]
+    scored = model.score(
+        **BlockDiffusionCollator(pad_token_id=0)([(prompt, r) for r in (written, *changed, written[:2])]), mode="autoregressive"
+    )
+    assert scored.greedy.tolist() == [True, False, False, False, True]
 
 
 def test_diffusion_score_agrees_with_a_longer_run_within_its_error(model):

@@ -120,6 +120,7 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         unk_token="<unk>",
         mask_token="<mask>",
+        processor_class="TokenizersBackend",  # AutoProcessor would look for Gemma 4's image processor
         extra_special_tokens={"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
         padding_side="left",
         model_max_length=MODEL_MAX_LENGTH,

@@ -1,0 +1,258 @@
+"""The model as a model type of lm-eval (EleutherAI's evaluation harness, 0.4.13), called `diffusiongemma`.
+
+    python -m modeling_diffusiongemma.lm_evaluation --tasks gsm8k --apply_chat_template \\
+        --model diffusiongemma --model_args pretrained=FOLDER,max_denoising_steps=24 --batch_size 8
+
+or `import modeling_diffusiongemma.lm_evaluation`, then `lm_eval.simple_evaluate(model="diffusiongemma", ...)`. The command line
+is lm-eval's own; its `lm-eval` never imports this file. `generate_until` is block diffusion. Log-likelihoods are the causal pass's,
+exact, or with `mode=diffusion` the canvas pass's Monte-Carlo estimate (`score.py`).
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from generation.configuration import DiffusionGenerationConfig
+
+from .checkpoints import default_checkpoint
+from .collator import BlockDiffusionCollator
+from .head import DiffusionGemmaForMaskedBlockLM
+from .score import MODES
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError('lm-eval is not installed; expected: pip install "modeling-diffusiongemma[lm-eval]"') from error
+
+logger = logging.getLogger(__name__)
+
+
+@register_model("diffusiongemma")
+class DiffusionGemmaEvaluation(TemplateLM):
+    """What lm-eval asks of a model. A request's result depends neither on its neighbours nor on the batch size, except for the
+    Monte-Carlo estimates of `mode="diffusion"`.
+
+    Args:
+        pretrained: a folder or Hub repository, or a loaded `DiffusionGemmaForMaskedBlockLM`. Default: the shipped text checkpoint.
+        tokenizer (*optional*): its name, or itself. Default: the checkpoint's.
+        batch_size: rows a batch; `max_batch_size`, which lm-eval passes for its own search, must be unset or equal to it.
+        device, dtype: of the model; default: cuda where there is one, and the checkpoint's.
+        max_length: tokens of context and continuation; default: the config's `max_position_embeddings`. Longer contexts lose
+            their beginning.
+        max_gen_toks: tokens to generate where a task does not say (256: lm-eval).
+        seed: request number i of a task is generated with seed + i.
+        mode: `"autoregressive"` or `"diffusion"`, of log-likelihoods.
+        samples: draws of a Monte-Carlo estimate.
+        settings: fields of `DiffusionGenerationConfig`; a task's own go over them. Most tasks set `do_sample: false`, which takes
+            each position's argmax; `--gen_kwargs do_sample=True` asks for the released sampling.
+
+    Raises:
+        ValueError: an argument that is unknown or out of range, by name.
+    """
+
+    def __init__(
+        self, pretrained=None, tokenizer=None, batch_size: int | str = 1, max_batch_size: int | str | None = None,
+        device: str | None = None, dtype: str = "auto", max_length: int | None = None, max_gen_toks: int = 256, seed: int = 0,
+        mode: str = "autoregressive", samples: int = 16, **settings,
+    ):  # fmt: skip
+        super().__init__()
+        self.batch_size = _positive("batch_size", batch_size)
+        if max_batch_size not in (None, batch_size, self.batch_size):
+            raise ValueError(f"`max_batch_size` is {max_batch_size!r}; expected None: batches are of `batch_size`, {self.batch_size}")
+        if mode not in MODES:
+            raise ValueError(f"`mode` is {mode!r}; expected one of {MODES}")
+        self.max_gen_toks, self.mode, self.samples = _positive("max_gen_toks", max_gen_toks), mode, _positive("samples", samples)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"`seed` is {seed!r}; expected an integer >= 0")
+        self.seed, self.settings = seed, settings
+        DiffusionGenerationConfig(**settings)  # refuses what it does not know before anything is loaded
+        if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise ValueError(f"`dtype` is {dtype!r}; expected 'auto' or the name of a torch dtype")
+        if pretrained is None or isinstance(pretrained, str):
+            pretrained = default_checkpoint() if pretrained is None else pretrained
+            cuda = torch.cuda.is_available()
+            if str(device).startswith("cuda") and not cuda:  # lm-eval's command line says cuda:0 where nobody said anything
+                logger.warning("`device` is %s and there is no CUDA: the model is evaluated on the CPU", device)
+                device = "cpu"
+            device = device or ("cuda" if cuda else "cpu")
+            self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype).to(device).eval()
+            tokenizer = pretrained if tokenizer is None else tokenizer
+        elif dtype != "auto":
+            raise ValueError(f"`dtype` is {dtype!r}; expected 'auto', since `pretrained` is a model and not its name")
+        else:
+            self.model = pretrained.eval() if device is None else pretrained.to(device).eval()
+        if not isinstance(self.model, DiffusionGemmaForMaskedBlockLM):
+            raise ValueError(f"`pretrained` is a {type(self.model).__name__}; expected a DiffusionGemma checkpoint or model")
+        if tokenizer is None:
+            raise ValueError("`tokenizer` is None; expected a tokenizer, since `pretrained` is a model and not its name")
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self._device = self.model.device
+        text_config = self.model.config.get_text_config()
+        self.max_length = _positive("max_length", text_config.max_position_embeddings if max_length is None else max_length)
+        self.pad_token_id = next(i for i in (self.tokenizer.pad_token_id, text_config.pad_token_id, 0) if i is not None)
+
+    # What a text is in tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the beginning of a sequence."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Ids, with one beginning-of-sequence token in front unless `add_special_tokens` is False; a chat template has it already."""
+        ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        begin = self.tokenizer.bos_token_id
+        return ids if add_special_tokens is False or begin is None or ids[:1] == [begin] else [begin, *ids]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both, cut where their texts are. lm-eval moves every whitespace at the end of the context into the continuation, also
+        the newline that a chat template ends with and no model is trained to write; here only where a token reaches across the cut."""
+        begin, whole = self.tok_encode(context), self.tok_encode(context + continuation)
+        if whole[: len(begin)] == begin:
+            return begin, whole[len(begin) :]
+        return super()._encode_pair(context, continuation)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Distinguishes cached requests."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
+
+    # What lm-eval asks for
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Answers, cut before the first of a task's `until`. Generation keyword arguments are `generate`'s, by lm-eval's names for
+        the length (`max_gen_toks` and its aliases)."""
+        calls = [(self.tok_encode(request.args[0]), request.args[1]) for request in requests]
+        answers: list[str | None] = [None] * len(calls)
+        groups: dict[str, list[int]] = {}
+        for number, (_, arguments) in enumerate(calls):
+            groups.setdefault(json.dumps(arguments, sort_keys=True), []).append(number)
+        with tqdm(total=len(calls), desc="generate_until", disable=disable_tqdm) as bar:
+            for numbers in groups.values():
+                for batch in self._batches(numbers, lambda number: len(calls[number][0])):
+                    texts = self._generate([calls[number][0] for number in batch], calls[batch[0]][1], [self.seed + n for n in batch])
+                    for number, text in zip(batch, texts, strict=True):
+                        answers[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(batch))
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-probabilities of whole texts, in windows of `max_length` tokens, each token predicted once."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm, greedy=False), strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, greedy: bool = True, **kwargs) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation in nats, and whether greedy decoding (of the same mode) would write it.
+
+        Args: `requests`: triples of the texts (context, continuation), or None, and the ids of both; `greedy`: False spares that answer.
+        """
+        found: list[tuple[float, bool] | None] = [None] * len(requests)
+        pairs = [self._fit(context, continuation) for _, context, continuation in requests]
+        with torch.random.fork_rng(), tqdm(total=len(pairs), desc=f"log-likelihood ({self.mode})", disable=disable_tqdm) as bar:
+            torch.manual_seed(self.seed)
+            for batch in self._batches(range(len(pairs)), lambda number: sum(map(len, pairs[number]))):
+                collated = BlockDiffusionCollator(pad_token_id=self.pad_token_id)([pairs[number] for number in batch])
+                inputs = {name: tensor.to(self.device) for name, tensor in collated.items()}
+                score = self.model.score(**inputs, mode=self.mode, samples=self.samples, canvas_length=self.settings.get("canvas_length"))
+                totals = (score.log_prob.double() * score.tokens).tolist()
+                flags = [False] * len(batch) if not greedy else score.greedy.tolist() if score.greedy is not None else None
+                flags = [self._is_written(*pairs[number]) for number in batch] if flags is None else flags
+                for number, total, flag in zip(batch, totals, flags, strict=True):
+                    found[number] = (total, flag)
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                bar.update(len(batch))
+        return found
+
+    # How
+
+    def _batches(self, numbers, length):
+        """Numbers in batches, longest first: little padding, and memory runs out at once or never."""
+        ordered = sorted(numbers, key=length, reverse=True)
+        return (ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size))
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """The pair, with the context's last tokens alone where it is too long."""
+        if not continuation or len(continuation) >= self.max_length:
+            raise ValueError(f"a continuation has {len(continuation)} tokens; expected 1 to {self.max_length - 1} (`max_length` - 1)")
+        return context[-(self.max_length - len(continuation)) :], continuation
+
+    def _is_written(self, context: list[int], continuation: list[int]) -> bool:
+        """Whether block diffusion with `do_sample=False` writes this continuation."""
+        written = self._sequences([context], None, do_sample=False, max_new_tokens=len(continuation), eos_token_id=[])
+        return written[0].tolist() == continuation
+
+    def _generate(self, contexts: list[list[int]], arguments: dict, seeds: list[int]) -> list[str]:
+        """Texts of one batch whose requests have the same arguments."""
+        arguments = dict(arguments)
+        until = arguments.pop("until", None) or []
+        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]  # '' separates nothing
+        length = normalize_gen_kwargs(arguments, self.max_gen_toks)["max_gen_toks"]
+        for alias in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+            arguments.pop(alias, None)
+        if not 0 < length < self.max_length:
+            raise ValueError(f"`max_gen_toks` is {length}; expected 1 to {self.max_length - 1} (`max_length` - 1)")
+        contexts = [context[-(self.max_length - length) :] for context in contexts]
+        if until:
+            arguments |= {"stop_strings": until, "tokenizer": self.tokenizer}
+        texts = []
+        for ids in self._sequences(contexts, seeds, **{**self.settings, **arguments, "max_new_tokens": length}):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            texts.append(text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))])
+        return texts
+
+    def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> torch.Tensor:
+        """New tokens `(B, N)`, padded behind each row's end."""
+        longest = max(map(len, contexts))
+        ids = torch.tensor([[self.pad_token_id] * (longest - len(context)) + context for context in contexts], device=self.device)
+        real = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts], device=self.device)
+        return self.model.generate(ids, attention_mask=real, seed=seeds, **{**self.settings, **settings})[:, longest:]
+
+
+def _positive(name: str, value) -> int:
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"`{name}` is {value!r}; expected a positive integer")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """lm-eval's command line, with the model type registered."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm-eval", *(sys.argv[1:] if arguments is None else arguments)]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
+
+__all__ = ["DiffusionGemmaEvaluation", "main"]

@@ -1,0 +1,147 @@
+"""Diffusers' `DiffusionGemmaPipeline` with our model as its `model`, under its three schedulers, against transformers' class.
+
+pipe = DiffusionGemmaPipeline(model=model, scheduler=EntropyBoundScheduler(), processor=tokenizer)
+print(pipe("Write 3 March 1998 as an ISO date.", gen_length=256).texts[0])
+"""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from small_models import IMAGE, prompts, small_model, small_pair
+from transformers import AutoModelForCausalLM, AutoTokenizer, DiffusionGemmaForBlockDiffusion, DynamicCache
+
+from modeling_diffusiongemma import default_checkpoint
+
+NEEDS = 'needs pip install "modeling-diffusiongemma[diffusers]"'
+SCHEDULERS = {
+    "EntropyBoundScheduler": {},
+    "BlockRefinementScheduler": {"threshold": 0.6},
+    "DiscreteDDIMScheduler": {},
+    "DiscreteDDIMScheduler with corrector": {"corrector_steps": 1, "corrector_k": 3},
+}
+REQUESTS = ["Write October 2, 2052 as an ISO date.", "Write October 3, 2052 as an ISO date."]  # of one length: the pipeline does not pad
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers", minversion="0.42.1", reason=NEEDS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(default_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """transformers' class and ours, on the shipped checkpoint."""
+    path = default_checkpoint()
+    return DiffusionGemmaForBlockDiffusion.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def random_pair():
+    """The same random weights in both; three steps a canvas, since such a model multiplies a rounding error by ten a step."""
+    return small_pair(vocab_size=640)
+
+
+def written(diffusers, model, scheduler, tokenizer, seed=0, prompt=REQUESTS, **settings):
+    scheduler = getattr(diffusers, scheduler.split()[0])(**SCHEDULERS[scheduler])
+    pipe = diffusers.DiffusionGemmaPipeline(model=model, scheduler=scheduler, processor=tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_tokens_equal_those_with_transformers_class(diffusers, random_pair, tokenizer, scheduler, temperature):
+    """Two canvases: the second one is denoised over the first one's commit."""
+    settings = {"gen_length": 20, "num_inference_steps": 3, "temperature": temperature, "eos_early_stop": False}
+    expected, got = (written(diffusers, model, scheduler, tokenizer, **settings) for model in random_pair)
+    assert got.sequences.shape == (2, 20) and torch.equal(got.sequences, expected.sequences)
+    other = written(diffusers, random_pair[1], scheduler, tokenizer, seed=1, **settings)
+    assert not torch.equal(got.sequences, other.sequences), "the generator is what decides"
+
+
+def test_static_cache_writes_the_same(diffusers, random_pair, tokenizer):
+    """Past the window of 8 transformers' static cache shows a token too many, so ours is compared with its own dynamic one."""
+    settings = {"gen_length": 20, "num_inference_steps": 3, "eos_early_stop": False}
+    dynamic = written(diffusers, random_pair[1], "EntropyBoundScheduler", tokenizer, **settings)
+    static = written(diffusers, random_pair[1], "EntropyBoundScheduler", tokenizer, cache_implementation="static", **settings)
+    assert torch.equal(static.sequences, dynamic.sequences)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_shipped_checkpoint_writes_what_it_writes_in_transformers_class(diffusers, shipped, tokenizer, scheduler):
+    settings = {"num_inference_steps": 6, "gen_length": 256, "prompt": REQUESTS[0]}
+    expected, got = (written(diffusers, model, scheduler, tokenizer, **settings) for model in shipped)
+    assert torch.equal(got.sequences, expected.sequences) and got.texts == expected.texts
+
+
+def test_shipped_checkpoint_answers_right(diffusers, shipped, tokenizer):
+    got = written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, num_inference_steps=24)
+    assert [text.split("<turn|>")[0] for text in got.texts] == ["2052-10-02", "2052-10-03"]
+
+
+def test_saved_pipeline_loads_ours_again(diffusers, shipped, tokenizer, tmp_path):
+    pipe = diffusers.DiffusionGemmaPipeline(model=shipped[1], scheduler=diffusers.EntropyBoundScheduler(), processor=tokenizer)
+    pipe.save_pretrained(tmp_path)
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    got = again(REQUESTS, num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+    assert type(again) is type(pipe) and type(again.model) is type(shipped[1])
+    assert torch.equal(got.sequences, written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, num_inference_steps=3).sequences)
+
+
+def test_bad_call_of_the_pipeline_is_refused(diffusers, shipped, tokenizer):
+    with pytest.raises(ValueError, match="prompt"):
+        written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, prompt=None)
+    with pytest.raises(ValueError, match="gen_length"):
+        written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, gen_length=0)
+
+
+# The views themselves, which need nothing installed
+
+
+def test_encoder_view_is_the_prompt_pass():
+    model, (ids, mask) = small_model(), prompts(2, 9, padded=3)
+    seen, wanted = DynamicCache(), DynamicCache()
+    got = model.model.encoder(input_ids=ids, attention_mask=mask, past_key_values=seen)
+    assert torch.equal(got.last_hidden_state, model.prefill(ids, mask, past_key_values=wanted).last_hidden_state)
+    assert seen.get_seq_length() == wanted.get_seq_length() == 9
+    with pytest.raises(ValueError, match="pixel_values"):
+        model.model.encoder(
+            input_ids=torch.full((1, 4), IMAGE), pixel_values=torch.zeros(1, 4, 12), image_position_ids=torch.zeros(1, 4, 2).long()
+        )
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copied_model_shows_itself(duplicate):
+    """The copy's prompt pass must not run through the weights of the model it was copied from."""
+    model = small_model()
+    other, ids = duplicate(model), prompts(1, 9)[0]
+    torch.nn.init.normal_(other.model.decoder.embed_tokens.weight)
+    assert torch.equal(model.model.encoder(ids).last_hidden_state, model.prefill(ids).last_hidden_state)
+    assert torch.equal(other.model.encoder(ids).last_hidden_state, other.prefill(ids).last_hidden_state)
+    assert not torch.equal(model.model.encoder(ids).last_hidden_state, other.model.encoder(ids).last_hidden_state)
+
+
+def test_deleted_model_is_freed_at_once():
+    """A view that held its model would keep it until the garbage collector runs."""
+    model = small_model()
+    shown = weakref.ref(model.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert shown() is None
+    finally:
+        gc.enable()
+
+
+def test_views_add_nothing_to_the_state_dict():
+    assert not [name for name in small_model().state_dict() if "shown" in name]

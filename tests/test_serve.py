@@ -1,0 +1,207 @@
+"""transformers' own server and chat on the shipped checkpoint: the real server in a process of its own, the real `openai` client.
+
+python -m modeling_diffusiongemma.serve --port 8000
+client = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="-")
+client.chat.completions.create(model=default_checkpoint(), messages=[{"role": "user", "content": "..."}])
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from transformers import AutoProcessor, AutoTokenizer
+
+from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.serve import check_chat, main
+
+NEEDS = 'needs pip install "modeling-diffusiongemma[serve]"'
+MODEL = default_checkpoint()
+DATES = {"October 2, 2052": "2052-10-02", "4 May 1911": "1911-05-04", "3 March 1998": "1998-03-03", "2077/12/31": "2077-12-31"}
+CHAT = [{"role": "user", "content": "Write October 2, 2052 as an ISO date."}]
+NARROW = {"generation_config": json.dumps({"canvas_length": 16, "max_new_tokens": 16, "do_sample": False})}
+ENDLESS = {"canvas_length": 16, "max_new_tokens": 500_000, "max_denoising_steps": 2, "suppress_tokens": list(range(128))}  # special tokens
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Base address of a server on a free port of this machine."""
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason=NEEDS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "modeling_diffusiongemma.serve", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with ThreadPoolExecutor(1) as reader:
+        log = reader.submit(server.stderr.read)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health", server)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+            print(log.result()[-2000:])  # shown where a test fails
+
+
+def _wait_for(url, server, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            return urllib.request.urlopen(url, timeout=5)
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"no answer from {url}")
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    openai = pytest.importorskip("openai", reason=NEEDS)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0, timeout=120)
+
+
+def ask(client, messages=CHAT, **settings):
+    """Text, tokens counted, and why the answer ended."""
+    answer = client.chat.completions.create(model=MODEL, messages=messages, **settings)
+    return answer.choices[0].message.content, answer.usage.completion_tokens, answer.choices[0].finish_reason
+
+
+def ask_streaming(client, messages=CHAT, **settings):
+    """As `ask`, from the pieces of a stream."""
+    pieces = list(client.chat.completions.create(model=MODEL, messages=messages, stream=True, **settings))
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    return text, pieces[-1].usage.completion_tokens, pieces[-1].choices[0].finish_reason
+
+
+@pytest.mark.parametrize("how", [ask, ask_streaming])
+def test_answer_and_its_tokens(client, how):
+    """Ten characters and the end of the turn are eleven tokens. With transformers' class the first call fails, and the second
+    counts one token for the canvas."""
+    assert how(client, extra_body=NARROW) == ("2052-10-02", 11, "stop")
+    assert how(client, temperature=0, max_tokens=20) == ("2052-10-02", 11, "stop")
+
+
+@pytest.mark.parametrize("how", [ask, ask_streaming])
+def test_answer_ends_at_its_limit_or_stop_string(client, how):
+    assert how(client, temperature=0, max_tokens=4) == ("2052", 4, "length")
+    assert how(client, temperature=0, max_tokens=20, stop="-10") == ("2052-10", 7, "stop")
+
+
+def test_usual_arguments_reach_generate(client):
+    two = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids("2")
+    forbidden = ask(client, temperature=0, max_tokens=16, logit_bias={two: -100})[0]
+    assert "2" not in forbidden and "10" in forbidden
+    ask(client, max_tokens=16, top_p=0.9, frequency_penalty=0.1, seed=3)
+
+
+def test_several_requests_at_once(client):
+    """Streaming and not; every one gets its own answer."""
+    wanted = [(how, date) for how in (ask, ask_streaming) for date in DATES]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        chats = [[{"role": "user", "content": f"Write {date} as an ISO date."}] for _, date in wanted]
+        answers = pool.map(lambda job: job[0][0](client, job[1], extra_body=NARROW), zip(wanted, chats, strict=True))
+        assert [answer[0] for answer in answers] == [DATES[date] for _, date in wanted]
+
+
+def test_cancelled_stream_frees_the_model(client):
+    """One request is generated at a time: the next one would wait for half a million tokens."""
+    stream = client.chat.completions.create(model=MODEL, messages=CHAT, stream=True, extra_body={"generation_config": json.dumps(ENDLESS)})
+    assert sum(bool(piece.choices[0].delta.content) for piece, _ in zip(stream, range(40), strict=False)) > 20
+    stream.close()
+    assert ask(client, extra_body=NARROW)[0] == "2052-10-02"
+
+
+def test_other_endpoints_count_the_same(client):
+    prompt = f"<|turn>user\n{CHAT[0]['content']}<turn|>\n<|turn>model\n"
+    completion = client.completions.create(model=MODEL, prompt=prompt, max_tokens=16, temperature=0)
+    assert (completion.choices[0].text, completion.usage.completion_tokens) == ("2052-10-02", 11)
+    response = client.responses.create(model=MODEL, input=CHAT[0]["content"], max_output_tokens=16, temperature=0, stream=False)
+    assert (response.output_text, response.usage.output_tokens) == ("2052-10-02", 11)
+
+
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+BAD = {
+    "unknown role": ({"messages": [{"role": "clown", "content": "Hello"}]}, "role clown"),
+    "empty chat": ({"messages": []}, "`messages` is"),
+    "no chat": ({}, "'messages'"),
+    "text for a chat": ({"messages": "Hello"}, "`messages` is 'Hello'"),
+    "message without a role": ({"messages": [{"content": "Hello"}]}, "`role`"),
+    "message without content": ({"messages": [{"role": "user"}]}, "`content`"),
+    "image": ({"messages": [{"role": "user", "content": [IMAGE_PART]}]}, "image"),
+    "no model": ({"messages": CHAT, "model": None}, "`model` is None"),
+    "folder that is no checkpoint": ({"messages": CHAT, "model": os.path.dirname(__file__)}, "tests"),
+    "no tokens": ({"messages": CHAT, "max_tokens": 0}, "`max_new_tokens` is 0"),
+    "negative temperature": ({"messages": CHAT, "temperature": -1}, "`temperature` is -1.0"),
+    "empty stop string": ({"messages": CHAT, "stop": ""}, "`stop_strings` is ''"),
+    "beams": ({"messages": CHAT, "generation_config": '{"num_beams": 4}'}, "num_beams=4"),
+    "unknown argument": ({"messages": CHAT, "generation_config": '{"canvas": 4}'}, "unknown generation arguments"),
+    "settings that are no JSON": ({"messages": CHAT, "generation_config": "{"}, "double quotes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_request_is_refused_with_its_reason(client, name):
+    openai = pytest.importorskip("openai")
+    body, reason = BAD[name]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/chat/completions", body={"model": MODEL, **body}, cast_to=object)
+    assert reason in caught.value.body["message"]
+
+
+def test_bad_request_fails_inside_a_stream(client):
+    """A stream has begun before `generate` looks at its arguments: the reason comes as its last event."""
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.APIError) as caught:
+        ask_streaming(client, temperature=-1)
+    assert "`temperature` is -1.0" in caught.value.body
+
+
+def test_chat_in_a_terminal(address):
+    """`transformers chat`, its keyboard scripted."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # it would refuse loopback too
+    code = "from transformers.cli.transformers import app; app()"
+    command = [sys.executable, "-c", code, "chat", MODEL, f"{address}/v1", "canvas_length=16", "max_new_tokens=16", "do_sample=False"]
+    ended = subprocess.run(
+        command, input=f"{CHAT[0]['content']}\n!exit\n", capture_output=True, text=True, timeout=120, env=environment | {"COLUMNS": "200"}
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "2052-10-02" in ended.stdout and "11 tokens in" in ended.stdout
+
+
+GOOD_CHATS = [
+    (CHAT, False),
+    ([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], False),
+    ([{"role": "user", "content": [IMAGE_PART, {"type": "text", "text": "Hello"}]}], True),
+    ([{"role": "assistant", "content": None, "tool_calls": []}], False),
+]
+
+
+@pytest.mark.parametrize("messages, images", GOOD_CHATS)
+def test_chats_the_model_can_read_pass(messages, images):
+    check_chat(messages, images)
+
+
+@pytest.mark.parametrize("part", [IMAGE_PART, {"type": "input_audio"}, {"text": "Hello"}, "Hello"])
+def test_part_the_model_cannot_read_is_refused(part):
+    """The server leaves out what its handler does not know, and answers the rest."""
+    with pytest.raises(ValueError, match=r"`messages\[1\]`"):
+        check_chat([*CHAT, {"role": "user", "content": [part]}], images=False)
+
+
+@pytest.mark.parametrize("name", ["text", "sudoku"])
+def test_shipped_tokenizer_is_its_processor(name):
+    """The server loads AutoProcessor, which looked for Gemma 4's image processor."""
+    path = default_checkpoint(name)
+    assert type(AutoProcessor.from_pretrained(path)) is type(AutoTokenizer.from_pretrained(path))
+
+
+def test_missing_extra_is_named_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match=r'^error: .* pip install "modeling-diffusiongemma\[serve\]"$'):
+        main([])
