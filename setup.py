@@ -22,6 +22,7 @@ setup(
     package_data={
         "modeling_diffusiongemma": [f"checkpoints/*/*.{suffix}" for suffix in ("json", "safetensors", "jinja", "md")],
     },
+    entry_points={"console_scripts": ["diffusiongemma = modeling_diffusiongemma.console:main"]},
     zip_safe=False,
     install_requires=[
         "torch>=2.11",
