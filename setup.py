@@ -6,8 +6,9 @@ from setuptools import setup
 
 readme = Path(__file__).parent / "README.md"
 
+images = ["pillow", "torchvision"]  # transformers' Gemma4Processor needs torchvision for its video part
 train = ["datasets", "tqdm"]
-test = ["pytest", "pytest-timeout", "datasets", "packaging"]
+test = ["pytest", "pytest-timeout", "datasets", "packaging", "pillow"]
 
 setup(
     name="modeling-diffusiongemma",
@@ -33,6 +34,7 @@ setup(
         "numpy",
     ],
     extras_require={
+        "images": images,
         "train": train,
         "test": test,
         "dev": [*test, "ruff"],
