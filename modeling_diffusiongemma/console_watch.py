@@ -67,7 +67,7 @@ class Watch(CanvasStreamer):
         if self._text is None:  # the prompt
             self._text = TextAssembler(self.tokenizer)
         else:
-            self._commit(self._text.add(value[0].tolist()))
+            self._commit(self._text.add(value.flatten().tolist()))
 
     def _commit(self, piece: str) -> None:
         self._committed += piece
