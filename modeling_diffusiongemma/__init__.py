@@ -16,7 +16,7 @@ def _starts_console() -> bool:
     """Whether this import only leads to the console. It imports the rest when a command runs (`console_arguments.import_package`),
     so that `--help` and complaints about wrong usage do not wait for torch."""
     program, line = (sys.argv or [""])[0], sys.orig_argv
-    script = pathlib.Path(program).name in ("diffusiongemma", "diffusiongemma.exe")
+    script = pathlib.Path(program).name in ("diffusiongemma", "diffusiongemma.exe") and program in line  # not a worker it has spawned
     module = program == "-m" and __name__ in line and line[line.index(__name__) - 1] == "-m"
     return (script or module) and f"{__name__}.console" not in sys.modules
 

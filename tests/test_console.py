@@ -1,5 +1,6 @@
 """The console, mostly through `main(argv)`; in processes of their own where the process is the point: pipes, terminals, imports."""
 
+import http.server
 import inspect
 import io
 import json
@@ -9,6 +10,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,8 +62,8 @@ def answers(console):
     return run
 
 
-def process(*command, **kwargs):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def process(*command, environment=(), **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environment)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **kwargs)
 
 
@@ -280,6 +282,24 @@ def test_reference_backend_takes_the_seed(answers):
     assert rows[0] == rows[1] and rows[0][0]["text"] == DATES[DATE]
 
 
+def test_placement_and_dtype(answers):
+    (row,) = answers("generate", DATE, "--device", "auto", "--dtype", "bfloat16", *NARROW)
+    assert row["text"] == DATES[DATE]
+
+
+def test_progress_is_shown_in_a_terminal_alone(console, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert console("generate", *DATES, *NARROW)[:2] == (0, "".join(f"{answer}\n" for answer in DATES.values()))
+    assert "3/3" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
+    console("generate", *DATES, *NARROW)
+    assert pipe.getvalue() == ""
+
+
 def test_sudoku_by_its_short_name(answers):
     (row,) = answers("generate", PUZZLE, "--model", "sudoku", "--seed", "0")
     assert re.fullmatch(r"[1-9.]{81}", row["text"]) and row["tokens"] == 81
@@ -383,6 +403,59 @@ def test_info_of_shards_and_fp8(answers, console, tmp_path):
     os.truncate(shards[1], shards[1].stat().st_size - 1)
     code, _, err = console("info", "--model", str(tmp_path))
     assert code == 1 and shards[1].name in err
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What of the Hub's HTTP interface `info` needs, for the text checkpoint as `owner/name`; keeps how many bytes of weights it gave."""
+
+    given = 0
+
+    def do_HEAD(self):
+        self.answer(False)
+
+    def do_GET(self):
+        self.answer(True)
+
+    def answer(self, body):
+        name = self.path.removeprefix("/owner/name/resolve/main/")
+        file = Path(default_checkpoint(), name)
+        if "/" in name or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        data, status = file.read_bytes(), 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            data, status = data[int(wanted[1]) : int(wanted[2]) + 1], 206
+        if body and name.endswith(".safetensors"):
+            Hub.given += len(data)
+        self.send_response(status)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *args): ...
+
+
+def test_info_of_a_hub_repository_fetches_headers_alone(answers, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
+        done = process(*MODULE, "info", "--model", "owner/name", "--json", environment=place)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    about, (expected,) = json.loads(done.stdout), answers("info")
+    assert about | {"path": expected["path"]} == expected
+    assert 0 < Hub.given < 1e6 < expected["weights"]["bytes"]
 
 
 # export
