@@ -6,11 +6,12 @@ from setuptools import setup
 
 readme = Path(__file__).parent / "README.md"
 
+images = ["pillow", "torchvision"]  # transformers' Gemma4Processor needs torchvision for its video part
 train = ["datasets", "tqdm"]
 serve = ["openai>=3.54,<4", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "starlette", "pydantic>=2", "rich"]  # transformers' "serving"
 diffusers = ["diffusers>=0.42.1,<0.43"]  # drives the model by names of transformers' class: modeling_diffusiongemma/views.py
 lm_eval = ["lm-eval>=0.4.13,<0.5"]
-test = ["pytest", "pytest-timeout", "datasets", "packaging"]
+test = ["pytest", "pytest-timeout", "datasets", "packaging", "pillow"]
 
 setup(
     name="modeling-diffusiongemma",
@@ -25,6 +26,7 @@ setup(
     package_data={
         "modeling_diffusiongemma": [f"checkpoints/*/*.{suffix}" for suffix in ("json", "safetensors", "jinja", "md")],
     },
+    entry_points={"console_scripts": ["diffusiongemma = modeling_diffusiongemma.console:main"]},
     zip_safe=False,
     install_requires=[
         "torch>=2.11",
@@ -35,6 +37,7 @@ setup(
         "numpy",
     ],
     extras_require={
+        "images": images,
         "train": train,
         "serve": serve,
         "diffusers": diffusers,

@@ -1,0 +1,8 @@
+"""`python -m modeling_diffusiongemma`: the console."""
+
+import sys
+
+from .console import main
+
+if __name__ == "__main__":
+    sys.exit(main())

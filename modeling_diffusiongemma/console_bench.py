@@ -1,0 +1,157 @@
+"""`diffusiongemma bench`: how fast a checkpoint runs on this machine, in a minute.
+
+- ms per denoising step: from the end of the first to the end of the last of `--steps` steps, adaptive stopping off; no prompt pass.
+- tokens/s, tokens per forward, steps per canvas: whole calls of `generate` with the checkpoint's settings, prompt pass included.
+- peak memory: what torch allocated on all CUDA devices; on a CPU the process's largest resident set, Python and torch included.
+
+The median of the rounds is reported. For a comparison with transformers' own model see benchmarks/ in the project.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from typing import Any
+
+from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, import_package, integer, say
+
+EXAMPLES = """\
+  diffusiongemma bench
+  diffusiongemma bench --model ./my-checkpoint --device cuda --dtype bfloat16 --batch-size 4
+  diffusiongemma bench --prompt "Write a poem about canvases." --preset fast --json
+"""
+PROMPTS = {
+    "text": "Write 3 March 1998 as an ISO date.",
+    "sudoku": "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79",
+}
+PROMPT = "Explain in three paragraphs how the tides of the sea come about."
+ENDS_EARLY = ("max_length", "max_time", "patience", "stop_strings")  # settings left out where single steps are timed
+TITLES = {
+    "ms_per_step": "ms per denoising step", "tokens_per_second": "tokens/s", "tokens_per_forward": "tokens per forward",
+    "steps_per_canvas": "denoising steps per canvas", "peak_memory_mib": "peak memory, MiB",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", help="what is answered (default: one the shipped checkpoint knows; else a general question)")
+    parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="copies of the prompt at a time (default: 1)")
+    parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
+    parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
+    add_model(parser)
+    add_placement(parser)
+    add_generation(parser)
+    add_json(parser)
+
+
+def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One warm-up, then the rounds. Every round has a seed of its own."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    model, accelerated = session.model, session.model.device.type != "cpu"
+
+    def now() -> float:
+        if accelerated:
+            torch.accelerator.synchronize(model.device)
+        return time.perf_counter()
+
+    class Clock(BaseStreamer):
+        """Notes when each denoising step ends."""
+
+        def __init__(self):
+            self.ends = []
+
+        def put(self, value) -> None: ...
+
+        def put_state(self, state) -> None:
+            self.ends.append(now())
+
+        def end(self) -> None: ...
+
+    inputs = session.encode([[{"role": "user", "content": prompt}]] * args.batch_size)
+    canvas = session.settings.get("canvas_length") or model.config.canvas_length
+    # No canvas can equal `steps` earlier ones within `steps` steps, so nothing stops early.
+    fixed = {name: value for name, value in session.settings.items() if name not in ENDS_EARLY}
+    fixed |= {"max_denoising_steps": args.steps, "stability_threshold": args.steps, "max_new_tokens": canvas}
+    model.generate(**inputs, **fixed | {"max_denoising_steps": 2, "stability_threshold": 2}, seed=session.seed)
+    rounds = []
+    for number in range(args.rounds):
+        if sys.stderr.isatty():
+            say(f"round {number + 1} of {args.rounds}")
+        clock, seed = Clock(), session.seed + number
+        model.generate(**inputs, **fixed, seed=seed, streamer=clock)
+        begun = now()
+        output = model.generate(**inputs, **session.settings, seed=seed, tokenizer=session.tokenizer, return_dict_in_generate=True)
+        seconds = now() - begun
+        passes = output.denoising_steps.float()
+        tokens = output.tokens_per_forward * passes.clamp(min=1)
+        canvases = (tokens / canvas).ceil().clamp(min=1)
+        rounds.append({
+            "ms_per_step": 1000 * (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1),
+            "tokens_per_second": float(tokens.sum()) / seconds,
+            "tokens_per_forward": float(output.tokens_per_forward.mean()),
+            "steps_per_canvas": float((passes / canvases).mean()),
+        })  # fmt: skip
+    result = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    return {**result, "peak_memory_mib": peak_mib(model.device), "prompt_tokens": inputs["input_ids"].shape[1], "canvas_length": canvas}
+
+
+def peak_mib(device) -> float | None:
+    """None where the platform does not tell."""
+    import torch
+
+    if device.type == "cuda":  # all of them: `--device auto` spreads the model
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 2**20
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def machine(device) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": f"{device} ({name})", "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    import_package()
+    from .console_model import Session, generation_settings
+
+    unfit = {name: value for name, value in generation_settings(args).items() if name in ("backend", "decoding")}
+    if set(unfit.values()) - {"auto", "diffusion"}:
+        raise UsageError(f"`--set` asks for {unfit}; expected them unset: what is timed are denoising steps")
+    session = Session(args)
+    prompt = args.prompt or PROMPTS.get(args.model.given, PROMPT)
+    result = measure(session, prompt, args)
+    setting = {
+        "model": args.model.given, "dtype": str(session.model.dtype).removeprefix("torch."), "batch_size": args.batch_size,
+        "prompt_tokens": result.pop("prompt_tokens"), "canvas_length": result.pop("canvas_length"), "steps_timed": args.steps,
+        "rounds": args.rounds, "seed": session.seed, "settings": session.settings, **machine(session.model.device),
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps({**result, **setting}))
+        return 0
+    print("| measure | value |\n|---|---|")
+    for name, title in TITLES.items():
+        value = result[name]
+        print(f"| {title} | {'unknown' if value is None else f'{value:,.1f}'} |")
+    print("\n" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items() if value != {}))
+    return 0
+
+
+BENCH = Command("bench", "measure how fast a checkpoint runs on this machine", EXAMPLES, add_arguments, run)
+
+__all__ = ["BENCH", "measure"]

@@ -1,0 +1,166 @@
+"""`diffusiongemma info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read."""
+
+import argparse
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from .console_arguments import Command, UsageError, add_json, add_model, import_package
+
+EXAMPLES = """\
+  diffusiongemma info
+  diffusiongemma info --model sudoku --json
+  diffusiongemma info --model google/diffusiongemma-26B-A4B-it
+"""
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_json(parser)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors; empty where there are none."""
+    if (folder / INDEX).is_file():
+        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))]
+    return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Name to `dtype`, `shape` and `data_offsets` of every tensor of a safetensors file: the JSON before its data."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+def local_weights(folder: Path) -> dict[str, Any] | None:
+    """Of a folder's weights: `files`, `tensors`, `bytes`, and `bytes_by_dtype`. None where there are none.
+
+    Raises:
+        OSError: a file is missing, truncated or no safetensors file.
+    """
+    from .loading import damaged_files
+
+    files = weight_files(folder)
+    if not files:
+        return None
+    if problems := damaged_files(folder):
+        raise OSError(f"cannot read {folder}: {'; '.join(problems)}")
+    by_dtype: dict[str, int] = {}
+    tensors = [tensor for file in files for tensor in read_header(file).values()]
+    for tensor in tensors:
+        first, last = tensor["data_offsets"]
+        by_dtype[tensor["dtype"]] = by_dtype.get(tensor["dtype"], 0) + last - first
+    return {"files": len(files), "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+
+
+def hub_weights(name: str) -> dict[str, Any]:
+    """The same of a repository on the Hub whose weights are not on this machine: the headers alone are fetched."""
+    from huggingface_hub import get_safetensors_metadata
+
+    files = get_safetensors_metadata(name).files_metadata.values()
+    by_dtype: dict[str, int] = {}
+    tensors = [tensor for file in files for tensor in file.tensors.values()]
+    for tensor in tensors:
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.data_offsets[1] - tensor.data_offsets[0]
+    return {"files": len(files), "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+
+
+def count_parameters(config) -> tuple[int, int]:
+    """All parameters, and those a token goes through: of the experts only `top_k_experts`. Built without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    total = sum(sizes.values())
+    return total, total - experts + experts * text.top_k_experts // text.num_experts
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Everything `info` tells, as it goes into JSON."""
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
+
+    from .console_arguments import MODEL_TYPE
+
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != MODEL_TYPE:
+        raise UsageError(f"`--model` is {path!r} with `model_type` {config.model_type!r}; expected {MODEL_TYPE!r}")
+    text, total_active = config.get_text_config(), count_parameters(config)
+    folder = Path(cached_file(path, "config.json")).parent
+    try:
+        generation = DiffusionGenerationConfig.from_pretrained(path)
+    except OSError:  # the checkpoint has none: its special tokens over the released settings
+        generation = DiffusionGenerationConfig.from_model_config(config)
+    settings = {name: value for name, value in {**RELEASED_DEFAULTS, **_set_fields(generation)}.items() if value is not None}
+    weights = local_weights(folder)
+    if weights is None and not Path(path).is_dir():
+        weights = hub_weights(path)
+    if weights is None:
+        raise OSError(f"{path} has neither {SINGLE} nor {INDEX}; expected the weights of a checkpoint")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    return {
+        "path": str(path), "architectures": config.architectures, "model_type": config.model_type,
+        "parameters": total_active[0], "active_parameters": total_active[1],
+        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+        "quantization": None if quantization is None else quantization.get("quant_method"), "weights": weights,
+        "canvas_length": config.canvas_length, "vocab_size": text.vocab_size, "max_position_embeddings": text.max_position_embeddings,
+        "hidden_size": text.hidden_size, "layers": {kind: text.layer_types.count(kind) for kind in sorted(set(text.layer_types))},
+        "sliding_window": text.sliding_window, "attention_heads": text.num_attention_heads,
+        "experts": text.num_experts, "experts_per_token": text.top_k_experts, "vision_layers": config.vision_config.num_hidden_layers,
+        "special_ids": {
+            **{name: settings.get(name) for name in SPECIAL_TOKENS},
+            **{name: getattr(config, name) for name in ("image_token_id", "boi_token_id", "eoi_token_id")},
+        },
+        "generation": {name: value for name, value in settings.items() if name not in SPECIAL_TOKENS},
+    }  # fmt: skip
+
+
+def _set_fields(generation) -> dict[str, Any]:
+    hidden = ("transformers_version", "do_sample")
+    return {name: value for name, value in generation.__dict__.items() if value is not None and name[0] != "_" and name not in hidden}
+
+
+def report(about: dict[str, Any]) -> str:
+    """`describe`'s answer to read."""
+    weights = about["weights"]
+    dtypes = ", ".join(f"{size:,} in {dtype}" for dtype, size in sorted(weights["bytes_by_dtype"].items()))
+    layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in about["layers"].items())
+    lines = {
+        "checkpoint": about["path"],
+        "architecture": f"{', '.join(about['architectures'] or ['unnamed'])} ({about['model_type']})",
+        "parameters": f"{about['parameters']:,}, of which a token goes through {about['active_parameters']:,}",
+        "weights": f"{weights['bytes']:,} bytes in {weights['files']} files, {weights['tensors']:,} tensors: {dtypes}",
+        "dtype": f"{about['dtype']}" + (f", quantized: {about['quantization']}" if about["quantization"] else ""),
+        "canvas": f"{about['canvas_length']} tokens of {about['vocab_size']:,}",
+        "layers": f"{layers}; hidden size {about['hidden_size']}, {about['attention_heads']} heads, window {about['sliding_window']}, "
+        f"up to {about['max_position_embeddings']:,} positions",
+        "experts": f"{about['experts']}, {about['experts_per_token']} for each token",
+        "vision": f"{about['vision_layers']} layers",
+        "special ids": ", ".join(f"{name.removesuffix('_token_id')} {value}" for name, value in about["special_ids"].items()),
+        "generation": ", ".join(f"{name}={value}" for name, value in about["generation"].items()),
+    }
+    return "\n".join(f"{title:14s}{line}" for title, line in lines.items())
+
+
+def run(args: argparse.Namespace) -> int:
+    import_package()
+    about = describe(args.model.path)
+    print(json.dumps(about) if args.json else report(about))
+    return 0
+
+
+INFO = Command("info", "say what a checkpoint is without loading it", EXAMPLES, add_arguments, run)
+
+__all__ = ["INFO", "describe", "local_weights"]

@@ -1,0 +1,138 @@
+"""A loaded checkpoint as the console's commands use it. Imports torch: commands import this file when they run."""
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from generation.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
+from generation.inputs import resolve_config
+
+from .console_arguments import MODEL_TYPE, UsageError
+
+Message = dict[str, str]
+
+
+def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """`--preset`, `--max-new-tokens` and `--set` as arguments of `generate`, refused here if they cannot be honoured."""
+    own = dict(args.settings)
+    if args.max_new_tokens is not None:
+        if "max_new_tokens" in own:
+            raise UsageError("`--max-new-tokens` and `--set max_new_tokens=...` are both given; expected one")
+        own["max_new_tokens"] = args.max_new_tokens
+    if "return_dict_in_generate" in own:
+        raise UsageError("`--set return_dict_in_generate=...` is given; expected it unset: `--json` says what the console prints")
+    settings = {**({} if args.preset is None else DIFFUSION_FIELDS | PRESETS[args.preset]), **own}
+    try:
+        resolve_config(None, DiffusionGenerationConfig(), dict(settings))
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return settings
+
+
+def load_tokenizer(path: str):
+    return AutoTokenizer.from_pretrained(path, padding_side="left")
+
+
+def load_model(path: str, dtype: str = "auto", device: str | None = "cpu"):
+    """The model in evaluation mode. `device` None: CUDA if there is one; "auto": spread by accelerate."""
+    if (found := AutoConfig.from_pretrained(path).model_type) != MODEL_TYPE:
+        raise UsageError(f"`--model` is {path!r} with `model_type` {found!r}; expected {MODEL_TYPE!r}")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    device = _checked_device(device)
+    placement = {} if device == "cpu" else {"device_map": device}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **placement).eval()
+
+
+def _checked_device(device: str | None) -> str:
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        return "cuda" if there is not None and there.type == "cuda" else "cpu"
+    if device == "auto":
+        return device
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"`--device` is {device!r}; expected cpu, cuda, cuda:1, mps or auto") from None
+    if asked.type != "cpu":
+        count = torch.accelerator.device_count() if there is not None and there.type == asked.type else 0
+        if (asked.index or 0) >= count:
+            raise UsageError(f"`--device` is {device!r}, and torch finds {count} {asked.type} devices; expected one that is there, or cpu")
+    return device
+
+
+class Session:
+    """A model, its tokenizer and how it is to generate.
+
+    `seed`: the one given, or one drawn here, so that every answer can be had again. `hidden_ids`: where the drawing of a canvas ends.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.settings = generation_settings(args)
+        self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+        self.tokenizer = load_tokenizer(args.model.path)
+        self.model = load_model(args.model.path, args.dtype, args.device)
+        ends = self.settings.get("eos_token_id", self.model.generation_config.eos_token_id)
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.hidden_ids = {*self.ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}
+        stops = self.settings.get("stop_strings") or []
+        self.stop_strings = [stops] if isinstance(stops, str) else stops
+
+    def encode(self, prompts: Sequence[str | list[Message]]) -> dict[str, torch.Tensor]:
+        """Chats by the checkpoint's chat template, strings as they are: ids and mask (B, P), padded on the left."""
+        form = {"return_tensors": "pt", "return_dict": True, "padding": True}
+        if isinstance(prompts[0], str):
+            del form["return_dict"]
+            batch = self.tokenizer(list(prompts), **form)
+        else:
+            if self.tokenizer.chat_template is None:
+                raise UsageError("the checkpoint has no chat template; expected one, or `generate --raw`")
+            batch = self._templated(prompts, form)
+        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _templated(self, chats, form: dict):
+        try:
+            return self.tokenizer.apply_chat_template(list(chats), add_generation_prompt=True, **form)
+        except Exception as error:  # jinja2's errors have no base class that is a ValueError
+            raise ValueError(f"the checkpoint's chat template refuses the chat: {error}") from error
+
+    def answer(self, prompts: Sequence[str | list[Message]], streamer: BaseStreamer | None = None) -> list[dict[str, Any]]:
+        """Generates; `num_return_sequences` answers a prompt, those of the first prompt first."""
+        inputs = self.encode(prompts)
+        draws = {"seed": self.seed}
+        if self.settings.get("backend") == "reference":  # it draws from torch's global generator, as transformers does
+            torch.manual_seed(self.seed)
+            draws = {}
+        output = self.model.generate(
+            **inputs, **self.settings, **draws, streamer=streamer, tokenizer=self.tokenizer, return_dict_in_generate=True
+        )
+        prompt_tokens = inputs["attention_mask"].sum(dim=1)
+        prompt_tokens = prompt_tokens.repeat_interleave(len(output.sequences) // len(prompt_tokens)).tolist()
+        answers = []
+        rows = zip(output.sequences, prompt_tokens, output.denoising_steps.tolist(), output.tokens_per_forward.tolist(), strict=True)
+        for row, given, passes, per_forward in rows:
+            count = round(per_forward * max(passes, 1))
+            ids = row[inputs["input_ids"].shape[1] :][:count].tolist()
+            answers.append({
+                "text": self.tokenizer.decode(ids, skip_special_tokens=True), "prompt_tokens": given, "tokens": count,
+                "denoising_steps": passes, "tokens_per_forward": per_forward,
+                "finish_reason": "stop" if self._stopped(ids) else "length", "seed": self.seed,
+            })  # fmt: skip
+        return answers
+
+    def _stopped(self, ids: list[int]) -> bool:
+        """Whether an answer came to its own end."""
+        if ids and ids[-1] in self.ends:
+            return True
+        text = self.tokenizer.decode(ids) if self.stop_strings else ""
+        return any(stop in text for stop in self.stop_strings)
+
+
+__all__ = ["Message", "Session", "generation_settings", "load_model", "load_tokenizer"]

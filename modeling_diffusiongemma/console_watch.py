@@ -1,0 +1,88 @@
+"""The canvas on standard error while it is denoised, and its text when it is committed."""
+
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from generation.canvas import CanvasState
+from generation.events import TextAssembler
+from generation.streaming import CanvasStreamer, Cell, one_line
+
+
+def wrapped(columns: int, lines: int) -> Callable[[Sequence[Cell], Callable[[Cell], str]], str]:
+    """Layout of a terminal: no line is longer than `columns`, and of more than `lines` the last are drawn, so that redrawing
+    in place finds the first one again."""
+
+    def layout(cells: Sequence[Cell], paint: Callable[[Cell], str]) -> str:
+        drawn, used = [""], 0
+        for cell in cells:
+            width = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in cell.text)
+            if used and used + width > columns:
+                drawn.append("")
+                used = 0
+            drawn[-1] += paint(cell)
+            used += width
+        return "\n".join(drawn[-lines:])
+
+    return layout
+
+
+class Watch(CanvasStreamer):
+    """Streamer of one prompt.
+
+    In a terminal the answer is redrawn in place and wiped at the end: what is committed, then the canvas. Elsewhere each step
+    is printed below the last, with marks.
+
+    Args:
+        stop_ids: what lies behind the first of these is not drawn.
+        draw: False: nothing is drawn.
+        on_text: gets the text of each canvas as it is committed, never half a character; all of it at the end where the
+            answer is redrawn in place.
+    """
+
+    def __init__(self, tokenizer, stop_ids: Iterable[int], draw: bool = True, on_text: Callable[[str], None] | None = None):
+        colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
+        size = shutil.get_terminal_size()
+        layout = wrapped(size.columns, max(size.lines - 2, 1)) if colour else one_line
+        super().__init__(tokenizer, layout, tuple(stop_ids), file=sys.stderr, colour=colour)
+        self.draw, self.in_place, self.on_text = draw, draw and colour, on_text
+        self._text, self._committed = None, ""
+
+    def cells(self, state: CanvasState) -> list[Cell]:
+        before = [Cell(letter, "plain") for letter in self._committed.replace("\n", " ")] if self.in_place else []
+        return [*before, *super().cells(state)]
+
+    def put_state(self, state: CanvasState) -> None:
+        if self.draw:
+            super().put_state(state)
+
+    def put(self, value: torch.Tensor) -> None:
+        height = self._height
+        super().put(value)
+        self._height = height  # the next canvas is drawn over this one
+        if self._text is None:  # the prompt
+            self._text = TextAssembler(self.tokenizer)
+        else:
+            self._commit(self._text.add(value.flatten().tolist()))
+
+    def _commit(self, piece: str) -> None:
+        self._committed += piece
+        if self.on_text is not None and not self.in_place:
+            self.on_text(piece)
+
+    def end(self) -> None:
+        if self._text is not None:
+            self._commit(self._text.rest())
+        if self.in_place and self._height:
+            self.file.write(f"\033[{self._height}A\033[J")
+        super().end()
+        if self.on_text is not None and self.in_place:
+            self.on_text(self._committed)
+        self._text, self._committed, self._height = None, "", 0
+
+
+__all__ = ["Watch", "wrapped"]

@@ -1,0 +1,479 @@
+"""The console, mostly through `main(argv)`; in processes of their own where the process is the point: pipes, terminals, imports."""
+
+import http.server
+import inspect
+import io
+import json
+import os
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaForBlockDiffusion
+
+from generation.configuration import PRESETS
+from generation.streaming import Cell
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
+from modeling_diffusiongemma.console import COMMANDS, build_parser, main
+from modeling_diffusiongemma.console_arguments import PRESET_NAMES
+from modeling_diffusiongemma.console_watch import wrapped
+
+ROOT = Path(__file__).parents[1]
+RELEASED = Path(__file__).parent / "data" / "released"
+NARROW = ["--set", "canvas_length=16", "--max-new-tokens", "16"]  # seconds less than the checkpoint's 256
+DATES = {
+    "Write 3 March 1998 as an ISO date.": "1998-03-03",
+    "Write October 2, 2052 as an ISO date.": "2052-10-02",
+    "Write 4 May 1911 as an ISO date.": "1911-05-04",
+}
+DATE, *OTHERS = DATES
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+
+
+@pytest.fixture
+def console(capsys, monkeypatch):
+    """Runs the console in this process on the lines of `stdin`; returns exit code, standard output, standard error."""
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main(list(argv))
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+@pytest.fixture
+def answers(console):
+    """The JSON objects of a run that must succeed."""
+
+    def run(*argv, stdin=""):
+        code, out, err = console(*argv, "--json", stdin=stdin)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+
+    return run
+
+
+def process(*command, environment=(), **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environment)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **kwargs)
+
+
+MODULE = (sys.executable, "-m", "modeling_diffusiongemma")
+
+
+# Processes
+
+
+@pytest.mark.parametrize("arguments, code", [(["generate", "--help"], 0), (["generate", "--seed", "no"], 2)])
+def test_help_and_wrong_usage_do_not_wait_for_torch(arguments, code):
+    done = process(sys.executable, "-X", "importtime", *MODULE[1:], *arguments)
+    assert done.returncode == code and "usage: diffusiongemma generate" in done.stdout + done.stderr
+    imported = re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)
+    assert "modeling_diffusiongemma.console" in imported and not {"torch", "transformers"} & set(imported)
+
+
+def test_pipe_in_and_json_out():
+    done = process(*MODULE, "generate", "--json", "--watch", *NARROW, input=f"{DATE}\n\n{OTHERS[0]}\n")
+    assert done.returncode == 0, done.stderr
+    assert [(row["prompt"], row["text"]) for row in map(json.loads, done.stdout.splitlines())] == list(DATES.items())[:2]
+    assert "step  1" in done.stderr and "^" in done.stderr
+
+
+def test_installed_script_registers_the_auto_classes(tmp_path):
+    """The package leaves its imports to the console in a process that is one; the console must then make up for it."""
+    target = re.search(r'"diffusiongemma = ([\w.]+):(\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    script = tmp_path / "diffusiongemma"
+    script.write_text(
+        f"import sys\nfrom {target[1]} import {target[2]}\ncode = {target[2]}()\nimport modeling_diffusiongemma\n"
+        "modeling_diffusiongemma.default_checkpoint()\nsys.exit(code)\n"
+    )
+    done = process(sys.executable, str(script), "info", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["parameters"] > 1e6, done.stderr
+
+
+def test_another_program_that_imports_the_package_gets_all_of_it(tmp_path):
+    """Only the console's own script and `-m` may leave the imports out."""
+    script = tmp_path / "diffusiongemma.py"
+    script.write_text("import modeling_diffusiongemma\nprint(modeling_diffusiongemma.DiffusionGemmaForMaskedBlockLM.__name__)\n")
+    done = process(sys.executable, str(script), "-m", "modeling_diffusiongemma")
+    assert done.stdout.strip() == "DiffusionGemmaForMaskedBlockLM", done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_chat_in_a_terminal_redraws_the_canvas_and_leaves_the_answer():
+    import pty
+
+    keyboard, terminal = pty.openpty()
+    command = [*MODULE, "chat", *NARROW]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    chat = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    os.write(keyboard, f"{DATE}\n/exit\n".encode())
+    shown = b""
+    try:
+        while piece := os.read(keyboard, 4096):
+            shown += piece
+    except OSError:  # Linux: the terminal has gone with its last process
+        pass
+    os.close(keyboard)
+    assert chat.wait(timeout=60) == 0, shown
+    text = shown.decode()
+    assert "\033[1;32m" in text, "no accepted token was drawn in green"
+    wiped = text.rindex("A\033[J")
+    assert text.index("step 1") < wiped < text.rindex(DATES[DATE])
+
+
+# Usage
+
+
+def test_every_example_of_the_help_is_a_command_line_that_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "my-checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text('{"model_type": "diffusion_gemma"}')
+    for command in COMMANDS:
+        lines = [line for line in command.examples.splitlines() if "diffusiongemma " in line]
+        assert lines, command.name
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            words = words[words.index("diffusiongemma") + 1 :]
+            cut = next((place for place, word in enumerate(words) if word in ("|", ">")), len(words))
+            assert build_parser().parse_args(words[:cut]).command == command.name, line
+
+
+def test_presets_of_the_help_are_those_there_are():
+    assert sorted(PRESET_NAMES) == sorted(PRESETS)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders that are no checkpoint."""
+    folder = tmp_path_factory.mktemp("folders")
+    for name, config in {"no_config": None, "other_model": '{"model_type": "llama"}', "broken_config": "{"}.items():
+        (folder / name).mkdir()
+        if config is not None:
+            (folder / name / "config.json").write_text(config)
+    (folder / "no_weights").mkdir()
+    config = Path(default_checkpoint(), "config.json").read_text(encoding="utf-8")
+    for name, text in {"config.json": config, "prompts": "\n \n"}.items():
+        (folder / "no_weights" / name).write_text(text)
+    return folder
+
+
+WRONG = {  # command line, with {} for the folders above: what standard error must say
+    "": "COMMAND",
+    "paint": "'paint'",
+    "generate hello --model nothing": "'nothing' is no checkpoint; expected one of ['sudoku', 'text'], a folder, or a Hub",
+    "generate hello --model {}/no_config": "has no config.json",
+    "generate hello --model {}/other_model": "`model_type` 'llama'; expected 'diffusion_gemma'",
+    "info --model {}/broken_config": "is not a JSON object",
+    "generate hello --dtype int8": "'int8'",
+    "generate hello --device gpu": "`--device` is 'gpu'; expected cpu, cuda",
+    "generate hello --device cuda:99": "`--device` is 'cuda:99'",
+    "generate hello --seed -1": "'-1'; expected an integer >= 0",
+    "generate hello --max-new-tokens 0": "'0'; expected an integer >= 1",
+    "generate hello --preset slow": "'slow'",
+    "generate hello --set entropy_bound": "expected NAME=VALUE",
+    "generate hello --model {}/no_weights --set entropy_bund=1": "entropy_bund",
+    "generate hello --model {}/no_weights --set num_beams=4": "a canvas has no beams",
+    "generate hello --model {}/no_weights --set entropy_bound=-1": "`entropy_bound` is -1",
+    "generate hello --max-new-tokens 3 --set max_new_tokens=4": "both given",
+    "generate hello --set return_dict_in_generate=false": "return_dict_in_generate",
+    "generate": "holds no prompt",
+    "generate --file {}/nowhere": "nowhere",
+    "generate --file {}/no_weights/prompts": "holds no prompt",
+    "generate hello --file {}/no_weights/prompts": "expected one or the other",
+    "generate hello --watch --batch-size 2": "`--batch-size` is 2; expected 1",
+    "generate hello --watch --set num_return_sequences=2": "`num_return_sequences` is above 1",
+    "generate hello --raw --system text": "`--raw` and `--system`",
+    "chat --set num_return_sequences=2": "`num_return_sequences` is above 1",
+    "bench --set decoding=autoregressive": "decoding",
+    "bench --steps 1": "expected an integer >= 2",
+    "export {}/no_weights": "is not empty; expected a new or empty one, or `--overwrite`",
+    "export {}/no_weights/config.json": "which is a file",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_usage_is_named_and_exits_with_2(line, console, folders):
+    code, out, err = console(*line.format(folders).split())
+    assert code == 2 and out == "" and WRONG[line] in err, err
+
+
+def test_failed_job_exits_with_1(console, folders, tmp_path):
+    for line in (
+        f"generate hello --model {folders}/no_weights",
+        "generate hello --model nobody/nothing",
+        f"info --model {folders}/no_weights",
+    ):
+        code, out, err = console(*line.split())
+        assert (code, out) == (1, "") and "error: " in err and "Traceback" not in err, line
+
+
+# generate
+
+
+def test_each_prompt_gets_its_answer_in_order(console):
+    code, out, _ = console("generate", *DATES, "--batch-size", "2", *NARROW)
+    assert code == 0 and out.splitlines() == list(DATES.values())
+
+
+def test_file_standard_input_and_arguments_say_the_same(console, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{DATE}\n\n{OTHERS[0]}")
+    expected = console("generate", DATE, OTHERS[0], "--seed", "0", *NARROW)
+    assert console("generate", "--file", str(tmp_path / "prompts.txt"), "--seed", "0", *NARROW) == expected
+    assert console("generate", "--file", "-", "--seed", "0", *NARROW, stdin=f"{DATE}\r\n{OTHERS[0]}\n") == expected
+
+
+def test_whole_input_is_one_prompt(answers):
+    letter = "Write 3 March 1998\nas an ISO date."
+    assert [row["prompt"] for row in answers("generate", "--whole", *NARROW, stdin=f"{letter}\n")] == [letter]
+
+
+def test_raw_prompt_goes_without_the_chat_template(answers):
+    tokenizer = AutoTokenizer.from_pretrained(default_checkpoint())
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": DATE}], tokenize=False, add_generation_prompt=True)
+    templated, raw = answers("generate", DATE, "--seed", "0", *NARROW)[0], answers("generate", rendered, "--raw", "--seed", "0", *NARROW)[0]
+    assert raw | {"prompt": DATE} == templated
+
+
+def test_answer_says_what_it_cost_and_why_it_ended(answers):
+    (row,) = answers("generate", DATE, "--seed", "3", *NARROW)
+    assert row["text"] == DATES[DATE] and row["finish_reason"] == "stop" and row["seed"] == 3
+    assert row["tokens"] == pytest.approx(row["tokens_per_forward"] * row["denoising_steps"]) == 11  # ten characters and the end
+    (cut,) = answers("generate", DATE, "--seed", "3", "--set", "canvas_length=16", "--max-new-tokens", "4")
+    assert cut["text"] == DATES[DATE][:4] and cut["finish_reason"] == "length" and cut["tokens"] == 4
+    (stopped,) = answers("generate", DATE, "--seed", "3", "--set", "stop_strings=1998-", *NARROW)
+    assert stopped["text"] == "1998-" and stopped["finish_reason"] == "stop"
+
+
+def test_reported_seed_gives_the_answer_again_and_rows_do_not_depend_on_the_batch(answers):
+    free = ["--model", "sudoku", "--set", "max_denoising_steps=6"]
+    puzzles = ["." * 81, PUZZLE]  # the first has more solutions than anyone could count
+    first = answers("generate", *puzzles, *free)
+    assert answers("generate", *puzzles, "--batch-size", "2", "--seed", str(first[0]["seed"]), *free) == first
+    assert answers("generate", *puzzles, *free)[0]["text"] != first[0]["text"]
+
+
+def test_preset_and_settings_reach_generate(answers):
+    fast = answers("generate", "zebra", "--seed", "0", "--preset", "fast", *NARROW)[0]
+    assert fast["denoising_steps"] <= PRESETS["fast"]["max_denoising_steps"]
+    one = answers("generate", "zebra", "--seed", "0", "--preset", "fast", "--set", "max_denoising_steps=1", *NARROW)[0]
+    assert one["denoising_steps"] == 1
+
+
+def test_one_object_for_every_returned_sequence(answers):
+    rows = answers("generate", DATE, OTHERS[0], "--batch-size", "2", "--set", "num_return_sequences=2", *NARROW)
+    assert [row["prompt"] for row in rows] == [DATE, DATE, OTHERS[0], OTHERS[0]]
+
+
+def test_reference_backend_takes_the_seed(answers):
+    rows = [answers("generate", DATE, "--seed", "5", "--set", "backend=reference", *NARROW) for _ in range(2)]
+    assert rows[0] == rows[1] and rows[0][0]["text"] == DATES[DATE]
+
+
+def test_placement_and_dtype(answers):
+    (row,) = answers("generate", DATE, "--device", "auto", "--dtype", "bfloat16", *NARROW)
+    assert row["text"] == DATES[DATE]
+
+
+def test_progress_is_shown_in_a_terminal_alone(console, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert console("generate", *DATES, *NARROW)[:2] == (0, "".join(f"{answer}\n" for answer in DATES.values()))
+    assert "3/3" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
+    console("generate", *DATES, *NARROW)
+    assert pipe.getvalue() == ""
+
+
+def test_sudoku_by_its_short_name(answers):
+    (row,) = answers("generate", PUZZLE, "--model", "sudoku", "--seed", "0")
+    assert re.fullmatch(r"[1-9.]{81}", row["text"]) and row["tokens"] == 81
+
+
+# chat
+
+
+def test_chat_remembers_until_it_is_reset(answers, console):
+    turns = answers("chat", *NARROW, "--no-watch", stdin=f"{DATE}\n{DATE}\n/reset\n{DATE}\n")
+    assert [row["text"] for row in (turns[0], turns[2])] == [DATES[DATE]] * 2
+    first, second, third = (row["prompt_tokens"] for row in turns)
+    assert first == third < second, "the second turn holds the first"
+    assert answers("chat", *NARROW, stdin="/exit\nnever reached\n") == []
+
+
+def test_chat_shows_the_canvas_on_standard_error_alone(console):
+    code, out, err = console("chat", *NARROW, stdin=f"{DATE}\n/dance\n/help\n")
+    assert (code, out) == (0, f"{DATES[DATE]}\n")
+    assert "step  1" in err and "'/dance' is no command" in err and err.count("/reset forgets") == 2
+    assert "step" not in console("chat", "--no-watch", *NARROW, stdin=f"{DATE}\n")[2]
+
+
+def test_chat_forgets_a_turn_that_fails_and_goes_on(console):
+    long = "Write " + "very " * 40
+    limit = ["--set", "canvas_length=16", "--set", "max_length=50"]
+    code, out, err = console("chat", "--no-watch", *limit, stdin=f"{long}\n{DATE}\n")
+    assert (code, out) == (1, f"{DATES[DATE]}\n") and "`max_length` is 50" in err and "the turn is forgotten" in err
+
+
+def test_no_drawn_line_is_longer_than_the_terminal():
+    cells = [Cell(text, "accepted") for text in ("ab", "cde", "f", "\u4e2d", "g", "hij")]  # the fourth is two columns wide
+    assert wrapped(5, 9)(cells, lambda cell: cell.text).splitlines() == ["abcde", "f\u4e2dg", "hij"]
+    assert wrapped(5, 2)(cells, lambda cell: cell.text).splitlines() == ["f\u4e2dg", "hij"]
+
+
+# bench
+
+
+def test_bench_measures_and_names_the_setting(answers, console):
+    arguments = ["bench", "--rounds", "2", "--steps", "3", "--batch-size", "2", *NARROW]
+    (row,) = answers(*arguments)
+    assert min(row[name] for name in ("ms_per_step", "tokens_per_second", "tokens_per_forward", "steps_per_canvas", "peak_memory_mib")) > 0
+    assert row["batch_size"] == 2 and row["dtype"] == "float32" and row["canvas_length"] == 16 and row["torch"] == torch.__version__
+    assert row["tokens_per_forward"] * row["steps_per_canvas"] == pytest.approx(11)
+    code, out, _ = console(*arguments)
+    assert code == 0 and re.search(r"\| ms per denoising step \| [\d.,]+ \|", out) and "batch size 2" in out
+
+
+# info
+
+
+def test_info_agrees_with_the_loaded_model(answers):
+    (about,) = answers("info")
+    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(default_checkpoint())
+    assert about["parameters"] == model.num_parameters() > about["active_parameters"]
+    tensors = load_file(Path(default_checkpoint(), "model.safetensors"))
+    assert about["weights"] == {
+        "files": 1, "tensors": len(tensors), "bytes": (size := sum(t.nbytes for t in tensors.values())), "bytes_by_dtype": {"F32": size},
+    }  # fmt: skip
+    assert (
+        about["canvas_length"] == 256 and about["special_ids"]["eos_token_id"] == [1, 106, 50] and about["special_ids"]["pad_token_id"] == 0
+    )
+    assert about["generation"]["max_denoising_steps"] == 48 and about["generation"]["max_new_tokens"] == 256
+
+
+def test_info_of_the_released_model_reads_no_weight(answers, tmp_path):
+    """Its weights as one file with a real header and nothing behind it: whoever read them would wait for 51 GB of zeros."""
+    for file in RELEASED.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with torch.device("meta"):
+        state = DiffusionGemmaForMaskedBlockLM(AutoConfig.from_pretrained(RELEASED)).state_dict()
+    header, end = {}, 0
+    for name, tensor in state.items():
+        if name != "lm_head.weight":
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end := end + 2 * tensor.numel()]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    (about,) = answers("info", "--model", str(tmp_path))
+    assert about["parameters"] == 25_823_778_864 and about["weights"]["tensors"] == 1047
+    assert about["weights"]["bytes_by_dtype"] == {"BF16": 51_647_562_456} and 3.5e9 < about["active_parameters"] < 4.5e9
+
+
+def test_info_of_shards_and_fp8(answers, console, tmp_path):
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(default_checkpoint())
+    model.save_pretrained(tmp_path, max_shard_size="4MB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    key = next(iter(load_file(shards[1])))
+    tensors = load_file(shards[1])
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    save_file(tensors, shards[1])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (about,) = answers("info", "--model", str(tmp_path))
+    assert about["weights"]["files"] == len(shards) > 2 and about["weights"]["tensors"] == 158
+    assert about["weights"]["bytes_by_dtype"]["F8_E4M3"] == tensors[key].numel() and about["quantization"] == "compressed-tensors"
+    assert f"{about['parameters']:,}" in console("info", "--model", str(tmp_path))[1]
+    os.truncate(shards[1], shards[1].stat().st_size - 1)
+    code, _, err = console("info", "--model", str(tmp_path))
+    assert code == 1 and shards[1].name in err
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What of the Hub's HTTP interface `info` needs, for the text checkpoint as `owner/name`; keeps how many bytes of weights it gave."""
+
+    given = 0
+
+    def do_HEAD(self):
+        self.answer(False)
+
+    def do_GET(self):
+        self.answer(True)
+
+    def answer(self, body):
+        name = self.path.removeprefix("/owner/name/resolve/main/")
+        file = Path(default_checkpoint(), name)
+        if "/" in name or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        data, status = file.read_bytes(), 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            data, status = data[int(wanted[1]) : int(wanted[2]) + 1], 206
+        if body and name.endswith(".safetensors"):
+            Hub.given += len(data)
+        self.send_response(status)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *args): ...
+
+
+def test_info_of_a_hub_repository_fetches_headers_alone(answers, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
+        done = process(*MODULE, "info", "--model", "owner/name", "--json", environment=place)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    about, (expected,) = json.loads(done.stdout), answers("info")
+    assert about | {"path": expected["path"]} == expected
+    assert 0 < Hub.given < 1e6 < expected["weights"]["bytes"]
+
+
+# export
+
+
+@pytest.mark.skipif(
+    "remote_code" not in inspect.signature(DiffusionGemmaForMaskedBlockLM.save_pretrained).parameters,
+    reason="save_pretrained has no `remote_code`",
+)
+def test_export_writes_a_repository_that_brings_its_code(answers, tmp_path):
+    folder = tmp_path / "repository"
+    (about,) = answers("export", str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    assert "AutoModelForCausalLM" in config["auto_map"] and {"tokenizer.json", "model.safetensors"} <= set(about["files"])
+    script = (
+        "from transformers import pipeline; import sys; sys.modules['modeling_diffusiongemma'] = None\n"
+        f"generator = pipeline('text-generation', model={str(folder)!r}, trust_remote_code=True)\n"
+        f"print(generator([{{'role': 'user', 'content': {DATE!r}}}], canvas_length=16, max_new_tokens=16)[0]['generated_text'][-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and DATES[DATE] in done.stdout, done.stderr
