@@ -19,7 +19,7 @@ from .model import DiffusionGemmaBlockModel  # noqa: E402
 from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
 from .score import Score  # noqa: E402
 
-register()
+register(DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM)
 
 __all__ = [
     "BlockDiffusionCollator",
