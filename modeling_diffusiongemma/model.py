@@ -28,6 +28,10 @@ class PromptScalars(nn.Module):
         super().__init__()
         self.layer_scalar = nn.Buffer(torch.ones(1))
 
+    def forward(self) -> torch.Tensor:
+        """A call, and no look at the buffer, so that Accelerate fetches it where buffers are offloaded."""
+        return self.layer_scalar
+
 
 class PromptSide(nn.Module):
     """What the prompt pass has beyond the stack: images, and its layer scalars."""
@@ -146,7 +150,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             position_ids = self._positions(padding, seen, length, inputs_embeds.device)
 
         masks = self._prompt_masks(past_key_values, seen, inputs_embeds, padding, mm_token_type_ids)
-        scalars = [layer.layer_scalar for layer in self.encoder.language_model.layers]
+        scalars = [layer() for layer in self.encoder.language_model.layers]
         hidden_states, states, weights = self.decoder(
             inputs_embeds, position_ids, masks, past_key_values, True, scalars, output_hidden_states, output_attentions
         )
@@ -183,9 +187,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             position_ids = self._positions(padding, seen, canvas_ids.shape[1], embeds.device)
         if not isinstance(attention_mask, dict):
             attention_mask = self.canvas_masks(past_key_values, canvas_ids.shape, attention_mask)
-        scalars = [layer.layer_scalar for layer in self.decoder.layers]
         hidden_states, states, weights = self.decoder(
-            embeds, position_ids, attention_mask, past_key_values, False, scalars, output_hidden_states, output_attentions
+            embeds, position_ids, attention_mask, past_key_values, False, None, output_hidden_states, output_attentions
         )
         return BaseModelOutputWithPast(hidden_states, past_key_values, states, weights)
 
@@ -208,17 +211,20 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         config, (batch_size, length) = self.config.text_config, canvas_shape
         seen = int(past_key_values.get_seq_length())
         padding = check_mask("decoder_attention_mask", attention_mask, (batch_size, seen + length))
-        device = self.decoder.norm.weight.device if padding is None else padding.device
-        prefix = torch.full((1,), seen, device=device) if prefix_length is None else prefix_length
         masks = {}
         for layer_type in sorted(set(config.layer_types)):
             window = config.sliding_window if layer_type == "sliding_attention" else None
-            slots = cached_slots(past_key_values, config.layer_types.index(layer_type))
+            layer_idx = config.layer_types.index(layer_type)
+            slots = cached_slots(past_key_values, layer_idx)
             stored_exactly = slots == (seen if window is None else min(seen, window - 1))
             if padding is None and prefix_length is None and stored_exactly:
                 masks[layer_type] = None  # every stored token is visible
                 continue
-            visible = canvas_mask(slot_tokens(slots, seen, length, device), length, prefix.to(device), window, padding)
+            # Not a weight's device: it is "meta" while the weight is offloaded.
+            given = next((tensor for tensor in (padding, prefix_length) if tensor is not None), None)
+            device = (past_key_values.layers[layer_idx].keys if given is None else given).device
+            prefix = torch.full((1,), seen, device=device) if prefix_length is None else prefix_length.to(device)
+            visible = canvas_mask(slot_tokens(slots, seen, length, device), length, prefix, window, padding)
             masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, self.dtype)
         return masks
 

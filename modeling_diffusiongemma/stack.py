@@ -47,9 +47,9 @@ class BlockLayer(GradientCheckpointingLayer):
         mask,
         cached: LayerCache | None,
         is_causal: bool,
-        layer_scalar: torch.Tensor,
+        layer_scalar: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
-        """Args and Returns as `Attention.forward`, for the whole layer."""
+        """Args and Returns as `Attention.forward`, for the whole layer; `layer_scalar` is the prompt pass's, None in the canvas pass."""
         attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cached, is_causal)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
 
@@ -58,7 +58,8 @@ class BlockLayer(GradientCheckpointingLayer):
         routed = self.experts(self.pre_feedforward_layernorm_2(tokens), *self.router(tokens))
         routed = self.post_feedforward_layernorm_2(routed.view_as(hidden_states))
         hidden_states = hidden_states + self.post_feedforward_layernorm(dense + routed)
-        return hidden_states * layer_scalar.to(hidden_states.device), new, weights
+        layer_scalar = self.layer_scalar if layer_scalar is None else layer_scalar.to(hidden_states.device)
+        return hidden_states * layer_scalar, new, weights
 
 
 class BlockStack(DiffusionGemmaBlockPreTrainedModel):
@@ -85,7 +86,7 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
         masks: dict,
         cache: Cache | None,
         causal: bool,
-        layer_scalars: list[torch.Tensor],
+        layer_scalars: list[torch.Tensor] | None,
         keep_states: bool = False,
         keep_weights: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
@@ -97,7 +98,7 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
             masks: per layer type, what `masks.for_attention` made, or None.
             cache: read by every layer; appended to where `causal`.
             causal: True for the prompt pass.
-            layer_scalars: one tensor a layer, this pass's own.
+            layer_scalars: the prompt pass's, one tensor a layer. None: the layers' own, which are the canvas pass's.
             keep_states, keep_weights: whether to return what every layer put out.
 
         Returns:
@@ -110,9 +111,8 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
             if keep_states:
                 states.append(hidden_states)
             cached = read_cache(cache, layer_idx, hidden_states.device)
-            hidden_states, new, weights = layer(
-                hidden_states, rotary[layer_type], masks[layer_type], cached, causal, layer_scalars[layer_idx]
-            )
+            scalar = None if layer_scalars is None else layer_scalars[layer_idx]
+            hidden_states, new, weights = layer(hidden_states, rotary[layer_type], masks[layer_type], cached, causal, scalar)
             if causal and cache is not None:
                 cache.update(new.keys, new.values, layer_idx)
             if keep_weights:
