@@ -32,6 +32,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.17,<6",
         "accelerate>=1.0",
+        "huggingface_hub",
         "safetensors",
         "tokenizers",
         "numpy",

@@ -12,26 +12,16 @@ if _spec is None or not (pathlib.Path(_spec.origin or "").parent / "mixin.py").i
     )
 
 
-def _starts_console() -> bool:
-    """Whether this import only leads to the console. It imports the rest when a command runs (`console_arguments.import_package`),
-    so that `--help` and complaints about wrong usage do not wait for torch."""
-    program, line = (sys.argv or [""])[0], sys.orig_argv
-    script = pathlib.Path(program).name in ("diffusiongemma", "diffusiongemma.exe") and program in line  # not a worker it has spawned
-    module = program == "-m" and __name__ in line and line[line.index(__name__) - 1] == "-m"
-    return (script or module) and f"{__name__}.console" not in sys.modules
+from .auto import register  # noqa: E402
+from .checkpoints import default_checkpoint  # noqa: E402
+from .collator import BlockDiffusionCollator  # noqa: E402
+from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
+from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
+from .model import DiffusionGemmaBlockModel  # noqa: E402
+from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
+from .score import Score  # noqa: E402
 
-
-if not _starts_console():
-    from .auto import register
-    from .checkpoints import default_checkpoint
-    from .collator import BlockDiffusionCollator
-    from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig
-    from .head import DiffusionGemmaForMaskedBlockLM
-    from .model import DiffusionGemmaBlockModel
-    from .outputs import BlockModelOutput, MaskedBlockOutput
-    from .score import Score
-
-    register()
+register(DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM)
 
 __all__ = [
     "BlockDiffusionCollator",

@@ -6,25 +6,29 @@
 | `AutoModelForCausalLM` | refuses the config | `DiffusionGemmaForMaskedBlockLM` |
 | `AutoModelForImageTextToText` | its own `DiffusionGemmaForBlockDiffusion` | `DiffusionGemmaForMaskedBlockLM` |
 | `AutoModelForMultimodalLM` | its own `DiffusionGemmaForBlockDiffusion` | `DiffusionGemmaForMaskedBlockLM` |
+
+`AutoConfig`, `AutoTokenizer` and `AutoProcessor` stay transformers' own: its config class is used here, and tokenizer and
+processor belong to the checkpoint. The same table is the `auto_map` of a repository saved with `remote_code=True`.
 """
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+import transformers
+from transformers import PreTrainedModel
 
 from .configuration import DiffusionGemmaConfig
-from .head import DiffusionGemmaForMaskedBlockLM
-from .model import DiffusionGemmaBlockModel
 
 REGISTERED = {
-    AutoModel: DiffusionGemmaBlockModel,
-    AutoModelForCausalLM: DiffusionGemmaForMaskedBlockLM,
-    AutoModelForImageTextToText: DiffusionGemmaForMaskedBlockLM,
-    AutoModelForMultimodalLM: DiffusionGemmaForMaskedBlockLM,
+    "AutoModel": "DiffusionGemmaBlockModel",
+    "AutoModelForCausalLM": "DiffusionGemmaForMaskedBlockLM",
+    "AutoModelForImageTextToText": "DiffusionGemmaForMaskedBlockLM",
+    "AutoModelForMultimodalLM": "DiffusionGemmaForMaskedBlockLM",
 }
 
 
-def register() -> None:
-    """Makes the Auto classes load ours for `DiffusionGemmaConfig`."""
-    for auto, model in REGISTERED.items():
+def register(*models: type[PreTrainedModel]) -> None:
+    """Makes the Auto classes load ours, `models`, for `DiffusionGemmaConfig`."""
+    ours = {model.__name__: model for model in models}
+    for auto_name, model_name in REGISTERED.items():
+        auto, model = getattr(transformers, auto_name), ours[model_name]
         auto.register(DiffusionGemmaConfig, model, exist_ok=True)
         # transformers before 5.23 passes over registrations for a config class of its own without a word.
         auto._model_mapping._extra_content[DiffusionGemmaConfig] = model

@@ -116,13 +116,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
 
 
-def import_package() -> None:
-    """Imports what a command needs: this package with its Auto classes registered, which `__init__` leaves to the console."""
-    package = sys.modules[__package__]
-    if not hasattr(package, "default_checkpoint"):
-        importlib.reload(package)
-
-
 def say(text: str) -> None:
     """To the person at the terminal, never to the pipe."""
     print(text, file=sys.stderr, flush=True)
@@ -137,7 +130,6 @@ __all__ = [
     "add_model",
     "add_placement",
     "checkpoint_name",
-    "import_package",
     "integer",
     "say",
     "setting",

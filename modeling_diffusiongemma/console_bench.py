@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, import_package, integer, say
+from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, integer, say
 
 EXAMPLES = """\
   diffusiongemma bench
@@ -127,7 +127,6 @@ def machine(device) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    import_package()
     from .console_model import Session, generation_settings
 
     unfit = {name: value for name, value in generation_settings(args).items() if name in ("backend", "decoding")}

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, import_package, say
+from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, say
 
 EXAMPLES = """\
   diffusiongemma chat
@@ -81,7 +81,6 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
 
 def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty() and not args.json
-    import_package()
     from .console_model import Session, generation_settings
 
     if (generation_settings(args).get("num_return_sequences") or 1) > 1:

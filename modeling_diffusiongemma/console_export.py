@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .console_arguments import Command, UsageError, add_json, add_model, import_package, say
+from .console_arguments import Command, UsageError, add_json, add_model, say
 
 EXAMPLES = """\
   diffusiongemma export ./my-repository
@@ -32,7 +32,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"FOLDER is {args.folder!r}, which is a file; expected a folder")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UsageError(f"the folder {args.folder!r} is not empty; expected a new or empty one, or `--overwrite`")
-    import_package()
     from transformers import AutoProcessor
     from transformers.utils import cached_file
 

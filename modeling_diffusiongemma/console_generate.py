@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 
-from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, import_package, integer
+from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, integer
 
 EXAMPLES = """\
   diffusiongemma generate "Write 3 March 1998 as an ISO date." "What is 0.1 g in kg?"
@@ -80,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     if args.raw and args.system is not None:
         raise UsageError("`--raw` and `--system` are both given; expected one: a system message needs the chat template")
     prompts, total = read_prompts(args)
-    import_package()
     from .console_model import Session, generation_settings
     from .console_watch import Watch
 

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from .console_arguments import Command, UsageError, add_json, add_model, import_package
+from .console_arguments import Command, UsageError, add_json, add_model
 
 EXAMPLES = """\
   diffusiongemma info
@@ -155,7 +155,6 @@ def report(about: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    import_package()
     about = describe(args.model.path)
     print(json.dumps(about) if args.json else report(about))
     return 0

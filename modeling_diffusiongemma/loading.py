@@ -1,16 +1,23 @@
 """Loading and saving in the released layout, with errors that name the file and the tensor.
 
 The state dict already has the released names, so transformers' own `from_pretrained` and `save_pretrained` do the work.
-Added here: what they raise on a damaged checkpoint becomes an OSError or ValueError that says what is wrong, and
-`architectures` in a saved config.json stays transformers' class, by which every other runtime finds its own model.
+Added here: what they raise on a damaged checkpoint becomes an OSError or ValueError that says what is wrong; `architectures`
+in a saved config.json stays transformers' class, by which every other runtime finds its own model; and the code travels
+along where that is asked for.
 """
 
+import copy
 import json
 import os
 import struct
+import tempfile
 from pathlib import Path
 
+from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
+
+from .auto import REGISTERED
+from .remote_code import auto_map, write_card, write_code
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
@@ -70,20 +77,76 @@ class LoadingMixin:
             found = "; ".join(f"{name} has shape {tuple(got)}, expected {tuple(want)}" for name, got, want in sorted(mismatched))
             raise ValueError(f"cannot load {pretrained_model_name_or_path}: {found}") from error
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, remote_code: bool | None = None, **kwargs):
         """As `PreTrainedModel.save_pretrained`; config.json names transformers' architecture.
+
+        Args:
+            remote_code: True adds this implementation's code, the `auto_map` that names it and a model card where there is
+                none: the folder, or a Hub repository of its files, then loads with `trust_remote_code=True` where this
+                package is not installed, and with transformers' own class without. False: weights and settings alone.
+                Default: True if the model's own class was loaded with `trust_remote_code` (or registered by
+                `register_for_auto_class`), else False.
 
         Raises:
             ValueError: `push_to_hub=True`; call `model.push_to_hub(repo_id)`, which saves through here.
         """
         if push_to_hub:
             raise ValueError("`push_to_hub` is True; expected False here: call `model.push_to_hub(repo_id)` instead")
+        if remote_code is not None and not isinstance(remote_code, bool):
+            raise ValueError(f"`remote_code` is {remote_code!r}; expected True, False or None")
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
         super().save_pretrained(save_directory, *args, **kwargs)
         self.config.architectures = [self.saved_architecture]
         if kwargs.get("is_main_process", True):
-            self.config.save_pretrained(save_directory)
+            self._save_config_and_code(save_directory, self._with_code(remote_code))
+
+    def _with_code(self, remote_code: bool | None) -> bool:
+        return self._auto_class is not None if remote_code is None else remote_code
+
+    def _save_config_and_code(self, folder: str | os.PathLike, remote_code: bool) -> None:
+        """config.json with or without an `auto_map` of ours, whatever the config in memory was loaded with; and the code."""
+        config = copy.deepcopy(self.config)
+        mapped = {name: value for name, value in (getattr(config, "auto_map", None) or {}).items() if name not in REGISTERED}
+        config.auto_map = mapped | (auto_map() if remote_code else {})
+        if not config.auto_map:
+            del config.auto_map
+        config.save_pretrained(folder)
+        if remote_code:
+            write_code(folder)
+            write_card(folder, remote_code)
+
+    def push_to_hub(
+        self, repo_id: str, *, remote_code: bool | None = None, commit_message: str = "Upload model",
+        commit_description: str | None = None, private: bool | None = None, token: str | bool | None = None,
+        revision: str | None = None, create_pr: bool = False, max_shard_size: int | str = "50GB", tags: list[str] | None = None,
+    ):  # fmt: skip
+        """As `PreTrainedModel.push_to_hub`; `remote_code` as in `save_pretrained`. A model card that the repository has is kept."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "README.md"
+            if api.file_exists(repo_id, path.name):
+                ModelCard.load(repo_id, token=token).save(path)
+            else:
+                write_card(folder, self._with_code(remote_code), repo_id)
+            if tags:
+                card = ModelCard.load(path)
+                card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+                card.save(path)
+            self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, commit_description=commit_description,
+                revision=revision, create_pr=create_pr,
+            )  # fmt: skip
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """False: where this is True transformers copies source files itself while saving, those that one Auto class needs.
+        `save_pretrained` here writes them all."""
+        return False
 
 
 __all__ = ["LoadingMixin", "damaged_files"]

@@ -51,6 +51,10 @@ class PromptScalars(nn.Module):
         super().__init__()
         self.layer_scalar = nn.Buffer(torch.ones(1))
 
+    def forward(self) -> torch.Tensor:
+        """A call, and no look at the buffer, so that Accelerate fetches it where buffers are offloaded."""
+        return self.layer_scalar
+
 
 class PromptSide(PromptPassView):
     """What the prompt pass has beyond the stack: images, and its layer scalars."""
@@ -192,7 +196,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
 
         whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
         last_states = length if last_states is None else last_states
-        scalars = [layer.layer_scalar for layer in self.encoder.language_model.layers]
+        scalars = [layer() for layer in self.encoder.language_model.layers]
         kept = []
         for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
             part = slice(start, end)
@@ -249,8 +253,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             raise ValueError(f"`canvas_ids` has shape {tuple(canvas_ids.shape)}; expected {view.shape}, the shape of the `view`")
         embeds = self.decoder.embed_tokens(canvas_ids)
         embeds = self.decoder.self_conditioning(embeds, torch.zeros_like(embeds) if soft_embeds is None else soft_embeds.to(embeds.dtype))
-        scalars = [layer.layer_scalar for layer in self.decoder.layers]
-        hidden_states, states, weights = self.decoder(embeds, view, scalars, None, output_hidden_states, output_attentions)
+        hidden_states, states, weights = self.decoder(embeds, view, None, None, output_hidden_states, output_attentions)
         return BaseModelOutputWithPast(hidden_states, past_key_values, states, weights)
 
     def prepare_canvas(

@@ -66,9 +66,9 @@ class BlockLayer(GradientCheckpointingLayer):
         mask,
         cached: LayerCache | None,
         is_causal: bool,
-        layer_scalar: torch.Tensor,
+        layer_scalar: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
-        """Args and Returns as `Attention.forward`, for the whole layer."""
+        """Args and Returns as `Attention.forward`, for the whole layer; `layer_scalar` is the prompt pass's, None in the canvas pass."""
         attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cached, is_causal)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
 
@@ -77,7 +77,8 @@ class BlockLayer(GradientCheckpointingLayer):
         routed = self.experts(self.pre_feedforward_layernorm_2(tokens), *self.router(tokens))
         routed = self.post_feedforward_layernorm_2(routed.view_as(hidden_states))
         hidden_states = hidden_states + self.post_feedforward_layernorm(dense + routed)
-        return hidden_states * layer_scalar.to(hidden_states.device), new, weights
+        layer_scalar = self.layer_scalar if layer_scalar is None else layer_scalar.to(hidden_states.device)
+        return hidden_states * layer_scalar, new, weights
 
 
 class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
@@ -101,7 +102,7 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         self,
         hidden_states: torch.Tensor,
         view: View,
-        layer_scalars: list[torch.Tensor],
+        layer_scalars: list[torch.Tensor] | None,
         cache: Cache | None = None,
         keep_states: bool = False,
         keep_weights: bool = False,
@@ -111,7 +112,7 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         Args:
             hidden_states (`(B, L, D)`): embeddings of the new tokens.
             view: what they see.
-            layer_scalars: one tensor a layer, this pass's own.
+            layer_scalars: the prompt pass's, one tensor a layer. None: the layers' own, which are the canvas pass's.
             cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
             keep_states, keep_weights: whether to return what every layer put out.
 
@@ -123,8 +124,9 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
             layer_type = self.config.layer_types[layer_idx]
             if keep_states:
                 states.append(hidden_states)
+            scalar = None if layer_scalars is None else layer_scalars[layer_idx]
             hidden_states, new, weights = layer(
-                hidden_states, view.rotary[layer_type], view.masks[layer_type], cached, cache is not None, layer_scalars[layer_idx]
+                hidden_states, view.rotary[layer_type], view.masks[layer_type], cached, cache is not None, scalar
             )
             if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)

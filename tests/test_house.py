@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("generation", "modeling_diffusiongemma")
 FILES = [path.relative_to(ROOT).as_posix() for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-REQUIRED = {"accelerate", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
+REQUIRED = {"accelerate", "huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 MAX_LINES = 600
 REEXPORTED = {"DiffusionGemmaConfig", "DiffusionGemmaTextConfig"}
 PUBLISHED_RULES = {"EntropyBoundSampler"}
