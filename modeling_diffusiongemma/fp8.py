@@ -15,6 +15,14 @@ def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
+def scale_name(weight: str) -> str:
+    """Name of the scales of a weight's name: `q_proj.weight_scale`, `experts.gate_up_scale`.
+
+    The latter holds no `gate_up_proj`: transformers before 5.23 would take it for the weight.
+    """
+    return f"{weight}_scale" if weight.endswith("weight") else f"{weight.removesuffix('_proj')}_scale"
+
+
 class FixedDtypes:
     """Moves with its model, but keeps its dtypes: `model.to(torch.bfloat16)` must cast neither FP8 weights nor their scales."""
 
@@ -55,8 +63,8 @@ class FP8Linear(FixedDtypes, nn.Linear):
 
 
 class FP8Experts(FixedDtypes, nn.Module):
-    """`Experts` in FP8: `gate_up_proj` e4m3 (E, 2 * I, D) and `down_proj` e4m3 (E, D, I), each with a float32 `_scale`
-    (E, rows, 1). Rows are sorted by expert and go through one grouped product a projection.
+    """`Experts` in FP8: `gate_up_proj` e4m3 (E, 2 * I, D) and `down_proj` e4m3 (E, D, I), with float32
+    `gate_up_scale` and `down_scale` (E, rows, 1). Rows are sorted by expert and go through one grouped product a projection.
 
     Args:
         experts: whose sizes and activation to take; its weights are not read.
@@ -69,26 +77,26 @@ class FP8Experts(FixedDtypes, nn.Module):
         self.act_fn = experts.act_fn
         double = 2 * self.intermediate_dim
         self.gate_up_proj = frozen(self.num_experts, double, self.hidden_dim, dtype=dtype)
-        self.gate_up_proj_scale = frozen(self.num_experts, double, 1, dtype=torch.float32)
+        self.gate_up_scale = frozen(self.num_experts, double, 1, dtype=torch.float32)
         self.down_proj = frozen(self.num_experts, self.hidden_dim, self.intermediate_dim, dtype=dtype)
-        self.down_proj_scale = frozen(self.num_experts, self.hidden_dim, 1, dtype=torch.float32)
+        self.down_scale = frozen(self.num_experts, self.hidden_dim, 1, dtype=torch.float32)
 
     def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Args: `hidden_states` (N, D), `chosen` int64 (N, A), `weights` (N, A). Returns `(N, D)`."""
         tokens, active = chosen.shape
         experts, order = chosen.flatten().sort(stable=True)  # (N * A)
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True).to(torch.int32)
-        gate_up = fp8_grouped_product(hidden_states, order // active, self.gate_up_proj, self.gate_up_proj_scale, ends)
+        gate_up = fp8_grouped_product(hidden_states, order // active, self.gate_up_proj, self.gate_up_scale, ends)
         gate, up = gate_up.chunk(2, dim=-1)
         places = torch.arange(tokens * active, device=order.device)
-        partial = fp8_grouped_product(self.act_fn(gate) * up, places, self.down_proj, self.down_proj_scale, ends)
+        partial = fp8_grouped_product(self.act_fn(gate) * up, places, self.down_proj, self.down_scale, ends)
         partial = partial[torch.empty_like(order).scatter(0, order, places)].view(tokens, active, -1)
         return torch.bmm(weights.to(partial.dtype).unsqueeze(1), partial).squeeze(1)
 
     def dequantized(self, dtype: torch.dtype, like: Experts) -> Experts:
         """`like` with these weights in `dtype`, dequantised expert by expert."""
         for name in ("gate_up_proj", "down_proj"):
-            weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
+            weight, scale = getattr(self, name), getattr(self, scale_name(name))
             stacked = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             for index in range(self.num_experts):
                 stacked[index] = dequantize(weight[index], scale[index], dtype)
@@ -96,4 +104,4 @@ class FP8Experts(FixedDtypes, nn.Module):
         return like
 
 
-__all__ = ["FP8Experts", "FP8Linear"]
+__all__ = ["FP8Experts", "FP8Linear", "scale_name"]

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
-from .fp8 import FP8Experts, FP8Linear
+from .fp8 import FP8Experts, FP8Linear, scale_name
 from .fp8_layout import (
     PROJECTIONS,
     check_files,
@@ -173,7 +173,8 @@ def conversions() -> list[WeightConverter]:
     """From the stored names to the model's."""
     converters = []
     for stacked, parts in PROJECTIONS.items():
-        for suffix, target in (("weight", f"experts.{stacked}"), ("weight_scale", f"experts.{stacked}_scale")):
+        # Scales first: for transformers before 5.23 their names match the weights' patterns too.
+        for suffix, target in (("weight_scale", scale_name(f"experts.{stacked}")), ("weight", f"experts.{stacked}")):
             sources = [f"experts.*.{part}.{suffix}" for part in parts]
             converters.append(WeightConverter(sources, target, [MergeExperts(len(parts), suffix == "weight_scale")]))
     return [*converters, WeightConverter("weight_scale", "weight_scale", [LoadScale()])]
@@ -195,7 +196,7 @@ class QuantizeWeight(ConversionOps):
         quantized, scale = quantize_weight(weight)
         if not scale.isfinite().all():
             self.quantizer.unquantizable.append(f"{full_layer_name} holds NaN or infinity, expected finite numbers")
-        return {full_layer_name: quantized, f"{full_layer_name}_scale": scale}
+        return {full_layer_name: quantized, scale_name(full_layer_name): scale}
 
 
 class FP8Quantizer(HfQuantizer):

@@ -15,7 +15,7 @@ from transformers.quantizers import auto
 
 from modeling_diffusiongemma import DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM, FP8Config
 from modeling_diffusiongemma.experts import Experts
-from modeling_diffusiongemma.fp8 import FP8Experts, FP8Linear
+from modeling_diffusiongemma.fp8 import FP8Experts, FP8Linear, scale_name
 from modeling_diffusiongemma.fp8_layout import default_ignore, fp8_modules, fp8_shapes, make_fp8, published_layout
 from modeling_diffusiongemma.fp8_math import E4M3, quantize_weight, reference_product
 
@@ -67,7 +67,7 @@ def random_experts(experts=5, hidden=20, intermediate=12):
     for name in ("gate_up_proj", "down_proj"):
         weight, scale = quantize_weight(getattr(plain, name))
         getattr(quantized, name).copy_(weight)
-        getattr(quantized, f"{name}_scale").copy_(scale)
+        getattr(quantized, scale_name(name)).copy_(scale)
     return plain, quantized
 
 
@@ -95,10 +95,10 @@ def test_experts_equal_the_reference_expert_by_expert(kind, tokens):
     for token in range(tokens):
         for slot in range(2):
             expert = chosen[token, slot]
-            both = reference_product(hidden[None, token], experts.gate_up_proj[expert], experts.gate_up_proj_scale[expert])
+            both = reference_product(hidden[None, token], experts.gate_up_proj[expert], experts.gate_up_scale[expert])
             gate, up = both.chunk(2, dim=-1)
             inner = experts.act_fn(gate) * up
-            partial = reference_product(inner, experts.down_proj[expert], experts.down_proj_scale[expert])
+            partial = reference_product(inner, experts.down_proj[expert], experts.down_scale[expert])
             expected[token] += partial[0] * weights[token, slot]
     got = experts(hidden, chosen, weights)
     # The second product rounds what the first one sums: where a sum falls between two e4m3 numbers, its last bit decides.
@@ -131,7 +131,7 @@ def test_casting_a_model_leaves_fp8_weights_and_scales(published, dtype):
     layer = model.model.decoder.layers[0]
     assert layer.input_layernorm.weight.dtype == dtype
     assert layer.experts.gate_up_proj.dtype == layer.self_attn.q_proj.weight.dtype == E4M3
-    assert layer.experts.down_proj_scale.dtype == layer.self_attn.q_proj.weight_scale.dtype == torch.float32
+    assert layer.experts.down_scale.dtype == layer.self_attn.q_proj.weight_scale.dtype == torch.float32
     assert logits(model).isfinite().all()
 
 
@@ -149,7 +149,7 @@ def test_published_layout_loads_bit_for_bit(shards, tmp_path):
             for part, rows in (("gate", slice(0, 24)), ("up", slice(24, 48))):
                 weight, scale = (stored[f"{prefix}.{expert}.{part}_proj.{suffix}"] for suffix in ("weight", "weight_scale"))
                 assert torch.equal(state[f"{prefix}.gate_up_proj"][expert, rows].view(torch.uint8), weight.view(torch.uint8))
-                assert torch.equal(state[f"{prefix}.gate_up_proj_scale"][expert, rows], scale.float())
+                assert torch.equal(state[f"{prefix}.gate_up_scale"][expert, rows], scale.float())
             down = stored[f"{prefix}.{expert}.down_proj.weight"]
             assert torch.equal(state[f"{prefix}.down_proj"][expert].view(torch.uint8), down.view(torch.uint8))
     assert torch.equal(state[f"{LINEAR}.weight"].view(torch.uint8), stored[f"{LINEAR}.weight"].view(torch.uint8))
