@@ -16,6 +16,7 @@ from .auto import register  # noqa: E402
 from .checkpoints import default_checkpoint  # noqa: E402
 from .collator import BlockDiffusionCollator  # noqa: E402
 from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
+from .fp8_quantizer import FP8Config  # noqa: E402
 from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
 from .model import DiffusionGemmaBlockModel  # noqa: E402
 from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "DiffusionGemmaConfig",
     "DiffusionGemmaForMaskedBlockLM",
     "DiffusionGemmaTextConfig",
+    "FP8Config",
     "MaskedBlockOutput",
     "Score",
     "default_checkpoint",

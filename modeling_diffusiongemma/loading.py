@@ -15,6 +15,11 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from .fp8_quantizer import own_quantization
+
+DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 from .auto import REGISTERED
 from .remote_code import auto_map, write_card, write_code
@@ -50,6 +55,28 @@ def damaged_files(folder: str | os.PathLike) -> list[str]:
     return problems
 
 
+def with_own_quantization(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
+    """Arguments of `from_pretrained` in which the config of a checkpoint that this package reads as quantised says so."""
+    given = arguments.get("config")
+    if isinstance(given, PreTrainedConfig):
+        config = own_quantization(given)
+        return arguments if config is None else arguments | {"config": config}
+    source = path if given is None else given
+    download = {name: arguments[name] for name in DOWNLOAD if name in arguments}
+    try:
+        config = None if source is None else own_quantization(config_class.from_pretrained(source, **download))
+    except OSError:  # no config there: an adapter's folder, or nothing, of which transformers tells more
+        return arguments
+    if config is None:
+        return arguments
+    arguments = arguments | {"config": config}
+    # As transformers does where it reads the config itself: an argument that is a field of the config sets it.
+    for name in set(arguments) - {*DOWNLOAD, "config", "dtype", "quantization_config", "attn_implementation", "experts_implementation"}:
+        if hasattr(config, name):
+            setattr(config, name, arguments.pop(name))
+    return arguments
+
+
 class LoadingMixin:
     """`from_pretrained` and `save_pretrained` of both model classes."""
 
@@ -61,8 +88,10 @@ class LoadingMixin:
 
         Raises:
             OSError: a weight file is missing, truncated or not a safetensors file.
-            ValueError: a tensor's shape is not the config's, or the config holds impossible values.
+            ValueError: a tensor's shape is not the config's, or the config holds impossible values; or, where the checkpoint is
+                quantised, a scheme that is not read here, or a scale that is missing or no positive number.
         """
+        kwargs = with_own_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except (SafetensorError, FileNotFoundError) as error:

@@ -1,0 +1,277 @@
+"""FP8 arithmetic: e4m3 numbers with one scale a row, and the products of such matrices.
+
+The layout of `RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic`: weights have one scale an output channel, fixed; activations
+one a token, taken anew from each token. `reference_product` defines the result. Beside it stand two ways to the same numbers:
+torch's scaled products (`scaled_product`, `scaled_grouped_product`), which Hopper has units for, and the products of the
+dequantised operands, which run everywhere.
+
+Knows nothing of modules, models or files. e4m3: Micikevicius et al. 2022 (arXiv 2209.05433).
+
+How far FP8 is from the numbers it replaces: with `s = max|x| / 448`, rounding moves every x by at most
+`max(|x| / 16, s / 1024)`: three bits of mantissa, and steps of `s / 512` below the smallest normal number, `s / 64`. A weight's
+scale is moreover rounded to bf16, which may push its row's largest value beyond 448, where it saturates: still within 1/16.
+`rounding_bound` sums this over a dot product (`tests/test_fp8_math.py` holds it).
+"""
+
+import functools
+
+import torch
+from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+MULTIPLE = 16  # of both sizes of a weight, for torch's scaled products
+EXACT = (torch.float32, torch.bfloat16)  # dtypes that hold every e4m3 number and every sum of products
+
+
+def quantize_rows(values: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds each row to e4m3 on a scale of its own: `row ~ quantized * scale` with `scale = max|row| / 448`.
+
+    A row of zeros, or of nothing above 5e-36 (which would need a subnormal scale), gets the scale 1 and becomes zero. NaN and
+    infinity in a row make its scale NaN or infinite.
+
+    Args:
+        values (floating `(..., K)`): rows along the last dimension.
+        scale_dtype: what the scale is rounded to before the rows are divided by it; bfloat16 for weights as published.
+
+    Returns:
+        e4m3 `(..., K)` and the scales, float32 `(..., 1)`.
+    """
+    values = values.float()
+    scale = values.abs().amax(dim=-1, keepdim=True) / LARGEST
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale).to(scale_dtype).float()
+    return (values / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of a weight `(out, K)` or of stacked ones `(E, out, K)`, with scales rounded to bfloat16.
+
+    Stacked weights go one by one, so that no float32 copy of all of them is made.
+
+    Returns:
+        e4m3 of the weight's shape and float32 scales `(..., out, 1)`, both on the weight's device.
+    """
+    if weight.dim() == 2:
+        return quantize_rows(weight, torch.bfloat16)
+    quantized = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
+    scale = torch.empty(*weight.shape[:-1], 1, dtype=torch.float32, device=weight.device)
+    for index, one in enumerate(weight):
+        quantized[index], scale[index] = quantize_weight(one)
+    return quantized, scale
+
+
+def dequantize(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`quantized * scale` in `dtype`; the product itself is taken in float32."""
+    return (quantized.float() * scale).to(dtype)
+
+
+def reference_product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What every FP8 product here computes, in float32: `(q(x) @ q(w)^T) * s(x) * s(w)^T`.
+
+    Args:
+        inputs (floating `(N, K)`): activations, quantised here by row.
+        weight (e4m3 `(out, K)`), scale (float32 `(out, 1)`).
+    """
+    quantized, input_scale = quantize_rows(inputs)
+    return (quantized.float() @ weight.float().T) * input_scale * scale.T
+
+
+def rounding_bound(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """How far `reference_product` of the quantised `weight` may be from `inputs @ weight.T`: float32 `(N, out)`.
+
+    `|x w - x' w'| <= |x| dw + dx |w| + dx dw`, with dx and dw from the head of this file, summed over the dot product.
+    """
+
+    def moved(values):
+        scale = values.abs().amax(dim=-1, keepdim=True) / LARGEST
+        return torch.maximum(values.abs() / 16, scale / 1024) * (1 + 2**-7)  # 2**-8 for the scale's bf16, the rest for float32
+
+    inputs, weight = inputs.float(), weight.float()
+    moved_inputs, moved_weight = moved(inputs), moved(weight)
+    return inputs.abs() @ moved_weight.T + moved_inputs @ (weight.abs() + moved_weight).T
+
+
+@functools.cache
+def _missing_units(device: torch.device) -> str | None:
+    """Why torch's scaled products do not run on `device`; None where they do."""
+    if device.type != "cuda":
+        return f"the device is {device.type!r}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+    try:
+        rows, scale = torch.zeros(MULTIPLE, MULTIPLE, device=device).to(E4M3), torch.ones(MULTIPLE, 1, device=device)
+        scaled_product(rows, scale, rows, scale)
+        scaled_grouped_product(rows, scale, rows[None], scale[None], torch.full((1,), MULTIPLE, dtype=torch.int32, device=device))
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"torch {torch.__version__} refuses them on {torch.cuda.get_device_name(device)}: {error}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def has_scaled_products(device: torch.device, *sizes: int) -> bool:
+    """Whether torch's scaled products run on `device` for weights of these sizes; if not, one warning a process says why."""
+    reason = _missing_units(device)
+    if reason is None and any(size % MULTIPLE for size in sizes):
+        reason = f"sizes {sizes} are not all multiples of {MULTIPLE}"
+    if reason is not None:
+        logger.warning_once(
+            f"FP8 weights are dequantised for every product, one at a time: same numbers, less speed. torch's scaled products "
+            f"need a GPU of compute capability 9.0 and sizes that are multiples of {MULTIPLE}; {reason}."
+        )
+    return reason is None
+
+
+def scaled_product(quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`(quantized @ weight.T) * input_scale * scale.T` in one kernel: bfloat16 on a GPU, float32 on a CPU.
+
+    Args: e4m3 `(N, K)`, float32 `(N, 1)`, e4m3 `(out, K)`, float32 `(out, 1)`. Returns `(N, out)`.
+    """
+    output_dtype = torch.bfloat16 if quantized.is_cuda else torch.float32
+    rows = ScalingType.RowWise
+    return scaled_mm(quantized, weight.T, input_scale, rows, scale.T, rows, output_dtype=output_dtype)
+
+
+def scaled_grouped_product(
+    quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """`scaled_product` of consecutive groups of rows, each with its own weight: Hopper only.
+
+    Args: e4m3 `(M, K)`, float32 `(M, 1)`, e4m3 `(E, out, K)`, float32 `(E, out, 1)`, and where each group ends, int32 `(E,)`.
+    Returns bfloat16 `(M, out)`.
+    """
+    rows = ScalingType.RowWise
+    return scaled_grouped_mm(
+        quantized, weight.transpose(-2, -1), input_scale.squeeze(-1), rows, scale.squeeze(-1), rows, offs=ends
+    )  # fmt: skip
+
+
+def dequantized_product(
+    quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`scaled_product` on any device, in `dtype`: e4m3 numbers are exact in float32 and bfloat16, so only the scales wait."""
+    exact = dtype if dtype in EXACT else torch.float32  # a sum of products overflows float16
+    return ((quantized.to(exact) @ weight.to(exact).T).float() * input_scale * scale.T).to(dtype)
+
+
+@torch.compiler.disable  # a loop over numbers on the host: one break in a compiled graph instead of many
+def dequantized_grouped_product(
+    quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`scaled_grouped_product` on any device, in `dtype`, with one dequantised weight at a time."""
+    output = torch.empty(len(quantized), weight.shape[1], dtype=dtype, device=quantized.device)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if start < end:
+            rows = slice(start, end)
+            output[rows] = dequantized_product(quantized[rows], input_scale[rows], weight[expert], scale[expert], dtype)
+        start = end
+    return output
+
+
+def _product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    quantized, input_scale = quantize_rows(inputs)
+    if len(inputs) and has_scaled_products(inputs.device, *weight.shape):
+        return scaled_product(quantized, input_scale, weight, scale).to(inputs.dtype)
+    return dequantized_product(quantized, input_scale, weight, scale, inputs.dtype)
+
+
+def _grouped_product(inputs, rows, weight, scale, ends) -> torch.Tensor:
+    quantized, input_scale = quantize_rows(inputs)
+    # As bytes: torch indexes those everywhere.
+    quantized, input_scale = quantized.view(torch.uint8)[rows].view(E4M3), input_scale[rows]
+    if len(rows) and has_scaled_products(inputs.device, *weight.shape[1:]):
+        return scaled_grouped_product(quantized, input_scale, weight, scale, ends).to(inputs.dtype)
+    return dequantized_grouped_product(quantized, input_scale, weight, scale, ends, inputs.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """Straight-through: rounding the activations counts as the identity, the weight is fixed."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return _product(inputs, weight, scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ dequantize(*ctx.saved_tensors, gradient.dtype), None, None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """`_Product` of groups of rows."""
+
+    @staticmethod
+    def forward(ctx, inputs, rows, weight, scale, ends):
+        ctx.save_for_backward(rows, weight, scale, ends)
+        ctx.shape = inputs.shape
+        return _grouped_product(inputs, rows, weight, scale, ends)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, weight, scale, ends = ctx.saved_tensors
+        total, start = gradient.new_zeros(ctx.shape), 0
+        for expert, end in enumerate(ends.tolist()):
+            if start < end:
+                total.index_add_(0, rows[start:end], gradient[start:end] @ dequantize(weight[expert], scale[expert], gradient.dtype))
+            start = end
+        return total, None, None, None, None
+
+
+def fp8_product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`inputs @ weight.T` in FP8, by the fastest way the device has.
+
+    Differentiable with respect to `inputs`: the gradient is that of the dequantised weight.
+
+    Args:
+        inputs (floating `(N, K)`).
+        weight (e4m3 `(out, K)`), scale (float32 `(out, 1)`): from `quantize_weight`.
+
+    Returns:
+        `(N, out)` in the dtype of `inputs`.
+    """
+    return _Product.apply(inputs, weight, scale) if _differentiated(inputs) else _product(inputs, weight, scale)
+
+
+def fp8_grouped_product(
+    inputs: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """`fp8_product` of `inputs[rows]`, in consecutive groups that have a weight each. No host synchronisation where torch's
+    scaled products run.
+
+    Args:
+        inputs (floating `(N, K)`): each row is quantised once.
+        rows (int64 `(M,)`): rows of `inputs`, group after group.
+        weight (e4m3 `(E, out, K)`), scale (float32 `(E, out, 1)`).
+        ends (int32 `(E,)`): where each group ends in `rows`; a group may be empty.
+
+    Returns:
+        `(M, out)` in the dtype of `inputs`.
+    """
+    grouped = _GroupedProduct.apply if _differentiated(inputs) else _grouped_product
+    return grouped(inputs, rows, weight, scale, ends)
+
+
+def _differentiated(inputs: torch.Tensor) -> bool:
+    return inputs.requires_grad and torch.is_grad_enabled()
+
+
+__all__ = [
+    "E4M3",
+    "LARGEST",
+    "dequantize",
+    "dequantized_grouped_product",
+    "dequantized_product",
+    "fp8_grouped_product",
+    "fp8_product",
+    "has_scaled_products",
+    "quantize_rows",
+    "quantize_weight",
+    "reference_product",
+    "rounding_bound",
+    "scaled_grouped_product",
+    "scaled_product",
+]

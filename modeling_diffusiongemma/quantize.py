@@ -1,0 +1,323 @@
+"""Quantises a checkpoint on disk to the published FP8 layout, one matrix at a time: `python -m modeling_diffusiongemma.quantize`.
+
+A checkpoint may be larger than memory: tensors are read one by one (experts one by one out of their stack) and written to
+their place in a file whose header is known beforehand. A shard gets its name when it is complete, so that an interrupted run
+goes on where it stopped. The numbers are those of `from_pretrained(..., quantization_config=FP8Config())`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from .configuration import DiffusionGemmaConfig
+from .experts import Experts
+from .fp8 import FP8Linear
+from .fp8_layout import (
+    PROJECTIONS,
+    check_files,
+    check_scale,
+    default_ignore,
+    expert_names,
+    fp8_modules,
+    make_fp8,
+    published_layout,
+    published_quantization,
+)
+from .fp8_math import quantize_rows
+from .head import DiffusionGemmaForMaskedBlockLM
+from .safetensors_files import StoredTensor, read_header, stored_tensors
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+ITEM_SIZE = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+FINGERPRINT = "source_fingerprint"  # in the metadata of a written shard
+HELP = """\
+Quantises a DiffusionGemma checkpoint (bfloat16 or float32) to FP8: attention, dense MLP and all experts in e4m3 with one
+scale an output channel, in the layout of RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic. vLLM and this package load it.
+
+    python -m modeling_diffusiongemma.quantize path/to/diffusiongemma-26B-A4B-it path/to/diffusiongemma-fp8
+
+DST gets one file for each file of SRC, config.json with a quantization_config, and every other file of SRC (tokenizer,
+generation_config.json, chat template, ...) but its README. It needs about 0.53 times the space of SRC, and a few hundred
+megabytes of memory whatever the size of the checkpoint.
+
+If it is interrupted, run the same command again: finished files are recognised and kept, the unfinished one is made anew.
+At the end everything in DST is checked against the architecture: names, types, shapes, and every scale.
+
+Then:  AutoModelForCausalLM.from_pretrained("DST")    (after `import modeling_diffusiongemma`; no further argument)
+"""
+
+
+def fingerprint(path: Path, samples: int = 256, length: int = 4096) -> str:
+    """What tells a weight file from another one of the same layout without reading it all: its size, its first bytes, and
+    pieces of `length` bytes from `samples` places."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place in range(samples):
+            file.seek(place * max(size - length, 0) // max(samples - 1, 1))
+            digest.update(file.read(length))
+    return digest.hexdigest()
+
+
+def read_source(source: Path) -> tuple[DiffusionGemmaConfig, dict[str, StoredTensor]]:
+    """The config and the tensors of a checkpoint folder.
+
+    Raises:
+        OSError: no checkpoint there, or a file of it is missing or damaged.
+        ValueError: another model's, or one that is quantised already.
+    """
+    if not (source / CONFIG).is_file():
+        raise OSError(f"`source` is {source}, which has no {CONFIG}; expected the folder of a checkpoint")
+    config = AutoConfig.from_pretrained(source)
+    if not isinstance(config, DiffusionGemmaConfig):
+        raise ValueError(f"`source` is {source}, a {config.model_type!r} model; expected 'diffusion_gemma'")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source / CONFIG} has a `quantization_config`; expected a checkpoint that is not quantised")
+    files = sorted(source.glob("*.safetensors"))
+    if (source / INDEX).is_file():
+        files = [source / name for name in sorted(set(json.loads((source / INDEX).read_text())["weight_map"].values()))]
+    if not files:
+        raise OSError(f"`source` is {source}, which has no .safetensors file")
+    return config, stored_tensors(files)
+
+
+def check_source(model: DiffusionGemmaForMaskedBlockLM, source: Path, stored: dict[str, StoredTensor]) -> None:
+    """The tensors of `source` must be those of `model`, by name and shape; ValueError names what is not."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise ValueError(f"{source} lacks {len(missing)} tensors, the first {missing[0]}; expected all {len(expected)}")
+    if unknown := sorted(stored.keys() - expected.keys() - {"lm_head.weight"}):
+        raise ValueError(f"{source} holds {unknown[0]} and {len(unknown) - 1} more that the model does not have")
+    for name, shape in expected.items():
+        entry = stored[name]
+        if entry.shape != shape or entry.dtype not in ITEM_SIZE or entry.dtype.startswith("F8"):
+            raise ValueError(f"{name} in {entry.file} is {entry.dtype} {entry.shape}; expected bfloat16 or float32 {shape}")
+
+
+def written_names(model: DiffusionGemmaForMaskedBlockLM, source: list[str]) -> dict[str, list[str]]:
+    """Under which names every tensor of the source is written: its own, that of its weight and its scale, or those of every
+    expert in it, weight and scale by turns.
+
+    Args:
+        model: with FP8 modules in place.
+        source: names in the released layout.
+
+    Raises:
+        ValueError: the experts of a layer are not FP8.
+    """
+    written = {name: [name] for name in source}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            raise ValueError(f"`ignore` names the experts of {name}; expected them to be quantised: they are most of the model")
+    for name, module in fp8_modules(model).items():
+        if isinstance(module, FP8Linear):
+            written[f"{name}.weight"] = [f"{name}.weight", f"{name}.weight_scale"]
+            continue
+        for projection in PROJECTIONS:
+            entries = expert_names(name, module.num_experts, projection)
+            written[f"{name}.{projection}"] = [f"{entry}{suffix}" for entry in entries for suffix in (".weight", ".weight_scale")]
+    return written
+
+
+class Shard:
+    """One file of the destination: which tensors of one source file it is made of, under which names, and its header."""
+
+    def __init__(self, source: Path, destination: Path, entries: dict[str, StoredTensor], written: dict[str, list[str]], layout: dict):
+        self.source, self.destination, self.entries, self.written = source, destination, entries, written
+        tensors = {}
+        for name, entry in entries.items():
+            for target in written[name]:
+                dtype, shape = layout[target]
+                tensors[target] = (dtype or entry.dtype, shape)
+        self.header: dict = {"__metadata__": {"format": "pt", FINGERPRINT: fingerprint(source)}}
+        start = 0
+        # By falling size of their numbers, as safetensors itself does: every tensor is aligned.
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ITEM_SIZE[item[1][0]], item[0])):
+            end = start + ITEM_SIZE[dtype] * torch.Size(shape).numel()
+            self.header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+            start = end
+        self.size = start
+
+    def is_complete(self) -> bool:
+        """Whether the file stands there already, made from this source.
+
+        Raises:
+            ValueError: a file of this name that was not made here.
+        """
+        if not self.destination.is_file():
+            return False
+        try:
+            header = read_header(self.destination)
+        except OSError:
+            header = {}
+        if FINGERPRINT not in header.get("__metadata__", {}):
+            raise ValueError(f"{self.destination} was not made by this command; expected a folder without weights, or an unfinished one")
+        return header == self.header
+
+    def tensors(self, name: str, opened, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is written of one tensor of the source, piece by piece."""
+        targets = iter(self.written[name])
+        if len(self.written[name]) == 1:
+            yield next(targets), opened.get_tensor(name)
+            return
+        stored = opened.get_slice(name)
+        experts = self.entries[name].shape[0] if len(self.entries[name].shape) == 3 else 1
+        parts = len(self.written[name]) // 2 // experts
+        for expert in range(experts):
+            matrix = (stored[expert] if len(self.entries[name].shape) == 3 else stored[:]).to(device)
+            for rows in matrix.chunk(parts):
+                weight, scale = quantize_rows(rows, torch.bfloat16)
+                yield next(targets), weight
+                target = next(targets)
+                check_scale(scale, target, self.source)
+                yield target, scale.to(torch.bfloat16)
+
+    def write(self, device: torch.device, progress) -> None:
+        """Writes the file under another name and renames it when it is complete."""
+        text = json.dumps(self.header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        unfinished = self.destination.with_suffix(".unfinished")
+        with unfinished.open("wb") as file, safe_open(self.source, "pt") as opened:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, entry in self.entries.items():
+                for written, tensor in self.tensors(name, opened, device):
+                    file.seek(8 + len(text) + self.header[written]["data_offsets"][0])
+                    file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+                progress(entry.size)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.destination)
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    ignore: list[str] | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> dict[str, int]:
+    """Writes the checkpoint folder `source` to `destination` in the published FP8 layout, or goes on with it.
+
+    Args:
+        source: folder of a checkpoint in the released layout, in bfloat16 or float32.
+        destination: a new or empty folder, or one that an interrupted call left.
+        ignore: as `FP8Config`.
+        device: where the matrices are quantised; the numbers do not depend on it.
+        progress: show a bar, with tqdm if it is there, else a line a file.
+
+    Returns:
+        `{"files", "kept", "tensors", "bytes"}`: files written or found complete, those found, tensors, and bytes of weights.
+
+    Raises:
+        OSError: a file of `source` is missing or damaged.
+        ValueError: `source` is no unquantised DiffusionGemma or holds NaN; `destination` holds other weights.
+    """
+    source, destination = Path(source), Path(destination)
+    config, stored = read_source(source)
+    if destination.resolve() == source.resolve():
+        raise ValueError(f"`destination` is {destination}, the source itself; expected another folder")
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"`destination` is the file {destination}; expected a folder")
+    with torch.device("meta"):
+        model = DiffusionGemmaForMaskedBlockLM(config)
+    check_source(model, source, stored)
+    stored.pop("lm_head.weight", None)  # tied: the embedding again
+    ignore = default_ignore(model) if ignore is None else ignore
+    make_fp8(model, ignore)
+    layout, written = published_layout(model), written_names(model, list(stored))
+
+    destination.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for file in sorted({entry.file for entry in stored.values()}):
+        entries = {name: entry for name, entry in stored.items() if entry.file == file}
+        shards.append(Shard(file, destination / file.name, entries, written, layout))
+    if foreign := sorted({path.name for path in destination.glob("*.safetensors")} - {shard.destination.name for shard in shards}):
+        raise ValueError(f"`destination` holds {foreign[0]}, which is not of this checkpoint; expected a folder without other weights")
+
+    kept, total = [shard.is_complete() for shard in shards], sum(entry.size for entry in stored.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantising") if progress and tqdm else None
+    for place, (shard, complete) in enumerate(zip(shards, kept, strict=True)):
+        if progress and bar is None:
+            print(f"[{place + 1}/{len(shards)}] {shard.destination.name}{' (kept)' if complete else ''}", flush=True)
+        if not complete:
+            shard.write(torch.device(device), bar.update if bar else lambda size: None)
+        elif bar:
+            bar.update(sum(entry.size for entry in shard.entries.values()))
+    if bar:
+        bar.close()
+
+    names = {name: shard.destination.name for shard in shards for name in shard.header if name != "__metadata__"}
+    size = sum(shard.size for shard in shards)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+        (destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in (CONFIG, "README.md", ".gitattributes"):
+            shutil.copyfile(path, destination / path.name)
+    check_destination(model, [shard.destination for shard in shards], layout)
+    # Last: without its config.json a folder is no checkpoint yet.
+    finished = json.loads((source / CONFIG).read_text()) | {"quantization_config": published_quantization(ignore)}
+    (destination / CONFIG).write_text(json.dumps(finished, indent=2) + "\n")
+    return {"files": len(shards), "kept": sum(kept), "tensors": len(names), "bytes": size}
+
+
+def check_destination(model: DiffusionGemmaForMaskedBlockLM, files: list[Path], layout: dict) -> None:
+    """The final check, from the files: every name, type, shape and scale; ValueError names what is wrong."""
+    stored = stored_tensors(files)
+    if stored.keys() != layout.keys():
+        raise ValueError(
+            f"{files[0].parent} differs from the layout in {sorted(stored.keys() ^ layout.keys())[:3]}; remove it and start again"
+        )
+    for name, (dtype, shape) in layout.items():
+        entry = stored[name]
+        if entry.shape != shape or (dtype is not None and entry.dtype != dtype):
+            raise ValueError(f"{name} in {entry.file} is {entry.dtype} {entry.shape}; expected {dtype} {shape}")
+    check_files(model, files)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_diffusiongemma.quantize", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", help="folder of the checkpoint to quantise; it is only read")
+    parser.add_argument("destination", metavar="DST", help="folder to write: new, empty, or left by an interrupted run")
+    parser.add_argument("--device", default="cpu", help="where matrices are quantised: cpu (default), cuda, cuda:1; same numbers")
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        metavar="NAME",
+        help="a linear layer to leave alone, or re:EXPRESSION; repeatable; replaces the default list",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        done = quantize_checkpoint(args.source, args.destination, args.ignore, args.device, progress=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+    print(
+        f"{args.destination}: {done['tensors']:,} tensors, {done['bytes']:,} bytes in {done['files']} files ({done['kept']} kept); checked"
+    )
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = ["main", "quantize_checkpoint"]
