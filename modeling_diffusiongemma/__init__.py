@@ -2,7 +2,6 @@
 
 import importlib.util
 import pathlib
-import sys
 
 _spec = importlib.util.find_spec("generation")
 if _spec is None or not (pathlib.Path(_spec.origin or "").parent / "mixin.py").is_file():
@@ -10,7 +9,6 @@ if _spec is None or not (pathlib.Path(_spec.origin or "").parent / "mixin.py").i
         f"modeling_diffusiongemma needs its sibling package `generation`, but `import generation` finds "
         f"{_spec.origin if _spec else 'nothing'}; expected generation/mixin.py of this project earlier on sys.path"
     )
-
 
 from .auto import register  # noqa: E402
 from .checkpoints import default_checkpoint  # noqa: E402

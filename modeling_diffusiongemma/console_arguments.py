@@ -1,11 +1,7 @@
-"""What the console's commands share before anything heavy is imported: arguments, their checks, and how a command is described.
-
-Nothing here imports torch, so that `--help` and wrong usage are answered at once.
-"""
+"""What the console's commands share: arguments, their checks, and how a command is described."""
 
 import argparse
 import ast
-import importlib
 import json
 import os
 import re
@@ -15,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from generation.configuration import PRESETS
+
 from .checkpoints import FOLDER, default_checkpoint
 
 MODEL_TYPE = "diffusion_gemma"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-PRESET_NAMES = ("released", "fast", "thorough")  # of generation/configuration.py, which needs torch
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -105,7 +102,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=integer(0), metavar="N", help="same seed, same prompt: same answer (default: a new one)")
     parser.add_argument("--max-new-tokens", type=integer(1), metavar="N", help="longest answer (default: the checkpoint's)")
-    parser.add_argument("--preset", choices=PRESET_NAMES, help="whole settings, from fast to thorough (default: the checkpoint's)")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="whole settings, from fast to thorough (default: the checkpoint's)")
     parser.add_argument(
         "--set", type=setting, action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="any generation setting, e.g. max_denoising_steps=16; repeatable",

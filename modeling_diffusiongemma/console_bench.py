@@ -15,7 +15,12 @@ import sys
 import time
 from typing import Any
 
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+
 from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, integer, say
+from .console_model import Session, generation_settings
 
 EXAMPLES = """\
   diffusiongemma bench
@@ -47,8 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """One warm-up, then the rounds. Every round has a seed of its own."""
-    import torch
-    from transformers.generation.streamers import BaseStreamer
 
     model, accelerated = session.model, session.model.device.type != "cpu"
 
@@ -100,7 +103,6 @@ def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def peak_mib(device) -> float | None:
     """None where the platform does not tell."""
-    import torch
 
     if device.type == "cuda":  # all of them: `--device auto` spreads the model
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 2**20
@@ -114,8 +116,6 @@ def peak_mib(device) -> float | None:
 
 
 def machine(device) -> dict[str, Any]:
-    import torch
-    import transformers
 
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
@@ -127,7 +127,6 @@ def machine(device) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .console_model import Session, generation_settings
 
     unfit = {name: value for name, value in generation_settings(args).items() if name in ("backend", "decoding")}
     if set(unfit.values()) - {"auto", "diffusion"}:

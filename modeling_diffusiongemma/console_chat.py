@@ -5,6 +5,8 @@ import json
 import sys
 
 from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, say
+from .console_model import Session, generation_settings
+from .console_watch import Watch
 
 EXAMPLES = """\
   diffusiongemma chat
@@ -46,7 +48,6 @@ def read_line(interactive: bool) -> str | None:
 
 def converse(session, args: argparse.Namespace, interactive: bool) -> int:
     """Reads lines until the end; returns 1 if an answer failed. A turn that fails or is interrupted is forgotten."""
-    from .console_watch import Watch
 
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages, failed = list(start), False
@@ -81,7 +82,6 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
 
 def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty() and not args.json
-    from .console_model import Session, generation_settings
 
     if (generation_settings(args).get("num_return_sequences") or 1) > 1:
         raise UsageError("`num_return_sequences` is above 1; expected 1: a conversation goes on from one answer")

@@ -4,7 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
+from transformers import AutoProcessor
+from transformers.utils import cached_file
+
 from .console_arguments import Command, UsageError, add_json, add_model, say
+from .console_model import load_model, load_tokenizer
 
 EXAMPLES = """\
   diffusiongemma export ./my-repository
@@ -32,10 +36,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"FOLDER is {args.folder!r}, which is a file; expected a folder")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UsageError(f"the folder {args.folder!r} is not empty; expected a new or empty one, or `--overwrite`")
-    from transformers import AutoProcessor
-    from transformers.utils import cached_file
-
-    from .console_model import load_model, load_tokenizer
 
     path = args.model.path
     model, tokenizer = load_model(path, args.dtype), load_tokenizer(path)

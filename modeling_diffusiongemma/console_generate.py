@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 
 from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, integer
+from .console_model import Session, generation_settings
+from .console_watch import Watch
 
 EXAMPLES = """\
   diffusiongemma generate "Write 3 March 1998 as an ISO date." "What is 0.1 g in kg?"
@@ -80,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
     if args.raw and args.system is not None:
         raise UsageError("`--raw` and `--system` are both given; expected one: a system message needs the chat template")
     prompts, total = read_prompts(args)
-    from .console_model import Session, generation_settings
-    from .console_watch import Watch
 
     if args.watch and (generation_settings(args).get("num_return_sequences") or 1) > 1:
         raise UsageError("`--watch` is given, and `num_return_sequences` is above 1; expected 1: one canvas is drawn at a time")

@@ -6,7 +6,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from .console_arguments import Command, UsageError, add_json, add_model
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
+
+from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
+
+from .console_arguments import MODEL_TYPE, Command, UsageError, add_json, add_model
+from .loading import damaged_files
 
 EXAMPLES = """\
   diffusiongemma info
@@ -42,7 +49,6 @@ def local_weights(folder: Path) -> dict[str, Any] | None:
     Raises:
         OSError: a file is missing, truncated or no safetensors file.
     """
-    from .loading import damaged_files
 
     files = weight_files(folder)
     if not files:
@@ -71,8 +77,6 @@ def hub_weights(name: str) -> dict[str, Any]:
 
 def count_parameters(config) -> tuple[int, int]:
     """All parameters, and those a token goes through: of the experts only `top_k_experts`. Built without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -85,12 +89,6 @@ def count_parameters(config) -> tuple[int, int]:
 
 def describe(path: str) -> dict[str, Any]:
     """Everything `info` tells, as it goes into JSON."""
-    from transformers import AutoConfig
-    from transformers.utils import cached_file
-
-    from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
-
-    from .console_arguments import MODEL_TYPE
 
     config = AutoConfig.from_pretrained(path)
     if config.model_type != MODEL_TYPE:

@@ -1,4 +1,4 @@
-"""A loaded checkpoint as the console's commands use it. Imports torch: commands import this file when they run."""
+"""A loaded checkpoint as the console's commands use it."""
 
 import argparse
 import secrets

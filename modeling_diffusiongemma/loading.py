@@ -17,12 +17,11 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
+from .auto import REGISTERED
 from .fp8_quantizer import own_quantization
+from .remote_code import auto_map, write_card, write_code
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-
-from .auto import REGISTERED
-from .remote_code import auto_map, write_card, write_code
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
