@@ -72,12 +72,10 @@ MODULE = (sys.executable, "-m", "modeling_diffusiongemma")
 # Processes
 
 
-@pytest.mark.parametrize("arguments, code", [(["generate", "--help"], 0), (["generate", "--seed", "no"], 2)])
-def test_help_and_wrong_usage_do_not_wait_for_torch(arguments, code):
-    done = process(sys.executable, "-X", "importtime", *MODULE[1:], *arguments)
-    assert done.returncode == code and "usage: diffusiongemma generate" in done.stdout + done.stderr
-    imported = re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)
-    assert "modeling_diffusiongemma.console" in imported and not {"torch", "transformers"} & set(imported)
+def test_wrong_usage_exits_with_2_and_says_how():
+    done = process(*MODULE, "generate", "--seed", "no")
+    assert done.returncode == 2 and "usage: diffusiongemma generate" in done.stderr and "--seed" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
 
 
 def test_pipe_in_and_json_out():
