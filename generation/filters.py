@@ -10,7 +10,7 @@ N: positions (B * C), W: ids of a piece.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,12 @@ class Filters:
         for name, dtype in (("allowed", torch.bool), ("allowed_ids", torch.int64), ("hidden", torch.int64)):
             if (value := getattr(self, name)) is not None and value.dtype != dtype:
                 raise ValueError(f"`{name}` has dtype {value.dtype}; expected {dtype}")
+
+    def select(self, rows: slice | torch.Tensor) -> "Filters":
+        """The filters of some of the rows."""
+        by_row = self.allowed is not None and self.allowed.dim() == 2
+        allowed = self.allowed[rows] if by_row else self.allowed
+        return replace(self, allowed=allowed, allowed_ids=None if self.allowed_ids is None else self.allowed_ids[rows])
 
     def need_threshold(self) -> bool:
         """Whether passes over the pieces must come before the one that uses the filters."""
