@@ -1,9 +1,14 @@
-"""The statistics of a denoising step in one pass over the vocabulary, without any tensor of the vocabulary's size.
+"""The statistics of a denoising step from a walk over the vocabulary, without any tensor of the vocabulary's size.
 
 From the last hidden states and the tied embedding, piece by piece with running sums: argmax, a sample, the entropy, the
 argmax's log-probability, and the soft embedding for self-conditioning. The dense way writes and reads about ten float32
 tensors of `(canvas, vocabulary)` a step; here the largest is `(canvas, PIECE)`. `statistics.dense_statistics` followed by
-`soft_embed` is the reference (tests/test_vocabulary.py).
+`soft_embed` is the reference (tests/test_vocabulary.py, tests/test_filters.py).
+
+One walk gives all of it; filters that are thresholds need walks before (`filters.find_threshold`). What a piece adds is
+`running.absorb`, or its kernel. Nothing here waits for the device. `torch.compile` is not used: over the operations of a
+piece it saved 96 of 433 ms of CPU a step in float32 and none in bf16 (256 positions, 262,144 ids, one thread of an Intel
+Xeon, torch 2.13), and took a minute to begin.
 """
 
 from collections.abc import Callable, Iterator
