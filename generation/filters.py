@@ -10,7 +10,7 @@ N: positions (B * C), W: ids of a piece.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,12 @@ class Filters:
         for name, dtype in (("allowed", torch.bool), ("allowed_ids", torch.int64), ("hidden", torch.int64)):
             if (value := getattr(self, name)) is not None and value.dtype != dtype:
                 raise ValueError(f"`{name}` has dtype {value.dtype}; expected {dtype}")
+
+    def select(self, rows: slice | torch.Tensor) -> "Filters":
+        """The filters of some of the rows."""
+        by_row = self.allowed is not None and self.allowed.dim() == 2
+        allowed = self.allowed[rows] if by_row else self.allowed
+        return replace(self, allowed=allowed, allowed_ids=None if self.allowed_ids is None else self.allowed_ids[rows])
 
     def need_threshold(self) -> bool:
         """Whether passes over the pieces must come before the one that uses the filters."""
@@ -119,9 +125,8 @@ def find_threshold(filters: Filters, walk: Callable[[], Iterable[torch.Tensor]],
     """
     highest = None
     for logits in walk():
-        best = logits.topk(min(filters.top_k or 1, logits.shape[1]), dim=-1).values
-        highest = best if highest is None else torch.cat((highest, best), dim=-1)
-        highest = highest.topk(min(filters.top_k or 1, highest.shape[1]), dim=-1).values  # (N, top_k)
+        best = _highest(logits, filters.top_k)
+        highest = best if highest is None else _highest(torch.cat((highest, best), dim=-1), filters.top_k)  # (N, top_k or 1)
     top, floor = highest[:, 0], torch.full_like(highest[:, 0], MASKED / 2)  # above what is masked
     if filters.top_k is not None:
         floor = torch.maximum(floor, highest[:, -1])
@@ -143,15 +148,23 @@ def _nucleus(threshold: Threshold, top_p: float, walk: Callable[[], Iterable[tor
         mass = threshold.top.new_zeros((len(threshold.top), BINS), dtype=torch.float64)
         count = None if level == 0 else torch.zeros_like(mass, dtype=torch.int32)
         for logits in walk():
-            depth = threshold.depth(logits)
-            counted = logits >= threshold.floor[:, None]
+            depth, counted = threshold.depth(logits), logits >= threshold.floor[:, None]
             if level == 0:
-                place = depth // BINS
+                _pile(mass, depth // BINS, torch.where(counted, torch.exp(logits - threshold.top[:, None]), 0.0))
+                continue
+            counted &= depth // BINS == coarse
+            if counted.device.type == "cpu":  # few are left: only they are looked at
+                rows, columns = counted.nonzero(as_tuple=True)
+                place, logits, top = (
+                    (rows * BINS + depth[rows, columns] % BINS)[None],
+                    logits[rows, columns][None],
+                    threshold.top[rows][None],
+                )
+                _pile(mass.view(1, -1), place, torch.exp(logits - top))
+                _pile(count.view(1, -1), place, torch.ones_like(place))
             else:
-                place = depth % BINS
-                counted &= depth // BINS == coarse
-                count.scatter_add_(1, place, counted.int())
-            mass.scatter_add_(1, place, torch.where(counted, torch.exp(logits - threshold.top[:, None]), 0.0).double())
+                _pile(mass, depth % BINS, torch.where(counted, torch.exp(logits - threshold.top[:, None]), 0.0))
+                _pile(count, depth % BINS, counted)
         if level == 0:
             wanted, above = top_p * mass.sum(dim=-1, keepdim=True), torch.zeros_like(mass[:, :1])
         before = mass.cumsum(dim=-1).sub_(mass).add_(above)
@@ -161,6 +174,17 @@ def _nucleus(threshold: Threshold, top_p: float, walk: Callable[[], Iterable[tor
     each = mass.gather(1, place) / count.gather(1, place)
     ties = ((wanted - above) / each).nan_to_num_(nan=1.0).ceil_().clamp_(1, 2**31).long()
     return (coarse * BINS + place).squeeze(1), ties.squeeze(1)
+
+
+def _highest(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """The `top_k` highest of (N, W) in falling order, all where there are fewer; None: the highest, `(N, 1)`."""
+    if top_k is None:
+        return logits.amax(dim=-1, keepdim=True)
+    return logits.topk(min(top_k, logits.shape[1]), dim=-1).values
+
+
+def _pile(bins: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> None:
+    bins.scatter_add_(1, place, values.to(bins.dtype))
 
 
 __all__ = ["MOST_TOP_K", "Filters", "Threshold", "find_threshold", "listed"]

@@ -256,12 +256,13 @@ def absorb_triton(
     unused = running.top
     kept = None if kept is None else kept.contiguous().view(torch.uint8)
     with_current = running.current is not None
-    _absorb_kernel[(products.shape[0],)](
-        products, exponentials, unused if kept is None else kept, 0 if kept is None or len(kept) == 1 else kept.stride(0),
-        unused if chance is None else chance.contiguous(), temperature.float(), shape.softcap, start, products.shape[1],
-        0 if chance is None else chance.shape[1], *(unused if value is None else value for value in running), shrink,
-        masked=MASKED, tile=TILE, filtered=kept is not None, greedy=chance is None, with_current=with_current, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(products):  # Triton launches on the current device, whatever its arguments lie on
+        _absorb_kernel[(products.shape[0],)](
+            products, exponentials, unused if kept is None else kept, 0 if kept is None or len(kept) == 1 else kept.stride(0),
+            unused if chance is None else chance.contiguous(), temperature.float(), shape.softcap, start, products.shape[1],
+            0 if chance is None else chance.shape[1], *(unused if value is None else value for value in running), shrink,
+            masked=MASKED, tile=TILE, filtered=kept is not None, greedy=chance is None, with_current=with_current, num_warps=WARPS,
+        )  # fmt: skip
     return running, exponentials, shrink
 
 

@@ -10,7 +10,7 @@ from test_vocabulary import CAP, case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generation import DiffusionGenerationConfig, denoise
-from generation.draws import BatchDraws
+from generation.draws import BatchDraws, RowDraws
 from generation.filters import Filters
 from generation.processors import build_shaping
 from generation.statistics import check_finite, dense_statistics
@@ -171,6 +171,28 @@ def test_no_id_left_and_nan_are_reported_with_their_rows(filters, piece):
     assert got.bad.tolist() == [True, False, True]
     with pytest.raises(ValueError, match=r"rows \[0, 2\]"):
         check_finite(got.bad)
+
+
+def test_a_row_is_the_same_alone_and_among_others():
+    """More positions than are computed at a time, with filters that differ by row, and random numbers of each row's own."""
+    hidden, head = case(rows=(5, 100))
+    current = torch.arange(500).view(5, 100)
+    allowed = torch.rand((5, 1000), generator=torch.Generator().manual_seed(0)) < 0.5
+    filters = Filters(allowed=allowed, allowed_ids=torch.where(current % 2 == 0, current, -1)[..., None], top_p=0.9)
+    for given in (None, filters):
+        together, soft = streamed_statistics(hidden, head, 0.8, own_draws(range(5)), False, current, given)
+        for row in range(5):
+            rows = slice(row, row + 1)
+            narrowed = None if given is None else given.select(rows)
+            alone, alone_soft = streamed_statistics(hidden[rows], head, 0.8, own_draws([row]), False, current[rows], narrowed)
+            for name in ("sample", "argmax", "other", "bad"):
+                assert torch.equal(getattr(alone, name), getattr(together, name)[rows]), name
+            torch.testing.assert_close(alone.entropy, together.entropy[rows], atol=1e-5, rtol=0)
+            torch.testing.assert_close(alone_soft, soft[rows], atol=1e-4, rtol=1e-4)
+
+
+def own_draws(seeds):
+    return RowDraws(tuple(torch.Generator().manual_seed(seed) for seed in seeds))
 
 
 class Largest(TorchDispatchMode):

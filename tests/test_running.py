@@ -79,6 +79,19 @@ def test_pieces_of_several_tiles_give_the_same_sums(monkeypatch, small_tile):
 
 
 @needs_triton
+def test_the_kernels_default_piece_is_made_of_tiles(monkeypatch, small_tile):
+    """150 ids a piece at 4 positions: two tiles of 64. A piece that is no multiple is refused."""
+    monkeypatch.setattr(vocabulary, "NUMBERS", 600)
+    hidden, head = case(vocab_size=141, rows=(2, 2))
+    expected, _ = streamed_statistics(hidden, head, 0.7, seeded(), piece=64)
+    by_kernel(monkeypatch)
+    got, _ = streamed_statistics(hidden, head, 0.7, seeded())
+    compare(got, expected, 1e-4)
+    with pytest.raises(ValueError, match="`piece` is 100; expected a multiple of 64"):
+        streamed_statistics(hidden, head, 0.7, seeded(), piece=100)
+
+
+@needs_triton
 def test_kernel_reports_nan_and_no_id_left(monkeypatch, small_tile):
     hidden, head = case(vocab_size=100, rows=(3, 1))
     hidden[0, 0, 3] = float("nan")
