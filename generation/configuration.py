@@ -4,6 +4,7 @@ It reads the released generation_config.json and, as long as only fields that tr
 knows are set, writes a file which that class reads in turn.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -173,6 +174,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         if "entropy_bound" in fields:
             fields["sampler_config"] = {"_cls_name": SAMPLER_NAME, "entropy_bound": float(fields.pop("entropy_bound"))}
         return fields
+
+    def filled(self) -> "DiffusionGenerationConfig":
+        """A copy whose six diffusion fields hold the released values where they were unset: what a checkpoint's file should say."""
+        whole = copy.deepcopy(self)
+        whole.update(defaults_only=True, **DIFFUSION_FIELDS)
+        return whole
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:

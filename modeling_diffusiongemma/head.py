@@ -83,6 +83,16 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """How likely a response is: `score.score_responses`."""
         return score_responses(self, input_ids, labels, attention_mask, **kwargs)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in the base class; generation_config.json says every diffusion field, since vLLM takes them from there alone."""
+        own = self.generation_config
+        if isinstance(own, DiffusionGenerationConfig):
+            self.generation_config = own.filled()
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.generation_config = own
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -1,6 +1,7 @@
 """`generate`: lengths, ends, settings, refusals, streaming. Equality with transformers is in test_generate_parity.py."""
 
 import copy
+import json
 import re
 import sys
 import threading
@@ -277,6 +278,18 @@ def test_transformers_class_loads_a_saved_config(tmp_path):
     loaded = DiffusionGemmaGenerationConfig.from_pretrained(tmp_path)
     assert loaded.sampler_config == EntropyBoundSamplerConfig(0.25)
     assert all(getattr(loaded, name) == value for name, value in FULL.items() if name != "entropy_bound")
+
+
+def test_checkpoint_says_every_diffusion_field(tmp_path, model):
+    """vLLM (0.24 and later) takes them from generation_config.json and has no values of its own: it failed on what was saved here."""
+    own = copy.deepcopy(model)
+    own.generation_config = DiffusionGenerationConfig(max_new_tokens=64, t_max=0.9)
+    own.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved["sampler_config"] == {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1}
+    released = {"max_denoising_steps": 48, "t_min": 0.4, "stability_threshold": 1, "confidence_threshold": 0.005}
+    assert saved.items() >= {**released, "t_max": 0.9, "max_new_tokens": 64}.items()
+    assert own.generation_config.t_min is None, "the model's own settings stay as they are"
 
 
 def test_config_travels_with_the_checkpoint(tmp_path, model):
