@@ -1,6 +1,7 @@
 """Block-diffusion generation for any model that offers five methods:
 
-    prefill(input_ids, attention_mask=, position_ids=, past_key_values=, **images) -> output with `last_hidden_state`
+    prefill(input_ids, attention_mask=, position_ids=, past_key_values=, last_states=, **images) -> output with `last_hidden_state`,
+        of the last `last_states` tokens where it is given
     prepare_canvas(past_key_values, (B, C), attention_mask, position_ids) -> a view, good for every step of one canvas
     denoise(canvas_ids, soft_embeds=, view=) -> output with `last_hidden_state`
     compute_logits(hidden_states) -> float32 (B, C, V)
@@ -158,7 +159,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         pending, whole = written.prompt, True
         for _ in range(plan.canvases):
             positions = plan.positions(real, pending.shape[1])
-            self.prefill(pending, attention_mask=real, position_ids=positions, past_key_values=cache, **images)
+            self.prefill(pending, attention_mask=real, position_ids=positions, past_key_values=cache, last_states=1, **images)
             shape = (pending.shape[0], length)
             noise = draws.noise(plan.noise, shape, pending.device)  # drawn also where a canvas is given, as transformers does
             real = torch.cat((real, real.new_ones(shape)), dim=1)
