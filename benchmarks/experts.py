@@ -1,16 +1,18 @@
 """Times the ways of computing a mixture of experts: what `experts_implementation` chooses from, layer by layer.
 
     python benchmarks/experts.py                       # the table behind `choose_experts` in modeling_diffusiongemma/experts.py
+    python benchmarks/experts.py --cpu-time            # the same on a busy machine: CPU time of one thread
     python benchmarks/experts.py --device cuda --dtype bfloat16
 
 Prints milliseconds of one call (the least of several rounds, the ways taking turns), and what is chosen when the user does not.
-A dash: the way would take more than 1 GiB, as "batched_mm" does, which gathers the weights of every token.
+A dash: the way would make a tensor of more than 128 MiB, as "batched_mm" does, which gathers the weights of every token.
 """
 
 import argparse
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from modeling_diffusiongemma.experts import Experts, choose_experts
 
 WAYS = ("eager", "grouped_mm", "batched_mm", "dense_mm")
-SHAPES = ((4, 2, 192, 96), (16, 4, 512, 128), (128, 8, 256, 64))  # experts, active ones, hidden size, intermediate size
+SHAPES = ((4, 2, 128, 64), (4, 2, 192, 96), (16, 4, 512, 128), (128, 8, 256, 64))  # experts, active ones, hidden, intermediate size
 TOKENS = (1, 16, 64, 256, 2048)
-MOST_BYTES = 2**30
+MOST_BYTES = 2**27
 
 
 def build(experts: int, active: int, hidden: int, intermediate: int, device: str, dtype: torch.dtype) -> Experts:
@@ -45,7 +47,7 @@ def bytes_made(way: str, tokens: int, experts: int, active: int, hidden: int, in
 
 
 @torch.no_grad()
-def measure(module: Experts, tokens: int, active: int, ways: list[str], rounds: int) -> dict[str, float]:
+def measure(module: Experts, tokens: int, active: int, ways: list[str], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Milliseconds of one call of each way."""
     weight = module.gate_up_proj
     hidden = torch.randn(tokens, module.hidden_dim, device=weight.device, dtype=weight.dtype)
@@ -54,13 +56,13 @@ def measure(module: Experts, tokens: int, active: int, ways: list[str], rounds: 
     for _ in range(rounds):
         for way in ways:
             module.config._experts_implementation = way
-            calls, start = 0, time.perf_counter()
-            while calls < 3 or (time.perf_counter() - start < 0.03 and calls < 100):
-                begin = time.perf_counter()
+            calls, start = 0, clock()
+            while calls < 2 or (clock() - start < 0.03 and calls < 100):
+                begin = clock()
                 module(hidden, chosen, weights)
                 if weight.is_cuda:
                     torch.cuda.synchronize()
-                best[way] = min(best[way], 1000 * (time.perf_counter() - begin))
+                best[way] = min(best[way], 1000 * (clock() - begin))
                 calls += 1
     return best
 
@@ -70,16 +72,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", nargs="+", default=("float32", "bfloat16"), choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("E", "A", "D", "I"), help="instead of the three")
+    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("E", "A", "D", "I"), help="instead of these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, instead of wall-clock time")
     args = parser.parse_args(arguments)
+    if args.cpu_time and (args.device != "cpu" or args.threads not in (None, 1)):
+        parser.error("`--cpu-time` counts one thread of a CPU; expected --device cpu, and --threads 1 or none")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("`--device` is 'cuda', and torch finds no CUDA device; expected cpu")
     if args.rounds < 1 or min(args.tokens) < 1:
         parser.error(f"`--rounds` is {args.rounds} and `--tokens` {args.tokens}; expected positive integers")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.threads or args.cpu_time:
+        torch.set_num_threads(args.threads or 1)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"`python benchmarks/experts.py {' '.join(arguments)}`\n")
     print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -90,7 +95,7 @@ def main(arguments: list[str]) -> None:
             module = build(*shape, args.device, dtype)
             for tokens in args.tokens:
                 ways = [way for way in WAYS if bytes_made(way, tokens, *shape, dtype) <= MOST_BYTES]
-                best = measure(module, tokens, shape[1], ways, args.rounds)
+                best = measure(module, tokens, shape[1], ways, args.rounds, time.thread_time if args.cpu_time else time.perf_counter)
                 cells = [f"{best[way]:.3g}" if way in best else "-" for way in WAYS]
                 print(f"| {', '.join(map(str, shape))} | {tokens} | {' | '.join(cells)} | {choose_experts(module)} |", flush=True)
 

@@ -1,6 +1,7 @@
 """Block-diffusion generation for any model that offers five methods:
 
-    prefill(input_ids, attention_mask=, position_ids=, past_key_values=, last_states=, **images) -> output with `last_hidden_state`
+    prefill(input_ids, attention_mask=, position_ids=, past_key_values=, last_states=, **images) -> output with `last_hidden_state`,
+        of the last `last_states` tokens where it is given
     prepare_canvas(past_key_values, (B, C), attention_mask, position_ids, slots=) -> a view, good for every step of one canvas
     denoise(canvas_ids, soft_embeds=, view=) -> output with `last_hidden_state`
     compute_logits(hidden_states) -> float32 (B, C, V)

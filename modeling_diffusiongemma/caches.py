@@ -3,7 +3,8 @@
 While a canvas is denoised the cache does not change. So its keys and values are laid out once a canvas with as many free
 slots behind them as the canvas has tokens, and every step writes its own there, instead of copying the whole cache in
 every layer of every step. Nothing is stored twice where the cache allows it: a dynamic layer's tensors are replaced by the
-filled part of the new ones, which holds the same values.
+filled part of the new ones, which holds the same values. (A sliding layer then keeps its window alone; what transformers stores
+after a prompt is a view of the whole prompt's keys.) A static cache keeps its tensors, and its filled slots are stored twice.
 
 Knows the caches of transformers (dynamic, static, sliding, offloaded, quantized), and nothing of masks or attention.
 """

@@ -13,10 +13,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from .layers import RMSNorm
 
-# Elements of `gate_up_proj` up to which "dense_mm" is the faster one in bfloat16 on a CPU. `python benchmarks/experts.py`, one thread of
-# an Intel Xeon with AMX, torch 2.13, ms at 256 tokens: 0.45 against 0.82 (grouped_mm) for 65,536 elements (4 experts, 2 active, hidden
-# 128, intermediate 64), 1.36 against 1.56 for 147,456 (4, 2, 192, 96), 2.5 against 1.8 for 294,912 (8, 2, 192, 96).
-DENSE_LIMIT = 2**18
+# Elements of `gate_up_proj` up to which "dense_mm" is the faster one in bfloat16 on a CPU. `python benchmarks/experts.py --cpu-time`,
+# one thread of an Intel Xeon with AMX, torch 2.13: half of grouped_mm's time at 256 tokens for 65,536 elements (4 experts, 2 active,
+# hidden 128, intermediate 64), as much for 147,456 (4, 2, 192, 96), more from there on (benchmarks/RESULTS.md).
+DENSE_LIMIT = 2**17
 
 
 class Router(nn.Module):
@@ -77,8 +77,8 @@ def choose_experts(experts: nn.Module) -> str:
     """The implementation that is used when the caller names none: by the weights' shape, dtype and device, and not by the number of
     tokens, or a row's rounding would depend on its neighbours in the batch.
 
-    `"grouped_mm"`, but `"dense_mm"` for few small experts in bfloat16 on a CPU. In float32 the two are equally fast there at 128 to 256
-    tokens and `"grouped_mm"` is the faster one above; and it is what transformers uses, so that equal seeds give its tokens.
+    `"grouped_mm"`, but `"dense_mm"` for few small experts in bfloat16 on a CPU. In float32 `"grouped_mm"` is as fast there as any at
+    a canvas's 256 tokens, give or take a tenth; and it is what transformers uses, so that equal seeds give its tokens.
     """
     weight = experts.gate_up_proj
     small = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= DENSE_LIMIT
