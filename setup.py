@@ -34,6 +34,7 @@ setup(
     extras_require={
         "train": train,
         "test": test,
+        "bench": ["matplotlib"],
         "dev": [*test, "ruff"],
     },
     classifiers=[
