@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, PreTrainedModel
 
-from measure import ROOT
+from measure import ROOT, fixed_steps
 
 RELEASED = ROOT / "tests" / "data" / "released" / "config.json"
 STANDARD_DEVIATION = 0.02
@@ -150,9 +150,9 @@ def cache_bytes(config: DiffusionGemmaConfig, batch_size: int, context: int, ite
 
 
 def bytes_per_pass(model: PreTrainedModel, batch_size: int, prompt_length: int, canvases: int) -> dict[str, float]:
-    """What a canvas pass must read at least, by stage: every parameter of the canvas pass once, all experts among them (256
-    positions of 8 experts each miss one of 128 with a probability below 1e-6), the embedding once for the head and once for the
-    soft embedding, and the cache, as a mean over the canvases. Activations are left out."""
+    """What a canvas pass must read at least, by stage: every parameter of the canvas pass once, all experts among them (see
+    `experts_hit`), the embedding once for the head and once for the soft embedding, and the cache, as a mean over the canvases.
+    Activations are left out."""
     decoder, config = model.model.decoder, model.config
 
     def size(*modules: nn.Module) -> int:
@@ -172,3 +172,23 @@ def bytes_per_pass(model: PreTrainedModel, batch_size: int, prompt_length: int, 
         "vocabulary pass": 2 * embedding.nbytes,
         "rest": size(decoder.self_conditioning, decoder.norm),
     }
+
+
+def experts_hit(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
+    """Of how many experts a layer of our `model` reads the weights in a canvas pass over one row: the fewest of any layer.
+
+    Args:
+        input_ids (`int64 (1, P)`): a prompt that is not as long as the canvas.
+    """
+    hit, length = [], model.config.canvas_length
+
+    def note(router: nn.Module, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        chosen, _ = output
+        if len(chosen) == length:  # a canvas; the prompt has another length
+            hit.append(chosen.unique().numel())
+
+    hooks = [layer.router.register_forward_hook(note) for layer in model.model.decoder.layers]
+    model.generate(input_ids, max_new_tokens=length, disable_compile=True, **fixed_steps(2, endless=True))
+    for hook in hooks:
+        hook.remove()
+    return min(hit)

@@ -127,6 +127,7 @@ def test_gpu_runs_shrunk_on_a_cpu(capsys):
         assert f"| 2 | {side} | {cache} |" in printed
     for stage in (*stages.STAGES, "sum"):
         assert f"| {stage} |" in printed
+    assert "8 experts of which a pass reads 8 a layer" in printed
     assert {name: value for name, value in vars(generation.denoise).items() if before[name] is not value} == {}
 
 
@@ -150,6 +151,14 @@ def test_gpu_refuses_fp8_by_name(capsys):
 @pytest.fixture(scope="module")
 def shrunk():
     return full_size.build(full_size.full_size_config(shrink=True), CPU, torch.float32)
+
+
+def test_gpu_judges_the_fastest_of_ours_at_batch_1():
+    slow, fast = ([{"ms_per_pass": value} for value in values] for values in ([20.0, 15.0, 16.0], [14.0, 99.0, 14.5]))
+    results = {(1, "ours", "dynamic"): slow, (1, "ours", "static"): fast, (1, "transformers", "dynamic"): [{"ms_per_pass": 1.0}]}
+    assert gpu.goal(results, "bf16").endswith("reached 14.5: met.")
+    assert gpu.goal(results | {(1, "ours", "static"): None}, "bf16").endswith("reached 16.0: MISSED.")  # out of memory
+    assert gpu.goal({(2, "ours", "dynamic"): slow}, "bf16") is None
 
 
 def test_transformers_gets_the_very_same_weights(shrunk):
