@@ -44,6 +44,7 @@ setup(
         "diffusers": diffusers,
         "lm-eval": lm_eval,
         "test": test,
+        "bench": ["matplotlib"],
         "dev": [*test, "ruff"],
     },
     classifiers=[

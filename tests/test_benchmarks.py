@@ -1,26 +1,42 @@
-"""benchmarks/against_transformers.py runs, on a small random checkpoint, and reports what it promises. No timing is judged."""
+"""The benchmarks run, at small sizes on a CPU, and report what they promise. No timing is judged."""
 
+import importlib.util
 import json
+import math
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = [str(ROOT / "examples"), str(BENCHMARKS)]
 
+import full_size  # noqa: E402
+import gpu  # noqa: E402
+import measure  # noqa: E402
+import scaling  # noqa: E402
+import stages  # noqa: E402
 from jobs.tokenizer import build_tokenizer  # noqa: E402
 from recipes import small_config  # noqa: E402
 
-POSITIVE = {"ms_per_step", "tokens_per_second", "tokens_per_forward", "peak_mib"}
+SIDES = ("ours", "transformers")
+CPU = torch.device("cpu")
+HAS_FP8 = importlib.util.find_spec("modeling_diffusiongemma.fp8") is not None
 
 
-SCRIPT = ROOT / "benchmarks" / "against_transformers.py"
+def run(script, *arguments):
+    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -38,35 +54,211 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.slow
 def test_both_workloads_report_every_measure(checkpoint, tmp_path):
     file = tmp_path / "report.json"
-    options = ["--quick", "--threads", "1", "--vocab-size", "1000", "--batch-size", "3"]
-    command = [sys.executable, SCRIPT, *options, "--checkpoint", checkpoint, "--json", file]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    options = ["--quick", "--threads", "1", "--vocab-size", "1000", "--batch", "2", "--prompt", "70"]
+    printed = run("against_transformers.py", *options, "--checkpoint", checkpoint, "--json", file)
     report = json.loads(file.read_text())
-    assert set(report) == {"command", "machine", "results"}
     assert {"cpu", "threads", "torch", "transformers"} <= set(report["machine"])
-    assert set(report["results"]) == {"default", "large"}
-    for name, result in report["results"].items():
-        assert f"### {name}" in done.stdout
-        assert result["identical_tokens"], result["equal_tokens"]
-        for side in ("ours", "transformers"):
-            assert all(result[side][key] > 0 for key in POSITIVE)
-            assert result[side]["peak_above_model_mib"] >= 0
-            assert len(result[side]["rounds"]) == 1
-        assert set(result["ratios"]) == POSITIVE | {"peak_above_model_mib"}
-        assert all(result["ratios"][key]["min"] > 0 for key in POSITIVE)
+    assert [result["workload"] for result in report["results"]] == ["default", "large"]
+    for result in report["results"]:
+        assert f"### {result['workload']}" in printed
+        assert result["identical_tokens"]
+        assert len(result["prompt_tokens"]) == 2 and max(result["prompt_tokens"]) <= 70
+        (taken,) = result["rounds"]
+        for side in SIDES:
+            assert taken[side]["tokens_per_second"] > 0 and taken[side]["tokens_per_forward"] > 0
+            assert 0 < taken[side]["first_text_seconds"]
+            assert math.isfinite(taken[side]["ms_per_step"])
+            assert 0 <= taken[side]["peak_above_model_mib"] < taken[side]["peak_mib"]
+        assert set(result["ratios"]) == {"ms_per_step", "tokens_per_second", "first_text_seconds", "peak_above_model_mib"}
+    assert printed.count("| not judged") == 4  # of a quick run
+
+
+@pytest.fixture(scope="module")
+def scaling_report(tmp_path_factory):
+    file = tmp_path_factory.mktemp("scaling") / "report.json"
+    options = ["--context", "16", "--batch", "1", "--canvases", "2", "--vocab-size", "1000", "--threads", "1"]
+    printed = run("scaling.py", "--quick", *options, "--no-plot", "--json", file)
+    assert "### scaling" in printed
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_scaling_measures_both_sides(scaling_report):
+    (result,) = scaling_report["results"]
+    assert result["point"] == {"context": 16, "batch": 1, "canvases": 2}
+    (taken,) = result["rounds"]
+    for side in SIDES:
+        assert math.isfinite(taken[side]["ms_per_step"])
+        assert taken[side]["prefill_ms"] > 0
+        assert taken[side]["peak_above_model_mib"] >= 0
+
+
+@pytest.mark.slow
+def test_scaling_draws_its_report(scaling_report, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    written, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    written.write_text(json.dumps(scaling_report))
+    scaling.main(["--draw", str(written), "--plot", str(plot)])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_says_what_to_install_before_it_measures(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        scaling.main(["--quick"])
+    assert capsys.readouterr().out == ""
+
+
+def test_scaling_measures_each_point_once():
+    args = scaling.parse(["--context", "8", "16", "--batch", "1", "4", "--canvases", "2", "--no-plot"])
+    expected = [(8, 1, 2), (16, 1, 2), (8, 4, 2)]
+    assert [tuple(point.values()) for point in scaling.points(args)] == expected
+
+
+def test_gpu_runs_shrunk_on_a_cpu(capsys):
+    """... and leaves the package as it was: the stage clock wraps functions of `generation`."""
+    import generation.denoise
+
+    before = dict(vars(generation.denoise))
+    options = ["--batch", "2", "--cache", "static", "dynamic", "--steps", "2", "--rounds", "1", "--against", "transformers"]
+    gpu.main(["--device", "cpu", "--shrink", *options])
+    printed = capsys.readouterr().out
+    for side, cache in (("ours", "static"), ("ours", "dynamic"), ("transformers", "dynamic")):
+        assert f"| 2 | {side} | {cache} |" in printed
+    for stage in (*stages.STAGES, "sum"):
+        assert f"| {stage} |" in printed
+    assert "8 experts of which a pass reads 8 a layer" in printed
+    assert {name: value for name, value in vars(generation.denoise).items() if before[name] is not value} == {}
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="this version of the package has no FP8")
+def test_gpu_runs_in_fp8(capsys):
+    gpu.main(["--device", "cpu", "--shrink", "--batch", "1", "--cache", "dynamic", "--steps", "2", "--rounds", "1", "--dtype", "fp8"])
+    assert "### a shrunk architecture, random weights, fp8" in capsys.readouterr().out
+    model = full_size.build(full_size.full_size_config(shrink=True), CPU, torch.bfloat16, fp8=True)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    weights = {weight.dtype for layer in model.model.decoder.layers for weight in layer.experts.parameters() if weight.shape[-1] > 1}
+    assert weights == {torch.float8_e4m3fn}
+
+
+@pytest.mark.skipif(HAS_FP8, reason="this version of the package has FP8")
+def test_gpu_refuses_fp8_by_name(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.parse(["--device", "cpu", "--shrink", "--dtype", "fp8"])
+    assert "error: `--dtype` is 'fp8'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def shrunk():
+    return full_size.build(full_size.full_size_config(shrink=True), CPU, torch.float32)
+
+
+def test_gpu_judges_the_fastest_of_ours_at_batch_1():
+    slow, fast = ([{"ms_per_pass": value} for value in values] for values in ([20.0, 15.0, 16.0], [14.0, 99.0, 14.5]))
+    results = {(1, "ours", "dynamic"): slow, (1, "ours", "static"): fast, (1, "transformers", "dynamic"): [{"ms_per_pass": 1.0}]}
+    assert gpu.goal(results, "bf16").endswith("reached 14.5: met.")
+    assert gpu.goal(results | {(1, "ours", "static"): None}, "bf16").endswith("reached 16.0: MISSED.")  # out of memory
+    assert gpu.goal({(2, "ours", "dynamic"): slow}, "bf16") is None
+
+
+def test_transformers_gets_the_very_same_weights(shrunk):
+    theirs = full_size.share(shrunk, torch.float32)
+    assert {parameter.data_ptr() for parameter in theirs.parameters()} == {parameter.data_ptr() for parameter in shrunk.parameters()}
+    ids = torch.randint(128, 8192, (2, 21), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, expected = (model(input_ids=ids, decoder_input_ids=ids[:, :9]).logits for model in (shrunk, theirs))
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_bytes_of_a_pass_are_every_weight_once_and_the_embedding_twice(shrunk):
+    images = [shrunk.model.encoder.vision_tower, shrunk.model.encoder.embed_vision]
+    weights = sum(parameter.nbytes for parameter in shrunk.parameters())
+    weights -= sum(parameter.nbytes for module in images for parameter in module.parameters())
+    scalars = 4 * len(shrunk.model.decoder.layers)
+    embedding = shrunk.model.decoder.embed_tokens.weight.nbytes
+    cache = full_size.cache_bytes(shrunk.config, 3, 40, 4) + full_size.cache_bytes(shrunk.config, 3, 72, 4)
+    needed = full_size.bytes_per_pass(shrunk, 3, 40, 2)
+    assert sum(needed.values()) == weights + scalars + embedding + cache / 2
+    assert set(needed) | {"sampling"} == set(stages.STAGES)
+
+
+@pytest.mark.parametrize("context", [21, 100])  # on both sides of the sliding window of 64
+def test_cache_bytes_are_those_of_a_cache(shrunk, context):
+    cache = DynamicCache(config=shrunk.config.text_config)
+    with torch.no_grad():
+        shrunk.model.prefill(torch.randint(128, 8192, (2, context)), past_key_values=cache)
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert full_size.cache_bytes(shrunk.config, 2, context, 4) == stored
+
+
+def test_shrunk_architecture_keeps_the_released_form():
+    full, small = full_size.full_size_config(), full_size.full_size_config(shrink=True)
+    assert full.text_config.num_hidden_layers == 30 and full.text_config.vocab_size == 262_144
+    assert set(small.text_config.layer_types) == set(full.text_config.layer_types)
+    assert small.text_config.use_bidirectional_attention == full.text_config.use_bidirectional_attention
+
+
+def test_stages_count_time_once_in_the_innermost():
+    clock = stages.StageClock(CPU)
+    inner = clock.around(lambda: time.sleep(0.03), "inner")
+
+    def body():
+        time.sleep(0.01)
+        inner()
+
+    start = time.perf_counter()
+    clock.mark()
+    clock.around(body, "outer")()
+    clock.around(lambda: inner(), stages.PREFILL)()
+    spent = clock.take()
+    total = 1000 * (time.perf_counter() - start)
+    assert spent["inner"] >= 30 and spent["outer"] >= 10 and spent[stages.PREFILL] >= 30
+    assert sum(spent.values()) <= total
+
+
+def test_a_stage_that_the_clock_no_longer_sees_is_reported(shrunk, monkeypatch):
+    monkeypatch.setattr(stages, "OF_FILE", {})
+    batch = {"input_ids": torch.full((1, 9), 200)}
+    with pytest.raises(RuntimeError, match="vocabulary pass"):
+        stages.stage_times(shrunk, "ours", batch, measure.fixed_steps(2, endless=True), rounds=1)
+
+
+def test_ratios_are_taken_pair_by_pair():
+    assert measure.ratios([(1, 2), (2, 2), (1, 8)], more_is_better=False) == {"median": 2, "min": 1, "max": 8}
+    assert measure.ratios([(1, 2)], more_is_better=True) == {"median": 0.5, "min": 0.5, "max": 0.5}
+    assert measure.ratios([], more_is_better=True) is None
+    assert measure.ratios([(-1.0, 2.0)], more_is_better=False) is None  # lost in noise
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_outgrowing_free_memory_is_an_error_and_recognised():
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import measure\n"
+        "measure.MEMORY_SHARE = 0\n"
+        "measure.limit_memory()\n"
+        "try: torch.ones(2**28)\n"
+        "except RuntimeError as error: print(measure.is_out_of_memory(error), measure.is_out_of_memory(RuntimeError('other')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, BENCHMARKS], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("script", "arguments", "named"),
     [
-        (["--checkpoint", "no/such/folder"], "--checkpoint"),
-        (["--only", "large", "--steps", "0"], "--steps"),
-        (["--only", "large", "--checkpoint", "somewhere"], "--checkpoint"),
-        (["--only", "large", "--experts-implementation", "dense_mm"], "--experts-implementation"),
+        ("against_transformers", ["--checkpoint", "no/such/folder"], "--checkpoint"),
+        ("against_transformers", ["--only", "large", "--steps", "1"], "--steps"),
+        ("against_transformers", ["--only", "large", "--checkpoint", "somewhere"], "--checkpoint"),
+        ("against_transformers", ["--only", "large", "--experts-implementation", "dense_mm"], "--experts-implementation"),
+        ("against_transformers", ["--only", "default", "--prompt", "20", "--batch", "1"], "--prompt"),
+        ("gpu", ["--device", "cpu"], "--device"),
+        ("gpu", ["--device", "cpu", "--shrink", "--new-tokens", "33"], "--new-tokens"),
+        ("gpu", ["--device", "cpu", "--shrink", "--dtype", "fp8", "--against", "transformers"], "--against"),
+        ("scaling", ["--batch", "0"], "--batch"),
+        ("scaling", ["--draw", "no/such/file"], "--draw"),
     ],
 )
-def test_a_wrong_argument_is_named(arguments, named, capsys):
+def test_a_wrong_argument_is_named(script, arguments, named, capsys):
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(SCRIPT))["parse"](arguments)
+        runpy.run_path(str(BENCHMARKS / f"{script}.py"))["parse"](arguments)
     assert f"error: `{named}`" in capsys.readouterr().err
