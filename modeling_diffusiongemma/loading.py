@@ -116,17 +116,18 @@ class LoadingMixin:
                 `register_for_auto_class`), else False.
 
         Raises:
-            ValueError: `push_to_hub=True`; call `model.push_to_hub(repo_id)`, which saves through here.
+            ValueError: `push_to_hub=True`; call `model.push_to_hub(repo_id)`, which saves through here. `remote_code=True` with
+                adapters, which are saved alone.
         """
         if push_to_hub:
             raise ValueError("`push_to_hub` is True; expected False here: call `model.push_to_hub(repo_id)` instead")
-        if remote_code is not None and not isinstance(remote_code, bool):
-            raise ValueError(f"`remote_code` is {remote_code!r}; expected True, False or None")
+        self._check_remote_code(remote_code)
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
         super().save_pretrained(save_directory, *args, **kwargs)
         self.config.architectures = [self.saved_architecture]
-        if kwargs.get("is_main_process", True):
+        # Adapters are saved alone; a config.json would make a whole checkpoint of their folder.
+        if kwargs.get("is_main_process", True) and not getattr(self, "_hf_peft_config_loaded", False):
             self._save_config_and_code(save_directory, self._with_code(remote_code))
 
     def _with_code(self, remote_code: bool | None) -> bool:
@@ -149,7 +150,15 @@ class LoadingMixin:
         commit_description: str | None = None, private: bool | None = None, token: str | bool | None = None,
         revision: str | None = None, create_pr: bool = False, max_shard_size: int | str = "50GB", tags: list[str] | None = None,
     ):  # fmt: skip
-        """As `PreTrainedModel.push_to_hub`; `remote_code` as in `save_pretrained`. A model card that the repository has is kept."""
+        """As `PreTrainedModel.push_to_hub`; `remote_code` as in `save_pretrained`. A model card that the repository has is kept.
+
+        Raises:
+            ValueError: as `save_pretrained`, and before anything is created on the Hub.
+        """
+        self._check_remote_code(remote_code)
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
+        if getattr(self, "_hf_peft_config_loaded", False):  # the card below describes a whole model
+            return super().push_to_hub(repo_id, private=private, token=token, max_shard_size=max_shard_size, tags=tags, **commit)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
@@ -165,10 +174,13 @@ class LoadingMixin:
                 card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
                 card.save(path)
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, commit_description=commit_description,
-                revision=revision, create_pr=create_pr,
-            )  # fmt: skip
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+
+    def _check_remote_code(self, remote_code: bool | None) -> None:
+        if remote_code is not None and not isinstance(remote_code, bool):
+            raise ValueError(f"`remote_code` is {remote_code!r}; expected True, False or None")
+        if remote_code and getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError("`remote_code` is True; expected None or False here: of a model with adapters only these are saved")
 
     @classmethod
     def is_remote_code(cls) -> bool:

@@ -280,6 +280,20 @@ def test_remote_code_that_is_no_boolean_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_folder_of_adapters_loads_over_the_base_model(tmp_path):
+    """A config.json among them made transformers look for the whole weights there."""
+    peft = pytest.importorskip("peft")
+    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(default_checkpoint())
+    model.add_adapter(peft.LoraConfig(target_modules=r"model\.decoder\.layers.*q_proj", r=2, init_lora_weights=False))
+    with pytest.raises(ValueError, match="`remote_code` is True.*adapters"):
+        model.save_pretrained(tmp_path, remote_code=True)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[2, 200, 201]])
+    with torch.no_grad():
+        assert torch.equal(again.prefill(ids).last_hidden_state, model.prefill(ids).last_hidden_state)
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub's interface as an upload needs. What was committed lands in `server.files`."""
 
@@ -295,6 +309,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
             self.answer(200, {"url": f"{self.server.url}/{HUB_NAME}"})
         elif self.path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
@@ -305,7 +320,6 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.server.commits.append(self.path)
             self.answer(200, {"commitUrl": f"{self.server.url}/{HUB_NAME}/commit/{COMMIT}", "commitOid": COMMIT})
         else:
             self.answer(404)
@@ -329,7 +343,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.files, server.commits = f"http://127.0.0.1:{server.server_port}", {}, []
+    server.url, server.files, server.created = f"http://127.0.0.1:{server.server_port}", {}, []
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -347,12 +361,18 @@ def test_pushing_uploads_what_saving_writes(hub, tmp_path):
     model.save_pretrained(tmp_path / "saved", remote_code=True)
     commit = model.push_to_hub(HUB_NAME, remote_code=True, tags=["mine"], private=True)
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
-    assert commit.oid == COMMIT and hub.files.keys() == saved.keys()
+    assert commit.oid == COMMIT and hub.files.keys() == saved.keys() and "private" in str(hub.created)
     card = hub.files["README.md"].decode()
     assert f'from_pretrained("{HUB_NAME}", trust_remote_code=True)' in card and "- mine" in card
     assert {name: hub.files[name] for name in saved if name != "README.md"} == {
         name: content for name, content in saved.items() if name != "README.md"
     }
+
+
+def test_pushing_with_a_wrong_argument_creates_nothing(hub):
+    with pytest.raises(ValueError, match="`remote_code` is 'yes'"):
+        ours().push_to_hub(HUB_NAME, remote_code="yes")
+    assert hub.created == []
 
 
 def test_pushing_without_code_keeps_the_card_of_the_repository(hub):
