@@ -2,15 +2,12 @@
 on the way in, and writes the published layout.
 
 The quantiser is registered with transformers under a name of its own, so that compressed-tensors, which claims the published
-`quant_method`, stays in charge of every other model. `own_quantization` is where our model classes swap the names while
-they load (`loading.py`); config.json always has the published one.
+`quant_method`, stays in charge of every other model. Our model classes swap the names while they load (`loading.py`);
+config.json always has the published one.
 """
-
-import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -31,7 +28,6 @@ from .fp8_layout import (
 from .fp8_math import E4M3, quantize_weight
 
 METHOD = f"{__name__}"  # a copy of this file that came as remote code registers under its own name
-PUBLISHED_METHOD = "compressed-tensors"
 
 
 class FP8Config(QuantizationConfigMixin):
@@ -72,17 +68,6 @@ class FP8Config(QuantizationConfigMixin):
 
     def __iter__(self):
         yield from self.to_dict().items()
-
-
-def own_quantization(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """A copy of `config` that says "ours" where its `quantization_config` has the published `quant_method`; None where it has
-    none or another."""
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != PUBLISHED_METHOD:
-        return None
-    config = copy.deepcopy(config)
-    config.quantization_config["quant_method"] = METHOD
-    return config
 
 
 class MergeExperts(ConversionOps):
@@ -280,4 +265,4 @@ auto.register_quantization_config(METHOD)(FP8Config)
 auto.register_quantizer(METHOD)(FP8Quantizer)
 
 
-__all__ = ["FP8Config", "FP8Quantizer", "own_quantization"]
+__all__ = ["METHOD", "FP8Config", "FP8Quantizer"]
