@@ -89,7 +89,8 @@ class NVFP4Config(QuantizationConfigMixin):
 
 
 class DequantizeNVFP4(ConversionOps):
-    """Global scales, scales and packed matrices (in this order of `source_patterns`) into one plain matrix, or those of all experts into a stacked one, allocated once.
+    """Global scales, scales and packed matrices (in this order of `source_patterns`) into one plain matrix, or those of all
+    experts into a stacked one, allocated once.
 
     A matrix that comes without scales is passed on.
     """
