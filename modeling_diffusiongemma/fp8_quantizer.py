@@ -206,13 +206,13 @@ class FP8Quantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
 
-    def _process_model_before_weight_loading(self, model: nn.Module, dtype=None, checkpoint_files=None, **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         if not any(isinstance(module, Experts) for module in model.modules()):
             raise ValueError(f"`quantization_config` is FP8Config and the model {type(model).__name__}; expected a DiffusionGemma")
         if self.quantization_config.ignore is None:
             self.quantization_config.ignore = default_ignore(model)
         # Until it is quantised a weight keeps the dtype it is loaded in, or it would be cast to e4m3 without a scale.
-        make_fp8(model, self.quantization_config.ignore, E4M3 if self.pre_quantized else dtype)
+        make_fp8(model, self.quantization_config.ignore, E4M3 if self.pre_quantized else model.config.dtype)
         if self.pre_quantized and checkpoint_files:
             check_files(model, checkpoint_files)
 
