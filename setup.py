@@ -7,7 +7,7 @@ from setuptools import setup
 readme = Path(__file__).parent / "README.md"
 
 train = ["datasets", "tqdm"]
-test = ["pytest", "pytest-timeout", "datasets", "packaging"]
+test = ["pytest", "pytest-timeout", "datasets", "packaging", "peft"]
 
 setup(
     name="modeling-diffusiongemma",
@@ -33,6 +33,7 @@ setup(
     ],
     extras_require={
         "train": train,
+        "4bit": ["bitsandbytes"],
         "test": test,
         "dev": [*test, "ruff"],
     },
