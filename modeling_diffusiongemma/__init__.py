@@ -14,6 +14,7 @@ from .auto import register  # noqa: E402
 from .checkpoints import default_checkpoint  # noqa: E402
 from .collator import BlockDiffusionCollator  # noqa: E402
 from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
+from .four_bit import FourBitConfig  # noqa: E402
 from .fp8_quantizer import FP8Config  # noqa: E402
 from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
 from .model import DiffusionGemmaBlockModel  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "DiffusionGemmaForMaskedBlockLM",
     "DiffusionGemmaTextConfig",
     "FP8Config",
+    "FourBitConfig",
     "MaskedBlockOutput",
     "Score",
     "default_checkpoint",

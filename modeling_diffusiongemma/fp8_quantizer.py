@@ -2,15 +2,12 @@
 on the way in, and writes the published layout.
 
 The quantiser is registered with transformers under a name of its own, so that compressed-tensors, which claims the published
-`quant_method`, stays in charge of every other model. `own_quantization` is where our model classes swap the names while
-they load (`loading.py`); config.json always has the published one.
+`quant_method`, stays in charge of every other model. Our model classes swap the names while they load (`loading.py`);
+config.json always has the published one.
 """
-
-import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -31,7 +28,6 @@ from .fp8_layout import (
 from .fp8_math import E4M3, quantize_weight
 
 METHOD = f"{__name__}"  # a copy of this file that came as remote code registers under its own name
-PUBLISHED_METHOD = "compressed-tensors"
 
 
 class FP8Config(QuantizationConfigMixin):
@@ -72,17 +68,6 @@ class FP8Config(QuantizationConfigMixin):
 
     def __iter__(self):
         yield from self.to_dict().items()
-
-
-def own_quantization(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """A copy of `config` that says "ours" where its `quantization_config` has the published `quant_method`; None where it has
-    none or another."""
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != PUBLISHED_METHOD:
-        return None
-    config = copy.deepcopy(config)
-    config.quantization_config["quant_method"] = METHOD
-    return config
 
 
 class MergeExperts(ConversionOps):
@@ -221,13 +206,13 @@ class FP8Quantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
 
-    def _process_model_before_weight_loading(self, model: nn.Module, dtype=None, checkpoint_files=None, **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         if not any(isinstance(module, Experts) for module in model.modules()):
             raise ValueError(f"`quantization_config` is FP8Config and the model {type(model).__name__}; expected a DiffusionGemma")
         if self.quantization_config.ignore is None:
             self.quantization_config.ignore = default_ignore(model)
         # Until it is quantised a weight keeps the dtype it is loaded in, or it would be cast to e4m3 without a scale.
-        make_fp8(model, self.quantization_config.ignore, E4M3 if self.pre_quantized else dtype)
+        make_fp8(model, self.quantization_config.ignore, E4M3 if self.pre_quantized else model.config.dtype)
         if self.pre_quantized and checkpoint_files:
             check_files(model, checkpoint_files)
 
@@ -280,4 +265,4 @@ auto.register_quantization_config(METHOD)(FP8Config)
 auto.register_quantizer(METHOD)(FP8Quantizer)
 
 
-__all__ = ["FP8Config", "FP8Quantizer", "own_quantization"]
+__all__ = ["METHOD", "FP8Config", "FP8Quantizer"]

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from .auto import REGISTERED
-from .fp8_quantizer import own_quantization
+from .fp8_quantizer import METHOD as FP8
+from .nvfp4 import METHOD as NVFP4
 from .remote_code import auto_map, write_card, write_code
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -52,6 +53,17 @@ def damaged_files(folder: str | os.PathLike) -> list[str]:
         if size != 8 + length + max(ends, default=0):
             problems.append(f"{name} has {size} bytes where its header says {8 + length + max(ends, default=0)}")
     return problems
+
+
+def own_quantization(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """A copy of `config` whose `quantization_config` goes to a quantiser of this package; None where it is of no kind read here."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
+        return None
+    four_bits = quantization["quant_method"] == "modelopt" or str(quantization.get("format")).startswith("nvfp4")
+    config = copy.deepcopy(config)
+    config.quantization_config["quant_method"] = NVFP4 if four_bits else FP8
+    return config
 
 
 def with_own_quantization(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
