@@ -19,15 +19,15 @@ venv: .venv/.installed  ## create .venv with the pinned dependencies
 demo: .venv/.installed  ## run a shipped checkpoint: examples/demo.py
 	@.venv/bin/python examples/demo.py $(ARGS)
 
-test: .venv/.installed  ## run the tests; one file: ARGS=tests/test_house.py
+test: .venv/.tested  ## run the tests; one file: ARGS=tests/test_house.py
 	@echo 'running pytest'
 	@.venv/bin/python -m pytest -q $(ARGS)
 
-test-lowest: .venv-lowest/.installed  ## run the tests with the oldest supported transformers, in .venv-lowest
+test-lowest: .venv-lowest/.tested  ## run the tests with the oldest supported transformers, in .venv-lowest
 	@echo 'running pytest with the oldest supported transformers'
 	@.venv-lowest/bin/python -m pytest -q $(ARGS)
 
-test-gpu: .venv/.installed  ## run the tests that need a GPU
+test-gpu: .venv/.tested  ## run the tests that need a GPU
 	@echo 'running pytest -m gpu'
 	@.venv/bin/python -m pytest -q -m gpu $(ARGS)
 
@@ -55,6 +55,11 @@ clean:  ## remove both environments, caches and build leftovers; keeps runs/
 
 .venv-lowest/.installed: requirements-lowest.txt setup.py
 	$(install)
+
+%/.tested: %/.installed requirements-test.txt
+	@echo 'installing what the tests need into $(@D)'
+	@$(@D)/bin/python -m pip install -q -r requirements-test.txt
+	@touch $@
 
 # $(@D) is the environment, $< its requirements. The stamp .installed is touched last, and .installing stands there meanwhile:
 # an environment whose installation was interrupted is built anew, a finished one (or one made by hand) is updated in place.

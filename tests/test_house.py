@@ -171,7 +171,7 @@ def test_no_class_takes_the_name_of_one_in_transformers(file):
 def test_lowest_requirements_differ_in_transformers_alone():
     def pins(name):
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+        return dict(line.split("==", 1) for line in lines if line and not line.startswith("#"))
 
     pinned, lowest = pins("requirements.txt"), pins("requirements-lowest.txt")
     assert {name for name in pinned | lowest if pinned.get(name) != lowest.get(name)} == {"transformers"}
