@@ -18,14 +18,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
 
-try:
-    import bitsandbytes
-except ImportError:
-    bitsandbytes = None
-
 METHOD = f"{__name__}"
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 PACKED = {"gate_up_proj": "gate_up_packed", "down_proj": "down_packed"}
+
+
+def kernels():
+    """bitsandbytes' functions, imported at first use.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ImportError("FourBitConfig needs bitsandbytes: pip install bitsandbytes") from error
+    return functional
 
 
 class FourBitConfig(QuantizationConfigMixin):
@@ -77,13 +85,12 @@ class FourBitExperts(Experts):
 
     def quantized(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 `(numbers / 2, 1)` and float32 scales `(blocks,)` of a stacked weight."""
-        packed, state = bitsandbytes.functional.quantize_4bit(weight.flatten(), blocksize=self.block_size, quant_type="nf4")
+        packed, state = kernels().quantize_4bit(weight.flatten(), blocksize=self.block_size, quant_type="nf4")
         return packed, state.absmax
 
     def dequantized(self, name: str) -> torch.Tensor:
         """The stacked weight `name` in the model's dtype."""
-        packed, shape = getattr(self, PACKED[name]), torch.Size(self.shapes[name])
-        functional = bitsandbytes.functional
+        packed, shape, functional = getattr(self, PACKED[name]), torch.Size(self.shapes[name]), kernels()
         # Flat: on a CPU bitsandbytes 0.50 takes wrong scales where rows are no whole number of blocks.
         state = functional.QuantState(
             absmax=getattr(self, f"{PACKED[name]}_scale"), shape=torch.Size((shape.numel(),)), dtype=self.dtype, blocksize=self.block_size,
@@ -118,8 +125,7 @@ class FourBitQuantizer(HfQuantizer):
     quantization_config: FourBitConfig
 
     def validate_environment(self, *args, **kwargs) -> None:
-        if bitsandbytes is None:
-            raise ImportError("FourBitConfig needs bitsandbytes: pip install bitsandbytes")
+        kernels()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         module, _, name = param_name.rpartition(".")

@@ -40,9 +40,11 @@ def quantize_rows(values: torch.Tensor, scale_dtype: torch.dtype = torch.float32
     Returns:
         e4m3 `(..., K)` and the scales, float32 `(..., 1)`.
     """
-    values = values.float()
-    scale = values.abs().amax(dim=-1, keepdim=True) / LARGEST
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale).to(scale_dtype).float()
+    scale = torch.linalg.vector_norm(values, float("inf"), dim=-1, keepdim=True).float() / LARGEST
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    if scale_dtype == torch.float32:
+        return (values / scale).to(E4M3), scale  # at most 448 and a last bit, which rounds to 448
+    scale = scale.to(scale_dtype).float()
     return (values / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 

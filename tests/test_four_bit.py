@@ -1,14 +1,17 @@
 """Experts in 4 bits through bitsandbytes."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from tiny import ours, tokens
 from transformers import AutoModelForCausalLM
 
 from modeling_diffusiongemma import FourBitConfig
-from modeling_diffusiongemma.four_bit import FourBitExperts, bitsandbytes
+from modeling_diffusiongemma.four_bit import FourBitExperts
 
-needs_bitsandbytes = pytest.mark.skipif(bitsandbytes is None, reason="bitsandbytes is not installed")
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
 def load(folder, **settings):
@@ -59,7 +62,7 @@ def test_saving_is_refused(oracle_checkpoint, tmp_path):
 
 
 def test_a_missing_library_is_named(oracle_checkpoint, monkeypatch):
-    monkeypatch.setattr("modeling_diffusiongemma.four_bit.bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="FourBitConfig needs bitsandbytes"):
         load(oracle_checkpoint)
 

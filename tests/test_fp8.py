@@ -269,6 +269,16 @@ def test_released_architecture_has_the_published_counts():
     assert all(rows % 16 == columns % 16 == 0 for rows, columns in fp8_shapes(model).values())  # what torch's kernels need
 
 
+def test_compressed_tensors_reads_what_is_written(published):
+    """The library behind the format, and behind vLLM's reader of it."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    config = DiffusionGemmaForMaskedBlockLM.from_pretrained(published).config.quantization_config.to_dict()
+    parsed = quantization.QuantizationConfig.model_validate(config)
+    weights = parsed.config_groups["group_0"].weights
+    assert parsed.format == "float-quantized" and weights.num_bits == 8 and weights.strategy == "channel"
+    assert parsed.ignore == config["ignore"]
+
+
 def test_ignored_layers_stay_as_they_are(tmp_path, oracle_checkpoint):
     ignore = [r"re:.*layers\.[02]\.experts\..*", "re:.*router", "re:model.encoder", "re:.*self_conditioning", LINEAR]
     model = DiffusionGemmaForMaskedBlockLM.from_pretrained(oracle_checkpoint, quantization_config=FP8Config(ignore=ignore))
