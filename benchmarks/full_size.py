@@ -6,8 +6,6 @@ nothing of it passes through host memory. `share` gives transformers' own class 
 """
 
 import json
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -15,6 +13,10 @@ from torch import nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, PreTrainedModel
 
 from measure import ROOT, fixed_steps
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+from modeling_diffusiongemma.fp8 import scale_name
+from modeling_diffusiongemma.fp8_layout import default_ignore, make_fp8
+from modeling_diffusiongemma.fp8_math import quantize_weight
 
 RELEASED = ROOT / "tests" / "data" / "released" / "config.json"
 STANDARD_DEVIATION = 0.02
@@ -45,58 +47,24 @@ def build(config: DiffusionGemmaConfig, device: torch.device, dtype: torch.dtype
     Args:
         dtype: of the weights; with `fp8` of those that FP8 leaves alone.
         fp8: attention, dense MLP and experts in FP8, each weight quantised as soon as it is made.
-
-    Raises:
-        ValueError: `fp8`, and this version of the package has none.
     """
-    from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-
     torch.manual_seed(0)
     with init_empty_weights(include_buffers=False):
         model = DiffusionGemmaForMaskedBlockLM(config)
     model.tie_weights()
-    quantization = to_fp8(model) if fp8 else None
+    if fp8:
+        make_fp8(model, default_ignore(model))
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for part in (*model.model.decoder.layers, model):  # the largest first, then what they leave
-        _fill(part, device, dtype, made, quantization)
+        _fill(part, device, dtype, made)
     _place_buffers(model, device, dtype)
     model.generation_config.eos_token_id = None
     return model.eval()
 
 
-class Quantization(NamedTuple):
-    """What to do with a weight of an FP8 module: `quantize(weight) -> (e4m3 weight, scale)`, and the name of the scale's parameter."""
-
-    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    scale_name: Callable[[str], str]
-
-
-def fp8_tools():
-    """`make_fp8`, `default_ignore` and the `Quantization` of the package.
-
-    Raises:
-        ValueError: this version of the package has none.
-    """
-    try:
-        from modeling_diffusiongemma.fp8 import scale_name
-        from modeling_diffusiongemma.fp8_layout import default_ignore, make_fp8
-        from modeling_diffusiongemma.fp8_math import quantize_weight
-    except ImportError as error:
-        raise ValueError(f"`--dtype` is 'fp8', which this version of modeling_diffusiongemma has not ({error}); expected bf16") from error
-    return make_fp8, default_ignore, Quantization(quantize_weight, scale_name)
-
-
-def to_fp8(model: nn.Module) -> Quantization:
-    """Puts FP8 modules, still empty, in the places of what the published FP8 checkpoint quantises."""
-    make_fp8, default_ignore, quantization = fp8_tools()
-    make_fp8(model, default_ignore(model))
-    return quantization
-
-
 @torch.no_grad()
 def _fill(
-    part: nn.Module, device: torch.device, dtype: torch.dtype, made: dict[int, tuple[nn.Parameter, nn.Parameter]],
-    quantization: Quantization | None,
+    part: nn.Module, device: torch.device, dtype: torch.dtype, made: dict[int, tuple[nn.Parameter, nn.Parameter]]
 ) -> None:  # fmt: skip
     """Gives every parameter of `part` that is still on the meta device a random value, its scale with it; tied ones stay tied."""
     for module in part.modules():
@@ -107,8 +75,8 @@ def _fill(
                 values = torch.empty(empty.shape, dtype=dtype, device=device)
                 values.normal_(0, STANDARD_DEVIATION) if empty.dim() > 1 else values.fill_(1)
                 if empty.dtype.itemsize == 1:
-                    values, scale = quantization.quantize(values)
-                    module._parameters[quantization.scale_name(name)] = nn.Parameter(scale, requires_grad=False)
+                    values, scale = quantize_weight(values)
+                    module._parameters[scale_name(name)] = nn.Parameter(scale, requires_grad=False)
                 made[id(empty)] = (empty, nn.Parameter(values, requires_grad=False))
             module._parameters[name] = made[id(empty)][1]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from full_size import build, bytes_per_pass, experts_hit, fp8_tools, full_size_config, share
+from full_size import build, bytes_per_pass, experts_hit, full_size_config, share
 from measure import FIRST_TEXT_ID, fixed_steps, heading, is_out_of_memory, machine, markdown, now, number, peak_mib, say, timed_call, turns
 from stages import STAGES, stage_times
 
@@ -140,11 +140,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("`--device` is 'cpu' and `--shrink` is not given; expected both: the full size has 26 billion parameters")
     if args.dtype == "fp8" and args.against:
         parser.error(f"`--against` is {args.against} and `--dtype` 'fp8', which transformers' class cannot run; expected bf16")
-    if args.dtype == "fp8":
-        try:
-            fp8_tools()
-        except ValueError as error:
-            parser.error(str(error))
     for name, value in (SHRUNK if args.shrink else FULL).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

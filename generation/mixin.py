@@ -109,8 +109,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             ValueError: an argument that is unknown, out of range, or not honoured, by name; NaN logits.
         """
         config, use_max_length = resolve_config(generation_config, self.generation_config, kwargs)
-        if sum(given is not None for given in (inputs, input_ids, inputs_embeds)) != 1:
-            raise ValueError("`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`, expected exactly one of them")
+        if (given := sum(value is not None for value in (inputs, input_ids, inputs_embeds))) != 1:
+            found = "the prompt is empty: none is given" if given == 0 else f"{given} are given"
+            raise ValueError(
+                f"`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`; {found}; expected exactly one of them"
+            )
         if past_key_values is not None and config.cache_implementation is not None:
             raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `past_key_values` is given")
         if config.decoding != "diffusion" and (past_key_values is not None or decoder_input_ids is not None):

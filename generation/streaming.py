@@ -5,8 +5,10 @@ accepted by this step; corrected, which is accepted and not the token accepted t
 best guess is shown; and, for a layout that knows them, given from outside the canvas.
 """
 
+import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TextIO
 
@@ -32,12 +34,30 @@ def one_line(cells: Sequence[Cell], paint: Callable[[Cell], str]) -> str:
     return "".join(paint(cell) for cell in cells)
 
 
+def wrapped(columns: int, lines: int) -> Callable[[Sequence[Cell], Callable[[Cell], str]], str]:
+    """Layout of a terminal: no line is longer than `columns`, and of more than `lines` the last are drawn, so that redrawing
+    in place finds the first one again."""
+
+    def layout(cells: Sequence[Cell], paint: Callable[[Cell], str]) -> str:
+        drawn, used = [""], 0
+        for cell in cells:
+            width = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in cell.text)
+            if used and used + width > columns:
+                drawn.append("")
+                used = 0
+            drawn[-1] += paint(cell)
+            used += width
+        return "\n".join(drawn[-lines:])
+
+    return layout
+
+
 class CanvasStreamer(BaseStreamer):
     """Draws each denoising step of a batch of one; pass it to `generate` as `streamer`.
 
     Args:
         tokenizer: decodes single tokens.
-        layout: `(cells, paint) -> str` arranges the cells of the canvas; default: running text.
+        layout: `(cells, paint) -> str` arranges the cells of the canvas; default: running text, wrapped to a terminal's size.
         stop_ids: what lies from the first of these on is not drawn (end of turn, pad).
         file: default standard output.
         colour: ANSI colours and redrawing in place; default: where `file` is a terminal. Without, each step is printed below
@@ -46,12 +66,14 @@ class CanvasStreamer(BaseStreamer):
     """
 
     def __init__(
-        self, tokenizer, layout=one_line, stop_ids: Sequence[int] = (), file: TextIO | None = None, colour: bool | None = None,
+        self, tokenizer, layout=None, stop_ids: Sequence[int] = (), file: TextIO | None = None, colour: bool | None = None,
         delay: float = 0.0,
     ):  # fmt: skip
-        self.tokenizer, self.layout, self.stop_ids, self.delay = tokenizer, layout, frozenset(stop_ids), delay
+        self.tokenizer, self.stop_ids, self.delay = tokenizer, frozenset(stop_ids), delay
         self.file = sys.stdout if file is None else file
         self.colour = self.file.isatty() if colour is None else colour
+        size = shutil.get_terminal_size()
+        self.layout = layout or (wrapped(size.columns, max(size.lines - 2, 1)) if self.colour else one_line)
         self.step, self._height, self._accepted_ids = 0, 0, None
 
     def put(self, value: torch.Tensor) -> None:
@@ -108,4 +130,4 @@ class CanvasStreamer(BaseStreamer):
         self.file.flush()
 
 
-__all__ = ["CanvasStreamer", "Cell", "one_line"]
+__all__ = ["CanvasStreamer", "Cell", "one_line", "wrapped"]

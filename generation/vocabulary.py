@@ -22,9 +22,8 @@ from .running import MASKED, TILE, Running, Shape, absorb_triton, choose_absorb,
 from .statistics import RowStatistics
 
 # Sizes of a piece's logits that stay in a cache. CPU: 256 positions times 4,096 ids in float32 are 4 MiB. Measured (CPU seconds a pass,
-# median of 8 to 12; 256 positions, hidden 256, 262,144 ids, one thread of an Intel Xeon with AMX, torch 2.13) with pieces of 1,024 |
-# 2,048 | 4,096 | 8,192 | 16,384 ids: float32 0.88 | 0.78 | 0.78 | 0.84 | 0.95, bf16 0.53 | 0.41 | 0.43 | 0.54 | 0.77; and 1,024
-# positions at once instead of four times 256: 2.0 instead of 1.7 in bf16.
+# median of 8 to 12; 256 positions, hidden 256, 262,144 ids, one thread of an Intel Xeon with AMX, torch 2.13) with pieces of
+# 2,048 | 4,096 | 8,192 ids: float32 0.78 | 0.78 | 0.84, bf16 0.41 | 0.43 | 0.54.
 PIECE, POSITIONS = 4096, 256
 NUMBERS = 2**23  # of a piece's logits on a GPU: 16 MiB in bf16, and as much of exponentials, in 50 MB of L2 cache
 

@@ -1,34 +1,14 @@
 """The canvas on standard error while it is denoised, and its text when it is committed."""
 
 import os
-import shutil
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 
 from generation.canvas import CanvasState
 from generation.events import TextAssembler
-from generation.streaming import CanvasStreamer, Cell, one_line
-
-
-def wrapped(columns: int, lines: int) -> Callable[[Sequence[Cell], Callable[[Cell], str]], str]:
-    """Layout of a terminal: no line is longer than `columns`, and of more than `lines` the last are drawn, so that redrawing
-    in place finds the first one again."""
-
-    def layout(cells: Sequence[Cell], paint: Callable[[Cell], str]) -> str:
-        drawn, used = [""], 0
-        for cell in cells:
-            width = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in cell.text)
-            if used and used + width > columns:
-                drawn.append("")
-                used = 0
-            drawn[-1] += paint(cell)
-            used += width
-        return "\n".join(drawn[-lines:])
-
-    return layout
+from generation.streaming import CanvasStreamer, Cell
 
 
 class Watch(CanvasStreamer):
@@ -46,9 +26,7 @@ class Watch(CanvasStreamer):
 
     def __init__(self, tokenizer, stop_ids: Iterable[int], draw: bool = True, on_text: Callable[[str], None] | None = None):
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
-        size = shutil.get_terminal_size()
-        layout = wrapped(size.columns, max(size.lines - 2, 1)) if colour else one_line
-        super().__init__(tokenizer, layout, tuple(stop_ids), file=sys.stderr, colour=colour)
+        super().__init__(tokenizer, stop_ids=tuple(stop_ids), file=sys.stderr, colour=colour)
         self.draw, self.in_place, self.on_text = draw, draw and colour, on_text
         self._text, self._committed = None, ""
 
@@ -85,4 +63,4 @@ class Watch(CanvasStreamer):
         self._text, self._committed, self._height = None, "", 0
 
 
-__all__ = ["Watch", "wrapped"]
+__all__ = ["Watch"]

@@ -2,8 +2,9 @@
 
 Experts are 88 % of the released model's bytes; in 4 bits the model takes 18.8 GB instead of 51.6. The numbers and the kernels are
 those of bitsandbytes (NF4: Dettmers et al. 2023, arXiv 2305.14314), whose functions take stacked experts of any shape. torchao
-0.18's do not: `IntxWeightOnlyConfig` refuses three dimensions and `Int4WeightOnlyConfig` needs a package of kernels. Through
-transformers 5.23 neither library reaches the experts, since its quantisers for both look at `nn.Linear`.
+0.18's do not: `IntxWeightOnlyConfig` refuses three dimensions and `Int4WeightOnlyConfig` needs a package of kernels. transformers
+5.23's quantiser for bitsandbytes looks at `nn.Linear` and does not reach the experts; its quantiser for torchao can be told their
+names, and then fails for the reasons above.
 
 A layer's experts are dequantised when they are used, one projection at a time, and go through whatever experts implementation is
 set. This is slower than the plain model wherever that fits. Such a model is made while loading and is not saved.

@@ -76,7 +76,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         weight = self.lm_head.weight
         if weight.is_meta or hasattr(self.lm_head, "_hf_hook") or not weight.is_floating_point() or type(self.lm_head) is not nn.Linear:
             return None
-        scale = torch.tensor(weight.shape[1] ** 0.5, dtype=weight.dtype, device=weight.device)
+        scale = torch.full((), weight.shape[1] ** 0.5, dtype=weight.dtype, device=weight.device)  # no copy from the host
         return VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale)
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:

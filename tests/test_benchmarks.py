@@ -1,6 +1,5 @@
 """The benchmarks run, at small sizes on a CPU, and report what they promise. No timing is judged."""
 
-import importlib.util
 import json
 import math
 import runpy
@@ -29,7 +28,6 @@ from recipes import small_config  # noqa: E402
 
 SIDES = ("ours", "transformers")
 CPU = torch.device("cpu")
-HAS_FP8 = importlib.util.find_spec("modeling_diffusiongemma.fp8") is not None
 
 
 def run(script, *arguments):
@@ -131,7 +129,6 @@ def test_gpu_runs_shrunk_on_a_cpu(capsys):
     assert {name: value for name, value in vars(generation.denoise).items() if before[name] is not value} == {}
 
 
-@pytest.mark.skipif(not HAS_FP8, reason="this version of the package has no FP8")
 def test_gpu_runs_in_fp8(capsys):
     gpu.main(["--device", "cpu", "--shrink", "--batch", "1", "--cache", "dynamic", "--steps", "2", "--rounds", "1", "--dtype", "fp8"])
     assert "### a shrunk architecture, random weights, fp8" in capsys.readouterr().out
@@ -139,13 +136,6 @@ def test_gpu_runs_in_fp8(capsys):
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     weights = {weight.dtype for layer in model.model.decoder.layers for weight in layer.experts.parameters() if weight.shape[-1] > 1}
     assert weights == {torch.float8_e4m3fn}
-
-
-@pytest.mark.skipif(HAS_FP8, reason="this version of the package has FP8")
-def test_gpu_refuses_fp8_by_name(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        gpu.parse(["--device", "cpu", "--shrink", "--dtype", "fp8"])
-    assert "error: `--dtype` is 'fp8'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

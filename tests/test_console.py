@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
 from generation.configuration import PRESETS
-from generation.streaming import Cell
+from generation.streaming import Cell, wrapped
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
 from modeling_diffusiongemma.console import COMMANDS, build_parser, main
-from modeling_diffusiongemma.console_watch import wrapped
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "data" / "released"

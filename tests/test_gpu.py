@@ -5,7 +5,7 @@ import torch
 from small_models import prompts, small_model, small_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
-from generation import vocabulary
+from generation import capture, vocabulary
 from generation.draws import BatchDraws
 from generation.filters import Filters
 from generation.running import absorb
@@ -61,6 +61,37 @@ def test_vocabulary_kernel_equals_its_reference_on_cuda(dtype, filters, monkeypa
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-3, rtol=0)
     scale = float(expected_soft.float().abs().max())
     torch.testing.assert_close(soft.float(), expected_soft.float(), atol=scale * (1e-4 if dtype == torch.float32 else 2e-2), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"cache_implementation": "static"}, {"top_k": 9}, {"sampler": "predictor_corrector", "max_denoising_steps": 3}]
+)
+def test_graph_of_a_step_gives_the_tokens_of_plain_steps_on_cuda(settings, monkeypatch):
+    """Over several canvases; `record_plainly` runs the same function on the same buffers, so only the graph differs."""
+    model = small_model(vocab_size=5001).cuda()
+    ids = prompts(1, 9)[0].cuda()
+    settings = {"max_new_tokens": 35, "max_denoising_steps": 4, "seed": 0, "eos_token_id": [], "pad_token_id": 0, **settings}
+    graph = model.generate(ids, **settings)
+    monkeypatch.setattr(capture, "record_graph", capture.record_plainly)
+    assert torch.equal(graph, model.generate(ids, **settings))
+
+
+def test_steps_are_recorded_without_a_warning_on_cuda(monkeypatch):
+    said = []
+    monkeypatch.setattr(capture.logger, "warning_once", said.append)
+    model = small_model(vocab_size=5001).cuda()
+    model.generate(prompts(1, 9)[0].cuda(), max_new_tokens=25, max_denoising_steps=4)
+    assert said == []
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "quantized"])
+def test_other_caches_answer_on_cuda(kind):
+    path = default_checkpoint()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).cuda(), AutoTokenizer.from_pretrained(path)
+    chat = [{"role": "user", "content": "Write October 2, 2052 as an ISO date."}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt").to("cuda")
+    sequences = model.generate(**inputs, seed=0, canvas_length=8, max_new_tokens=64, cache_implementation=kind)
+    assert tokenizer.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == "2052-10-02"
 
 
 def test_shipped_checkpoint_answers_on_cuda():
