@@ -1,7 +1,9 @@
 """The Auto classes of transformers after `import modeling_diffusiongemma`. What the model ones load is in test_checkpoint.py."""
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -61,10 +63,14 @@ def test_tokenizer_is_the_checkpoints(name):
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id) == (config.text_config.pad_token_id, 2)
 
 
-def test_processor_of_a_checkpoint_without_one_is_the_usual_error():
-    """It names the file that is missing; or, before it looks, the library."""
+def test_processor_of_a_checkpoint_without_images_is_its_tokenizer(tmp_path):
+    """transformers' server asks for one. A folder that names none gives the usual error: the file that is missing, or the library."""
+    assert type(AutoProcessor.from_pretrained(default_checkpoint())) is type(AutoTokenizer.from_pretrained(default_checkpoint()))
+    shutil.copytree(default_checkpoint(), tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "processor_class"}))
     with pytest.raises((OSError, ImportError), match="preprocessor_config.json|pip install pillow"):
-        AutoProcessor.from_pretrained(default_checkpoint())
+        AutoProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="transformers' Gemma4Processor needs torchvision")

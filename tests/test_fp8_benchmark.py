@@ -30,11 +30,11 @@ def test_bytes_of_the_released_architecture_are_the_published_ones(benchmark):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
 def test_quantising_while_loading_never_holds_two_copies(benchmark, tmp_path):
-    """186 MiB in bfloat16, 99 in FP8; above the model there are at most a tensor of 15 MiB and one expert of it in float32."""
+    """186 MiB in bfloat16, 99 in FP8; above the model there are a few tensors of at most 15 MiB that loader threads have read ahead."""
     torch.manual_seed(0)
     DiffusionGemmaForMaskedBlockLM(benchmark["shrunk_config"]()).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60MB")
     command = [sys.executable, SCRIPT, "memory", "--load", "quantise", tmp_path, "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
-    assert measured["peak"] < measured["weights"] + 20 * 2**20
+    assert measured["peak"] < measured["weights"] + 64 * 2**20
