@@ -136,7 +136,7 @@ def record_graph(run: Callable) -> tuple[Callable, Any]:
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
         outputs = run()
     return graph.replay, outputs
 
