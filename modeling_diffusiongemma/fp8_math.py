@@ -16,8 +16,12 @@ scale is moreover rounded to bf16, which may push its row's largest value beyond
 import functools
 
 import torch
-from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
 from transformers.utils import logging
+
+try:
+    from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
+except ImportError:  # an older torch
+    scaled_mm = None
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +105,8 @@ def _missing_units(device: torch.device) -> str | None:
     """Why torch's scaled products do not run on `device`; None where they do."""
     if device.type != "cuda":
         return f"the device is {device.type!r}"
+    if scaled_mm is None:
+        return f"torch {torch.__version__} has none"
     capability = torch.cuda.get_device_capability(device)
     if capability < (9, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
