@@ -83,13 +83,13 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """How likely a response is: `score.score_responses`."""
         return score_responses(self, input_ids, labels, attention_mask, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in the base class; generation_config.json says every diffusion field, since vLLM takes them from there alone."""
+    def save_pretrained(self, save_directory, *args, remote_code: bool | None = None, **kwargs):
+        """`LoadingMixin.save_pretrained`; generation_config.json says every diffusion field, since vLLM takes them from there alone."""
         own = self.generation_config
         if isinstance(own, DiffusionGenerationConfig):
             self.generation_config = own.filled()
         try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            return super().save_pretrained(save_directory, *args, remote_code=remote_code, **kwargs)
         finally:
             self.generation_config = own
 

@@ -1,7 +1,6 @@
 """The console, mostly through `main(argv)`; in processes of their own where the process is the point: pipes, terminals, imports."""
 
 import http.server
-import inspect
 import io
 import json
 import os
@@ -453,10 +452,6 @@ def test_info_of_a_hub_repository_fetches_headers_alone(answers, tmp_path):
 # export
 
 
-@pytest.mark.skipif(
-    "remote_code" not in inspect.signature(DiffusionGemmaForMaskedBlockLM.save_pretrained).parameters,
-    reason="save_pretrained has no `remote_code`",
-)
 def test_export_writes_a_repository_that_brings_its_code(answers, tmp_path):
     folder = tmp_path / "repository"
     (about,) = answers("export", str(folder))
