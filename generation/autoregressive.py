@@ -71,7 +71,8 @@ def decode_verified(model, plan: Plan, written: Written, real: torch.Tensor, dra
         kept = 1 + int(agrees.sum())
         if kept < draft.shape[1]:
             cache.crop(-(draft.shape[1] - kept))
-        written.add_tokens(draft[:, :kept], passes + state.passes, logits=torch.cat((before, raw), dim=1)[:, :kept])
+        logits = torch.cat((before, raw[:, : kept - 1]), dim=1) if plan.keep_logits else None
+        written.add_tokens(draft[:, :kept], passes + state.passes, logits=logits)
         real, chosen, before, passes = canvas_real[:, : real.shape[1] + kept], choices[:, kept - 1 : kept], raw[:, kept - 1 : kept], one
         number += 1
 

@@ -150,7 +150,7 @@ def _streamed_by(model, plan: Plan, context: CanvasContext, streamer) -> tuple[V
 def _view(model, plan: Plan, context: CanvasContext, shape: tuple[int, int]):
     """What holds for every step of the canvas."""
     positions = plan.positions(context.real, shape[1])
-    return model.prepare_canvas(context.cache, tuple(shape), context.real, positions, **({"slots": plan.slots} if plan.record else {}))
+    return model.prepare_canvas(context.cache, tuple(shape), context.real, positions, slots=plan.slots)
 
 
 def _stream(streamer: BaseStreamer, state: CanvasState, logits: torch.Tensor | None) -> None:

@@ -189,7 +189,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         """The outer loop. `prompt`: what `prefill` takes for it. Returns the cache, or None once rows have left it."""
         length = plan.canvas_length
         if cache is None:
-            cache = make_cache(config, self.config.get_text_config(), real.shape[1] + (plan.canvases - 1) * length, real.device)
+            cache = make_cache(config, self.config.get_text_config(), plan.cache_length, real.device)
         pending, new, whole = prompt, real.shape[1] - int(cache.get_seq_length()), True
         recording = Recording() if plan.record else None
         for number in range(plan.canvases):

@@ -22,9 +22,9 @@ class Plan:
     `new_tokens`: how many a row may get. `temperature`: the caller's, which the schedule already holds. `greedy`: take the
     argmax, not a sample. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as
     transformers' do. `sure_end`, `patience`: as `denoising_step` takes them. `deadline`: seconds on `time.perf_counter`.
-    `stream_vocabulary`: walk the vocabulary in pieces where `shaping` can. `keep_logits`: hand out the logits of what is committed.
-    `late_flags`: look one step late at which rows are finished, so that the device never waits for the host. `record`: record
-    the denoising step once and replay it, over canvases that all have `slots` slots for cached tokens.
+    `prompt_length`: cached tokens included. `stream_vocabulary`: walk the vocabulary in pieces where `shaping` can. `keep_logits`: hand
+    out the logits of what is committed. `late_flags`: look one step late at which rows are finished, so that the device never
+    waits for the host. `record`: record the denoising step once and replay it.
     """
 
     canvas_length: int
@@ -48,11 +48,21 @@ class Plan:
     keep_logits: bool
     late_flags: bool
     record: bool
-    slots: int
+    prompt_length: int
 
     @property
     def canvases(self) -> int:
         return -(-self.new_tokens // self.canvas_length)
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens before the last canvas, which is never committed."""
+        return self.prompt_length + (self.canvases - 1) * self.canvas_length
+
+    @property
+    def slots(self) -> int:
+        """Slots for cached tokens that every canvas's view has at least: a recorded step takes views of one shape."""
+        return self.cache_length if self.record else 0
 
     def steps(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The steps' numbers, int64, and their temperatures, float32, each `(max_denoising_steps,)`."""
@@ -103,12 +113,11 @@ def make_plan(
         "fixed_steps": FixedStepsSampler,
         "predictor_corrector": lambda: PredictorCorrectorSampler(vocab_size, config.corrector_steps, config.corrector_positions),
     }[config.sampler]()
-    canvas_length = config.canvas_length or model_config.canvas_length
     stays = config.cache_implementation not in (None, "dynamic") or not owns_cache  # rows cannot leave such a cache
     streams = not reference and vocab_size > PIECE and not config.output_logits
     record = streams and (stays or rows == 1) and not config.disable_compile and config.decoding == "diffusion" and records(device)
     return Plan(
-        canvas_length=canvas_length,
+        canvas_length=config.canvas_length or model_config.canvas_length,
         new_tokens=new_tokens,
         max_denoising_steps=config.max_denoising_steps,
         temperature=scale,
@@ -128,7 +137,7 @@ def make_plan(
         keep_logits=bool(config.output_logits),
         late_flags=reads_late(device),
         record=record,
-        slots=prompt_length + (-(-new_tokens // canvas_length) - 1) * canvas_length if record else 0,
+        prompt_length=prompt_length,
         deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
     )
 
