@@ -52,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """One warm-up, then the rounds. Every round has a seed of its own."""
-
     model, accelerated = session.model, session.model.device.type != "cpu"
 
     def now() -> float:
@@ -103,7 +102,6 @@ def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def peak_mib(device) -> float | None:
     """None where the platform does not tell."""
-
     if device.type == "cuda":  # all of them: `--device auto` spreads the model
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 2**20
     if device.type != "cpu":
@@ -116,7 +114,6 @@ def peak_mib(device) -> float | None:
 
 
 def machine(device) -> dict[str, Any]:
-
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -127,7 +124,6 @@ def machine(device) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-
     unfit = {name: value for name, value in generation_settings(args).items() if name in ("backend", "decoding")}
     if set(unfit.values()) - {"auto", "diffusion"}:
         raise UsageError(f"`--set` asks for {unfit}; expected them unset: what is timed are denoising steps")

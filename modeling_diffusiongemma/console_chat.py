@@ -48,7 +48,6 @@ def read_line(interactive: bool) -> str | None:
 
 def converse(session, args: argparse.Namespace, interactive: bool) -> int:
     """Reads lines until the end; returns 1 if an answer failed. A turn that fails or is interrupted is forgotten."""
-
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages, failed = list(start), False
     while (line := read_line(interactive)) is not None:

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_safetensors_metadata
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
@@ -14,13 +14,13 @@ from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, Diffusio
 
 from .console_arguments import MODEL_TYPE, Command, UsageError, add_json, add_model
 from .loading import damaged_files
+from .safetensors_files import INDEX, indexed_files, read_header
 
 EXAMPLES = """\
   diffusiongemma info
   diffusiongemma info --model sudoku --json
   diffusiongemma info --model google/diffusiongemma-26B-A4B-it
 """
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
@@ -31,53 +31,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors; empty where there are none."""
-    if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))]
+    indexed = indexed_files(folder)
+    if indexed is not None:
+        return [folder / name for name in indexed]
     return [folder / SINGLE] if (folder / SINGLE).is_file() else []
 
 
-def read_header(path: Path) -> dict[str, dict]:
-    """Name to `dtype`, `shape` and `data_offsets` of every tensor of a safetensors file: the JSON before its data."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+def weight_counts(files: int, tensors: list[tuple[str, tuple[int, int]]]) -> dict[str, Any]:
+    """`files`, `tensors`, `bytes` and `bytes_by_dtype` of tensors given as dtype and the offsets of their data."""
+    by_dtype: dict[str, int] = {}
+    for dtype, (first, last) in tensors:
+        by_dtype[dtype] = by_dtype.get(dtype, 0) + last - first
+    return {"files": files, "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
 
 
 def local_weights(folder: Path) -> dict[str, Any] | None:
-    """Of a folder's weights: `files`, `tensors`, `bytes`, and `bytes_by_dtype`. None where there are none.
+    """`weight_counts` of a folder. None where there are none.
 
     Raises:
         OSError: a file is missing, truncated or no safetensors file.
     """
-
     files = weight_files(folder)
     if not files:
         return None
     if problems := damaged_files(folder):
         raise OSError(f"cannot read {folder}: {'; '.join(problems)}")
-    by_dtype: dict[str, int] = {}
-    tensors = [tensor for file in files for tensor in read_header(file).values()]
-    for tensor in tensors:
-        first, last = tensor["data_offsets"]
-        by_dtype[tensor["dtype"]] = by_dtype.get(tensor["dtype"], 0) + last - first
-    return {"files": len(files), "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+    entries = [entry for file in files for name, entry in read_header(file).items() if name != "__metadata__"]
+    return weight_counts(len(files), [(entry["dtype"], entry["data_offsets"]) for entry in entries])
 
 
 def hub_weights(name: str) -> dict[str, Any]:
     """The same of a repository on the Hub whose weights are not on this machine: the headers alone are fetched."""
-    from huggingface_hub import get_safetensors_metadata
-
     files = get_safetensors_metadata(name).files_metadata.values()
-    by_dtype: dict[str, int] = {}
-    tensors = [tensor for file in files for tensor in file.tensors.values()]
-    for tensor in tensors:
-        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.data_offsets[1] - tensor.data_offsets[0]
-    return {"files": len(files), "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+    return weight_counts(len(files), [(tensor.dtype, tensor.data_offsets) for file in files for tensor in file.tensors.values()])
 
 
 def count_parameters(config) -> tuple[int, int]:
     """All parameters, and those a token goes through: of the experts only `top_k_experts`. Built without memory."""
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -89,7 +79,6 @@ def count_parameters(config) -> tuple[int, int]:
 
 def describe(path: str) -> dict[str, Any]:
     """Everything `info` tells, as it goes into JSON."""
-
     config = AutoConfig.from_pretrained(path)
     if config.model_type != MODEL_TYPE:
         raise UsageError(f"`--model` is {path!r} with `model_type` {config.model_type!r}; expected {MODEL_TYPE!r}")

@@ -13,11 +13,11 @@ set. This is slower than the plain model wherever that fits. Such a model is mad
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
+from .quantizer_registry import register
 
 METHOD = f"{__name__}"
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -167,10 +167,7 @@ class FourBitQuantizer(HfQuantizer):
         return True  # adapters on top
 
 
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-auto.register_quantization_config(METHOD)(FourBitConfig)
-auto.register_quantizer(METHOD)(FourBitQuantizer)
+register(METHOD, FourBitConfig, FourBitQuantizer)
 
 
 __all__ = ["FourBitConfig", "FourBitExperts", "FourBitQuantizer"]

@@ -17,7 +17,7 @@ from torch import nn
 from .experts import Experts
 from .fp8 import FP8Experts, FP8Linear
 from .fp8_math import E4M3
-from .safetensors_files import StoredTensor, stored_tensors
+from .safetensors_files import StoredTensor, published_tensors
 
 QUANTIZATION = {  # quantization_config of the published copy, without its list `ignore`
     "quant_method": "compressed-tensors",
@@ -185,15 +185,13 @@ def check_files(model: nn.Module, files: list[str | os.PathLike]) -> None:
     """
     if wrong := [str(path) for path in files if not str(path).endswith(".safetensors")]:
         raise ValueError(f"FP8 weights are in {wrong[0]}; expected safetensors files")
-    stored = {}
-    for name, entry in stored_tensors(files).items():
-        stored[name if name.startswith(("model.", "lm_head.")) else f"model.{name}"] = (name, entry)
+    stored = published_tensors(files)
 
     def find(name: str, beside: str | None = None) -> StoredTensor:
         if name not in stored:
-            where = f"{stored[beside][1].file} holds {beside} without" if beside in stored else f"none of {len(files)} files holds"
+            where = f"{stored[beside].file} holds {beside} without" if beside in stored else f"none of {len(files)} files holds"
             raise ValueError(f"{where} {name}; expected a weight and its scale for every FP8 layer")
-        return stored[name][1]
+        return stored[name]
 
     scales: dict = {}
     shapes = fp8_shapes(model)
@@ -206,13 +204,13 @@ def check_files(model: nn.Module, files: list[str | os.PathLike]) -> None:
                 f"{layer}.weight_scale in {scale.file} is {scale.dtype} {scale.shape}; expected {'/'.join(SCALE_DTYPES)} {(shape[0], 1)}"
             )
         scales.setdefault(scale.file, []).append(f"{layer}.weight_scale")
-    for name, (_, entry) in stored.items():
+    for name, entry in stored.items():
         if entry.dtype.startswith("F8") and name.removesuffix(".weight") not in shapes:
             raise ValueError(f"{name} in {entry.file} is {entry.dtype}; expected bfloat16, since `ignore` names it or no layer has it")
     for file, names in scales.items():
         with safe_open(file, "pt") as opened:
             for name in names:
-                check_scale(opened.get_tensor(stored[name][0]), name, file)
+                check_scale(opened.get_tensor(stored[name].name), name, file)
 
 
 def check_scale(scale: torch.Tensor, name: str, file: str | os.PathLike) -> None:

@@ -9,7 +9,6 @@ config.json always has the published one.
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -26,6 +25,7 @@ from .fp8_layout import (
     published_quantization,
 )
 from .fp8_math import E4M3, quantize_weight
+from .quantizer_registry import register
 
 METHOD = f"{__name__}"  # a copy of this file that came as remote code registers under its own name
 
@@ -258,11 +258,7 @@ class FP8Quantizer(HfQuantizer):
         return True
 
 
-# As `register_quantization_config` and `register_quantizer`, which refuse a file of remote code that is read anew.
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-auto.register_quantization_config(METHOD)(FP8Config)
-auto.register_quantizer(METHOD)(FP8Quantizer)
+register(METHOD, FP8Config, FP8Quantizer)
 
 
 __all__ = ["METHOD", "FP8Config", "FP8Quantizer"]

@@ -7,9 +7,7 @@ along where that is asked for.
 """
 
 import copy
-import json
 import os
-import struct
 import tempfile
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from .auto import REGISTERED
 from .fp8_quantizer import METHOD as FP8
 from .nvfp4 import METHOD as NVFP4
 from .remote_code import auto_map, write_card, write_code
+from .safetensors_files import INDEX, indexed_files, inspect_header
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -28,30 +27,12 @@ DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token
 def damaged_files(folder: str | os.PathLike) -> list[str]:
     """Describes every safetensors file of a local checkpoint that is missing or shorter than its header says."""
     folder, problems = Path(folder), []
-    index = folder / "model.safetensors.index.json"
-    names = {path.name for path in folder.glob("*.safetensors")}
-    if index.is_file():
-        names |= set(json.loads(index.read_text())["weight_map"].values())
+    names = {path.name for path in folder.glob("*.safetensors")} | set(indexed_files(folder) or ())
     for name in sorted(names):
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing, though {index.name} names it")
-            continue
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(8)
-            length = struct.unpack("<Q", header)[0] if len(header) == 8 else 0
-            if not 0 < length <= size - 8:
-                problems.append(f"{name} has no safetensors header ({size} bytes)")
-                continue
-            try:
-                tensors = json.loads(file.read(length))
-            except ValueError:
-                problems.append(f"{name} has a damaged safetensors header")
-                continue
-        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
-        if size != 8 + length + max(ends, default=0):
-            problems.append(f"{name} has {size} bytes where its header says {8 + length + max(ends, default=0)}")
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing, though {INDEX} names it")
+        elif wrong := inspect_header(folder / name)[1]:
+            problems.append(f"{name} {wrong}")
     return problems
 
 

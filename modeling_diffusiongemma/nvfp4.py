@@ -18,14 +18,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
 from .fp8_layout import PROJECTIONS, expert_names, prefix_of
 from .fp8_math import E4M3
-from .safetensors_files import stored_tensors
+from .quantizer_registry import register
+from .safetensors_files import published_tensors
 
 METHOD = f"{__name__}"
 GROUP = 16  # numbers a scale
@@ -135,7 +135,7 @@ def check_nvfp4_files(model: nn.Module, files: list[str | os.PathLike], producer
             message names tensor and file.
     """
     prefix, (numbers, block, matrix) = prefix_of(model), NAMES[producer]
-    stored = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": entry for name, entry in stored_tensors(files).items()}
+    stored = published_tensors(files)
     shapes, global_scales = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, Experts):
@@ -163,9 +163,8 @@ def check_nvfp4_files(model: nn.Module, files: list[str | os.PathLike], producer
         global_scales.setdefault(stored[f"{name}.{block}"].file, []).append(f"{name}.{block}")
     for file, names in global_scales.items():
         with safe_open(file, "pt") as opened:
-            known = set(opened.keys())
             for name in names:
-                scale = opened.get_tensor(name if name in known else name.removeprefix("model.")).float()
+                scale = opened.get_tensor(stored[name].name).float()
                 if not (scale.isfinite().all() and (scale >= 0 if name.endswith(block) else scale > 0).all()):
                     raise ValueError(f"{name} in {file} holds {scale.flatten().tolist()[:4]}...; expected positive finite scales")
 
@@ -211,10 +210,7 @@ class NVFP4Quantizer(HfQuantizer):
         return True
 
 
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-auto.register_quantization_config(METHOD)(NVFP4Config)
-auto.register_quantizer(METHOD)(NVFP4Quantizer)
+register(METHOD, NVFP4Config, NVFP4Quantizer)
 
 
 __all__ = ["METHOD", "NVFP4Config", "NVFP4Quantizer", "check_nvfp4_files", "dequantize_nvfp4"]

@@ -35,14 +35,14 @@ from .fp8_layout import (
 )
 from .fp8_math import quantize_rows
 from .head import DiffusionGemmaForMaskedBlockLM
-from .safetensors_files import StoredTensor, read_header, stored_tensors
+from .safetensors_files import INDEX, StoredTensor, indexed_files, read_header, stored_tensors
 
 try:
     from tqdm import tqdm
 except ImportError:
     tqdm = None
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+CONFIG = "config.json"
 ITEM_SIZE = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 FINGERPRINT = "source_fingerprint"  # in the metadata of a written shard
@@ -89,9 +89,8 @@ def read_source(source: Path) -> tuple[DiffusionGemmaConfig, dict[str, StoredTen
         raise ValueError(f"`source` is {source}, a {config.model_type!r} model; expected 'diffusion_gemma'")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source / CONFIG} has a `quantization_config`; expected a checkpoint that is not quantised")
-    files = sorted(source.glob("*.safetensors"))
-    if (source / INDEX).is_file():
-        files = [source / name for name in sorted(set(json.loads((source / INDEX).read_text())["weight_map"].values()))]
+    indexed = indexed_files(source)
+    files = sorted(source.glob("*.safetensors")) if indexed is None else [source / name for name in indexed]
     if not files:
         raise OSError(f"`source` is {source}, which has no .safetensors file")
     return config, stored_tensors(files)

@@ -6,14 +6,41 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
+INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
+
 
 class StoredTensor(NamedTuple):
     """One entry of a header."""
 
+    name: str
     file: Path
     dtype: str  # in safetensors' words: "BF16", "F8_E4M3"
     shape: tuple[int, ...]
     size: int  # bytes
+
+
+def indexed_files(folder: Path) -> list[str] | None:
+    """Names of the weight files that a folder's index lists; None where it has no index."""
+    if not (folder / INDEX).is_file():
+        return None
+    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def inspect_header(path: Path) -> tuple[dict, str | None]:
+    """What `read_header` returns, and None; or what is wrong with the file, in words that its name stands before."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= size - 8:
+            return {}, f"has no safetensors header ({size} bytes)"
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return {}, "has a damaged safetensors header"
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    return header, None if size == expected else f"has {size} bytes where its header says {expected}"
 
 
 def read_header(path: str | os.PathLike) -> dict:
@@ -22,21 +49,9 @@ def read_header(path: str | os.PathLike) -> dict:
     Raises:
         OSError: the file is missing, is no safetensors file, or is not as long as its header says.
     """
-    path = Path(path)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= size - 8:
-            raise OSError(f"{path} has no safetensors header ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise OSError(f"{path} has a damaged safetensors header") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise OSError(f"{path} has {size} bytes where its header says {expected}")
+    header, wrong = inspect_header(Path(path))
+    if wrong:
+        raise OSError(f"{path} {wrong}")
     return header
 
 
@@ -55,8 +70,14 @@ def stored_tensors(files: list[str | os.PathLike]) -> dict[str, StoredTensor]:
             if name in found:
                 raise ValueError(f"{path} and {found[name].file} both hold {name}; expected every tensor once")
             start, end = entry["data_offsets"]
-            found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), end - start)
+            found[name] = StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), end - start)
     return found
 
 
-__all__ = ["StoredTensor", "read_header", "stored_tensors"]
+def published_tensors(files: list[str | os.PathLike]) -> dict[str, StoredTensor]:
+    """`stored_tensors` under the names of the model with its head, which files of the model without it lack `model.` of."""
+    stored = stored_tensors(files).items()
+    return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": entry for name, entry in stored}
+
+
+__all__ = ["INDEX", "StoredTensor", "indexed_files", "inspect_header", "published_tensors", "read_header", "stored_tensors"]
