@@ -16,6 +16,12 @@ import tiny  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def oracle_checkpoint(tmp_path_factory):
     """Folder of a checkpoint that transformers' own model saved; read only."""

@@ -47,10 +47,7 @@ SHAPES = {  # of the files of google/diffusiongemma-26B-A4B-it
 DAMAGES = ("missing", "empty", "header_cut", "data_cut", "garbage")
 
 
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module")

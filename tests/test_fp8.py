@@ -24,10 +24,7 @@ EXPERT = "model.decoder.layers.1.experts.2.up_proj"
 LINEAR = "model.decoder.layers.3.self_attn.k_proj"
 
 
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,14 @@ from modeling_diffusiongemma.fp8_math import (
 )
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("without_gradients"),
+]
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="torch's scaled products need compute capability 9.0")
 # bfloat16 output rounds to 2**-9; Hopper sums FP8 products with about 14 bits, so a sum of cancelling terms keeps an absolute error.
 TOLERANCE = {"rtol": 2**-7, "atol": 0.02}
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
 
 
 def numbers(*shape, seed=0):

@@ -20,10 +20,7 @@ LONG_ROWS = (4, 21, 9)
 STATIC_SIZES = ((1,), (3,), (7,), (8,), (9,), (33,), (3, 5, 5, 5, 5), (21, 10, 10), (6, 1, 1, 1, 1), (8, 1, 9), (1, 30))
 
 
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def test_logits_are_far_from_uniform():

@@ -23,10 +23,7 @@ CHUNKED = "chunk_length"
 ROUNDING = 3e-5
 
 
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 class Recorder(TorchDispatchMode):
