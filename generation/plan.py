@@ -12,7 +12,6 @@ from .processors import Shaping, build_shaping
 from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Sampler
 from .schedule import TemperatureSchedule
 from .stopping import StableAndConfident
-from .vocabulary import PIECE
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def make_plan(
         "predictor_corrector": lambda: PredictorCorrectorSampler(vocab_size, config.corrector_steps, config.corrector_positions),
     }[config.sampler]()
     stays = config.cache_implementation not in (None, "dynamic") or not owns_cache  # rows cannot leave such a cache
-    streams = not reference and vocab_size > PIECE and not config.output_logits
+    streams = not reference and not config.output_logits
     record = streams and (stays or rows == 1) and not config.disable_compile and config.decoding == "diffusion" and records(device)
     return Plan(
         canvas_length=config.canvas_length or model_config.canvas_length,

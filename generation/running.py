@@ -56,12 +56,37 @@ class Shape(NamedTuple):
     softcap: float
     temperature: float | torch.Tensor
 
-    def logits(self, products: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """Float32 (N, W) from products (N, W) of any dtype; `MASKED` where `kept`, bool (N or 1, W), is False."""
-        # One new tensor, not two: on a CPU a second one of this size costs more than all the arithmetic.
-        scaled = products / self.softcap if products.dtype == torch.float32 else products.float().div_(self.softcap)
-        logits = scaled.tanh_().mul_(self.softcap).div_(self.temperature)
+    def logits(self, products: torch.Tensor, kept: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32 (N, W) from products (N, W) of any dtype; `MASKED` where `kept`, bool (N or 1, W), is False. In `out` float32 (N, W), if
+        given, which may be `products`."""
+        if products.dtype == torch.float32:
+            scaled = torch.div(products, self.softcap, out=out)
+        else:
+            scaled = (products.float() if out is None else out.copy_(products)).div_(self.softcap)
+        logits = scaled.tanh_().mul_(self.softcap / self.temperature)
         return logits if kept is None else logits.masked_fill_(~kept, MASKED)
+
+
+class Room(NamedTuple):
+    """Where pieces are computed, one after the other: `products` (N, W) in the weights' dtype, `logits` and `exponentials` float32 (N, W).
+
+    On a CPU a new tensor of this size is fresh memory, which costs more to get than the arithmetic that fills it.
+    """
+
+    products: torch.Tensor
+    logits: torch.Tensor
+    exponentials: torch.Tensor
+
+    def narrow(self, count: int, width: int) -> "Room":
+        """The room of a smaller piece."""
+        return Room(*(tensor[:count, :width] for tensor in self))
+
+
+def make_room(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Room:
+    """Room for `count` positions and `width` ids; in float32 the products become the logits in place."""
+    products = torch.empty((count, width), dtype=dtype, device=device)
+    logits = products if dtype == torch.float32 else torch.empty((count, width), device=device)
+    return Room(products, logits, torch.empty((count, width), device=device))
 
 
 def start_running(count: int, device: torch.device, current: torch.Tensor | None) -> Running:
@@ -75,13 +100,13 @@ def start_running(count: int, device: torch.device, current: torch.Tensor | None
 
 
 def absorb(
-    running: Running, products: torch.Tensor, start: int, shape: Shape, kept: torch.Tensor | None, chance: torch.Tensor | None
+    running: Running, room: Room, start: int, shape: Shape, kept: torch.Tensor | None, chance: torch.Tensor | None
 ) -> tuple[Running, torch.Tensor, torch.Tensor]:
     """Adds a piece.
 
     Args:
         running: used up; go on with what is returned.
-        products: of hidden states and weights, (N, W).
+        room: its `products` are those of hidden states and weights, (N, W); used up.
         start: the first id of the piece.
         shape: makes them logits.
         kept: bool (N or 1, W), ids that can be; None: all.
@@ -89,9 +114,10 @@ def absorb(
             part here; in `absorb_triton` one for every `TILE` ids.
 
     Returns:
-        The sums; e^(l - top), (N, W) in the dtype of `products`; and the factor float32 (N,) that brings earlier sums to the new `top`.
+        The sums; e^(l - top), (N, W) in the dtype of the products, in the room; and the factor float32 (N,) that brings earlier sums to the
+        new `top`.
     """
-    logits = shape.logits(products, kept)
+    logits = shape.logits(room.products, kept, out=room.logits)
     piece_top = logits.amax(dim=-1)
     argmax = _update(running.argmax, piece_top > running.top, lambda rows: logits[rows].argmax(dim=-1) + start)
     top = torch.maximum(running.top, piece_top)
@@ -109,7 +135,7 @@ def absorb(
             other_top = torch.maximum(other_top, best)
             logits.scatter_(1, place, here)
     logits.sub_(top[:, None])
-    exponentials = torch.exp(logits)
+    exponentials = torch.exp(logits, out=room.exponentials)
     piece_mass = exponentials.sum(dim=-1)
     mass = running.mass * shrink + piece_mass
     spread = (running.spread + rise * running.mass) * shrink + logits.mul_(exponentials).sum(dim=-1)
@@ -123,7 +149,8 @@ def absorb(
         other = torch.where(other_mass > 0, other, running.current)  # a piece that was all masked may have left one of its ids
         exponentials.scatter_(1, place, here)
     running = Running(top, mass, spread, argmax, sample, running.current, own, other_top, other_mass, other)
-    return running, exponentials.to(products.dtype), shrink
+    same = exponentials.dtype == room.products.dtype
+    return running, exponentials if same else room.products.copy_(exponentials), shrink
 
 
 def _update(values: torch.Tensor, chosen: torch.Tensor, compute: Callable[[torch.Tensor | slice], torch.Tensor]) -> torch.Tensor:
@@ -132,6 +159,8 @@ def _update(values: torch.Tensor, chosen: torch.Tensor, compute: Callable[[torch
     if values.device.type != "cpu":
         return torch.where(chosen, compute(slice(None)), values)
     rows = chosen.nonzero().flatten()
+    if len(rows) == len(values):  # as at the first piece
+        return compute(slice(None))
     return values.index_copy(0, rows, compute(rows)) if len(rows) else values
 
 
@@ -245,10 +274,10 @@ if triton is not None:
 
 
 def absorb_triton(
-    running: Running, products: torch.Tensor, start: int, shape: Shape, kept: torch.Tensor | None, chance: torch.Tensor | None
+    running: Running, room: Room, start: int, shape: Shape, kept: torch.Tensor | None, chance: torch.Tensor | None
 ) -> tuple[Running, torch.Tensor, torch.Tensor]:
     """`absorb` in one launch of a kernel. Nothing waits for the device; a captured graph rereads a temperature that is a tensor."""
-    products = products.contiguous()
+    products = room.products.contiguous()
     exponentials, shrink = torch.empty_like(products), torch.empty_like(running.top)
     temperature = shape.temperature
     if not isinstance(temperature, torch.Tensor):
@@ -280,4 +309,4 @@ def choose_absorb(device: torch.device, dtype: torch.dtype):
     return absorb if why is not None else absorb_triton
 
 
-__all__ = ["MASKED", "TILE", "Running", "Shape", "absorb", "absorb_triton", "choose_absorb", "start_running"]
+__all__ = ["MASKED", "TILE", "Room", "Running", "Shape", "absorb", "absorb_triton", "choose_absorb", "make_room", "start_running"]

@@ -7,8 +7,8 @@ tensors of `(canvas, vocabulary)` a step; here the largest is `(canvas, PIECE)`.
 
 One walk gives all of it; filters that are thresholds need walks before (`filters.find_threshold`). What a piece adds is
 `running.absorb`, or its kernel. Nothing here waits for the device. `torch.compile` is not used: over the operations of a
-piece it saved 96 of 433 ms of CPU a step in float32 and none in bf16 (256 positions, 262,144 ids, one thread of an Intel
-Xeon, torch 2.13), and took a minute to begin.
+piece it saved a fifth of the CPU time in float32 and none in bf16, before pieces were computed in one `Room`, and took a minute
+to begin (256 positions, 262,144 ids, one thread of an Intel Xeon, torch 2.13).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ import torch
 
 from .draws import Draws
 from .filters import Filters, find_threshold, listed
-from .running import MASKED, TILE, Running, Shape, absorb_triton, choose_absorb, start_running
+from .running import MASKED, TILE, Room, Running, Shape, absorb_triton, choose_absorb, make_room, start_running
 from .statistics import RowStatistics
 
 # Sizes of a piece's logits that stay in a cache. CPU: 256 positions times 4,096 ids in float32 are 4 MiB. Measured (CPU seconds a pass,
-# median of 8 to 12; 256 positions, hidden 256, 262,144 ids, one thread of an Intel Xeon with AMX, torch 2.13) with pieces of
-# 2,048 | 4,096 | 8,192 ids: float32 0.78 | 0.78 | 0.84, bf16 0.41 | 0.43 | 0.54.
+# median of 8; 256 positions, hidden 256, 262,144 ids, one thread of an Intel Xeon with AMX, torch 2.13) with pieces of
+# 2,048 | 4,096 | 8,192 ids: float32 0.63 | 0.64 | 0.66, bf16 0.30 | 0.31 | 0.34.
 PIECE, POSITIONS = 4096, 256
 NUMBERS = 2**23  # of a piece's logits on a GPU: 16 MiB in bf16, and as much of exponentials, in 50 MB of L2 cache
 
@@ -75,10 +75,11 @@ def streamed_statistics(
         parts = -(-head.weight.shape[0] // part)
         chance = draws.uniforms(batch_size, (length, parts, 2 if current is None else 4), hidden.device)
     shape, found = Shape(head.softcap, temperature), []
+    room = make_room(min(group, batch_size) * length, min(piece, len(head.weight)), hidden.dtype, hidden.device)
     for rows in (slice(first, first + group) for first in range(0, batch_size, group)):
         narrowed = None if filters is None else filters.select(rows)
         given = (None if value is None else value[rows].flatten(0, 1) for value in (current, chance))
-        found.append(_one_pass(hidden[rows], head, shape, narrowed, *given, absorb, piece, part))
+        found.append(_one_pass(hidden[rows], head, shape, narrowed, *given, absorb, piece, part, room))
     if len(found) == 1:
         return found[0]
     fields = zip(*(statistics for statistics, _ in found), strict=True)
@@ -88,28 +89,35 @@ def streamed_statistics(
 
 def _one_pass(
     hidden: torch.Tensor, head: VocabularyHead, shape: Shape, filters: Filters | None, current: torch.Tensor | None,
-    chance: torch.Tensor | None, absorb: Callable, piece: int, part: int,
+    chance: torch.Tensor | None, absorb: Callable, piece: int, part: int, room: Room,
 ) -> tuple[RowStatistics, torch.Tensor]:  # fmt: skip
-    """`streamed_statistics` of rows that are computed together: `current` (N,), `chance` (N, parts, 2 or 4), `part` ids for each."""
+    """`streamed_statistics` of rows that are computed together: `current` (N,), `chance` (N, parts, 2 or 4), `part` ids for each; in `room`
+    for them and a piece, or more."""
     batch_size, length, size = hidden.shape
     rows = hidden.reshape(-1, size)  # (N, D)
 
-    def walk() -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """The pieces: first id, weights (W, D), their products with the hidden states (N, W), and which ids are left."""
+    def walk() -> Iterator[tuple[int, torch.Tensor, Room, torch.Tensor | None]]:
+        """The pieces: first id, weights (W, D), room with their products with the hidden states (N, W), and which ids are left."""
         for number, weight in enumerate(head.weight.split(piece)):
             kept = None if filters is None else listed(filters, number * piece, len(weight), batch_size, length)
-            yield number * piece, weight, torch.nn.functional.linear(rows, weight), kept
+            used = room.narrow(len(rows), len(weight))
+            torch.mm(rows, weight.t(), out=used.products)
+            yield number * piece, weight, used, kept
 
     threshold = None
     if filters is not None and filters.need_threshold():
-        threshold = find_threshold(filters, lambda: (shape.logits(products, kept) for _, _, products, kept in walk()), len(head.weight))
+
+        def logits() -> Iterator[torch.Tensor]:
+            return (shape.logits(used.products, kept, out=used.logits) for _, _, used, kept in walk())
+
+        threshold = find_threshold(filters, logits, len(head.weight))
     running = start_running(len(rows), hidden.device, current)
     soft, seen = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0
-    for start, weight, products, kept in walk():
+    for start, weight, used, kept in walk():
         if threshold is not None:
-            kept, seen = threshold.keep(shape.logits(products, kept), seen)
+            kept, seen = threshold.keep(shape.logits(used.products, kept, out=used.exponentials), seen)
         numbers = None if chance is None else chance[:, start // part : -(-(start + len(weight)) // part)]
-        running, exponentials, shrink = absorb(running, products, start, shape, kept, numbers)
+        running, exponentials, shrink = absorb(running, used, start, shape, kept, numbers)
         soft.mul_(shrink[:, None]).add_(exponentials @ weight)
     soft = (soft / running.mass[:, None]).to(head.weight.dtype) * head.embed_scale
     return _summary(running, (batch_size, length)), soft.view(batch_size, length, size)

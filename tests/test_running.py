@@ -12,7 +12,7 @@ from test_vocabulary import CAP, case
 from generation import running, vocabulary
 from generation.draws import BatchDraws
 from generation.filters import Filters
-from generation.running import MASKED, Shape, absorb, absorb_triton, choose_absorb, start_running
+from generation.running import MASKED, Room, Shape, absorb, absorb_triton, choose_absorb, make_room, start_running
 from generation.vocabulary import streamed_statistics
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,12 @@ def seeded():
 
 def by_kernel(monkeypatch):
     monkeypatch.setattr(vocabulary, "choose_absorb", lambda device, dtype: absorb_triton)
+
+
+def room_of(products) -> Room:
+    room = make_room(*products.shape, products.dtype, products.device)
+    room.products.copy_(products)
+    return room
 
 
 def compare(got, expected, tolerance):
@@ -110,7 +116,7 @@ def test_kernel_samples_follow_the_distribution(monkeypatch):
     products = torch.tensor([0.3, -0.7, 1.1, 0.0])
     chance = torch.rand((120, 2, 4), generator=torch.Generator().manual_seed(5))
     first = start_running(120, products.device, torch.full((120,), 2))
-    state, _, _ = absorb_triton(first, products.repeat(120, 1), 0, Shape(CAP, 0.8), None, chance)
+    state, _, _ = absorb_triton(first, room_of(products.repeat(120, 1)), 0, Shape(CAP, 0.8), None, chance)
     logits = torch.tanh(products / CAP) * CAP / 0.8
     for drawn, left, quantile in ((state.sample, [0, 1, 2, 3], 16.3), (state.other, [0, 1, 3], 13.8)):
         expected, counts = logits[left].softmax(-1) * 120, torch.bincount(drawn, minlength=4)
@@ -155,7 +161,7 @@ def test_a_piece_without_any_id_left_changes_nothing_but_scale(chosen, monkeypat
         state = start_running(1, products.device, torch.tensor([1]))
         for number, kept in enumerate(order):
             chance = torch.full((1, 1, 4), 0.999999)
-            state, _, _ = chosen(state, products.clone(), 3 * number, Shape(CAP, 1.0), kept, chance)
+            state, _, _ = chosen(state, room_of(products), 3 * number, Shape(CAP, 1.0), kept, chance)
         logits = torch.tanh(products / CAP) * CAP
         torch.testing.assert_close(state.top, logits.amax(dim=-1))
         torch.testing.assert_close(state.mass, (logits - logits.amax()).exp().sum(dim=-1))
