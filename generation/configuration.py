@@ -51,7 +51,8 @@ HONOURED = frozenset(
         *RELEASED_DEFAULTS, *SPECIAL_TOKENS, "max_length", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample",
         "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
         "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias", "num_return_sequences", "cache_implementation",
-        "cache_config", "output_scores", "output_logits", "return_dict_in_generate", "disable_compile", "transformers_version",
+        "cache_config", "output_scores", "output_logits", "return_dict_in_generate", "compile_config", "disable_compile",
+        "transformers_version",
     }
 )  # fmt: skip
 # Values of refused fields that ask for what happens anyway.

@@ -7,12 +7,14 @@
     compute_logits(hidden_states) -> float32 (B, C, V)
     soft_embed(logits) -> (B, C, D)
 
-and, where its head is one tied matrix that can be walked in pieces, `vocabulary_head() -> VocabularyHead | None`.
+and may offer two: where its head is one tied matrix that can be walked in pieces, `vocabulary_head() -> VocabularyHead | None`, and
+`compiling(compile_config)`, a context in which it runs compiled.
 
 The outer loop is autoregressive over canvases: prefill, denoise a canvas, commit it (a causal pass over it), denoise the
 next. The inner loop, one canvas, is `denoise.denoise_canvas`. Nothing here knows how the model works inside.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -118,6 +120,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `past_key_values` is given")
         if config.decoding != "diffusion" and (past_key_values is not None or decoder_input_ids is not None):
             raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `past_key_values` nor `decoder_input_ids`")
+        if config.compile_config is not None and not hasattr(self, "compiling"):
+            raise ValueError(f"`compile_config` is given, and {type(self).__name__} has no method `compiling`; expected None")
         if config.stop_strings is not None and tokenizer is None:
             raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -156,11 +160,13 @@ class DiffusionGenerationMixin(GenerationMixin):
                 rows.append(self.generate(generation_config=config, seed=own_seed, **rules, **own))
             return join_rows(rows, plan.pad)
         written = Written(plan, ids, config.stop_strings, tokenizer, stopping_criteria, streamer)
-        if config.decoding == "diffusion":
-            past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, prompt)
-        else:
-            decode = decode_verified if config.decoding == "verified" else decode_autoregressively
-            decode(self, plan, written, real, draws, prompt)
+        compiles = config.compile_config is not None and not config.disable_compile
+        with self.compiling(config.compile_config) if compiles else contextlib.nullcontext():
+            if config.decoding == "diffusion":
+                past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, prompt)
+            else:
+                decode = decode_verified if config.decoding == "verified" else decode_autoregressively
+                decode(self, plan, written, real, draws, prompt)
         if streamer is not None:
             streamer.end()
 

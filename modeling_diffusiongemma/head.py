@@ -1,9 +1,12 @@
 """`DiffusionGemmaForMaskedBlockLM`: the model with its tied head, its training loss and its generation."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 from transformers import (
     Cache,
+    CompileConfig,
     PreTrainedModel,  # noqa: F401  by it Diffusers knows how to load a saved pipeline's model
 )
 
@@ -13,6 +16,7 @@ from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary import VocabularyHead
 
 from .checks import check_shape
+from .compiling import compiled_layers
 from .configuration import DiffusionGemmaConfig
 from .loss import block_diffusion_loss
 from .model import DiffusionGemmaBlockModel
@@ -78,6 +82,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             return None
         scale = torch.full((), weight.shape[1] ** 0.5, dtype=weight.dtype, device=weight.device)  # no copy from the host
         return VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale)
+
+    def compiling(self, compile_config: CompileConfig) -> AbstractContextManager[None]:
+        """A context in which both passes run their layers compiled: `compiling.compiled_layers`."""
+        return compiled_layers(self.model.decoder.layers, compile_config)
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:
         """How likely a response is: `score.score_responses`."""

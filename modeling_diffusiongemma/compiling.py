@@ -1,0 +1,54 @@
+"""Layers that run compiled for the length of a block.
+
+One layer is compiled, not the stack: layers of a type share a graph, so that it takes as long for thirty of them as for two. What
+torch compiled stays in its own cache, so entering again with the same settings costs nothing. Knows nothing of generation.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import CompileConfig
+
+# Layer types, passes, one row or several, and sizes first taken as fixed: a dozen graphs. torch gives up after 8 and runs uncompiled.
+GRAPHS = 64
+# Modes that record CUDA graphs of their own; `generate` records the whole step.
+WITHOUT_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def compile_settings(config: CompileConfig) -> dict[str, Any]:
+    """Arguments of `torch.compile`. Modes with CUDA graphs become the same without.
+
+    Raises:
+        ValueError: a backend or a mode that torch does not know.
+    """
+    settings = config.to_dict()
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if isinstance(config.backend, str) and config.backend not in backends:
+        raise ValueError(f"`compile_config.backend` is {config.backend!r}; expected one of {backends}, or a callable")
+    modes = [*WITHOUT_GRAPHS, "default", "max-autotune-no-cudagraphs", None]
+    if config.mode not in modes:
+        raise ValueError(f"`compile_config.mode` is {config.mode!r}; expected one of {modes}")
+    settings["mode"] = WITHOUT_GRAPHS.get(config.mode, config.mode)
+    if config.options is not None and settings["mode"] is not None:
+        raise ValueError(f"`compile_config` has both the mode {config.mode!r} and options; torch.compile takes one of them")
+    return settings
+
+
+@contextlib.contextmanager
+def compiled_layers(layers: Iterable[torch.nn.Module], config: CompileConfig) -> Iterator[None]:
+    """Runs `layers` compiled as `config` says; afterwards they run as before."""
+    settings = compile_settings(config)
+    before = [(layer, layer._compiled_call_impl) for layer in layers]
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        try:
+            for layer, _ in before:
+                layer.compile(**settings)
+            yield
+        finally:
+            for layer, compiled in before:
+                layer._compiled_call_impl = compiled
+
+
+__all__ = ["compile_settings", "compiled_layers"]
