@@ -100,7 +100,7 @@ def measure_cell(name: str, checkpoint: str, batch_size: int, length: int, promp
     endless = name == "large"
     whole = fixed_steps(steps, endless) if endless or args.quick else {}
     spec = {"checkpoint": checkpoint} | {key: getattr(args, key) for key in ("dtype", "device", "threads")}
-    spec |= {key: getattr(args, key) for key in ("attn_implementation", "experts_implementation")}
+    spec |= {key: getattr(args, key) for key in ("attn_implementation", "experts_implementation")} | {"compiled": args.compiled}
     say(f"{label}: loading both")
     with tempfile.TemporaryDirectory() as folder, fresh_workers(spec, folder) as workers:
         about = {side: workers[side].ask() for side in SIDES}
@@ -110,6 +110,10 @@ def measure_cell(name: str, checkpoint: str, batch_size: int, length: int, promp
         theirs = workers["transformers"].ask(prompts=first_row, settings=check)["rows"]
         workers["ours"].ask(prompts=first_row, settings=fixed_steps(2, endless))  # the other is warm
         for side in SIDES:
+            if side in args.compiled:  # every shape that will come, so that no round compiles
+                say(f"{label}: {side} compiles")
+                workers[side].ask(prompts=prompts, settings=whole)
+                workers[side].ask(prompts=prompts[:1], settings=fixed_steps(steps, endless))
             workers[side].ask(settle=True)
         start, rounds, errors = time.perf_counter(), [], {}
         while len(rounds) < args.rounds and (not rounds or time.perf_counter() - start < args.budget) and not errors:
@@ -159,7 +163,10 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
     """One workload in Markdown."""
     first = results[0]
     model, name, rows = first["models"]["ours"], first["workload"], []
-    chosen = ", ".join(f"{side} {first['models'][side]['attn']} and {first['models'][side]['experts']}" for side in SIDES)
+    chosen = ", ".join(
+        f"{side} {first['models'][side]['attn']} and {first['models'][side]['experts']}{' compiled' * (side in args.compiled)}"
+        for side in SIDES
+    )
     for result in results:
         cells = []
         for key in MEASURES:
@@ -213,6 +220,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     pair = {"nargs": "+", "metavar": "NAME", "help": "for both, or ours and transformers' (default: each its own)"}
     add("--attn-implementation", choices=("eager", "sdpa", "flex_attention"), **pair)
     add("--experts-implementation", choices=("eager", "grouped_mm", "batched_mm", "dense_mm"), **pair)
+    add("--compiled", nargs="+", choices=SIDES, default=[], help="these run their layers through torch.compile, warmed up first")
     add("--quick", action="store_true", help="a smoke run: few cells, --steps steps also end to end; measures nothing")
     add("--json", metavar="FILE", help="also write everything, round by round, to this file")
     args = parser.parse_args(arguments)
