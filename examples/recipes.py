@@ -59,6 +59,7 @@ class TextRecipe:
         "sort": 3,
     }  # of the others: harder ones more often
     WIDE_FROM, WIDE_SHARE = 0.72, 0.5  # the released canvas length comes in the last part of training
+    ROLLOUT_FROM, ROLLOUT_SHARE, ROLLOUT_CANVAS = 0.72, 0.4, NOTES[0]  # of notes, where single passes leave most to mend
 
     def __init__(self, data: str | None = None):
         self.tokenizer = build_tokenizer(640)
@@ -85,14 +86,23 @@ class TextRecipe:
         if progress >= self.WIDE_FROM and rng.random() < self.WIDE_SHARE:
             canvas, length = self.WIDE
             size = max(1, size // 3)
-        pairs = []
-        while len(pairs) < size:
-            name = "note_to_json" if notes else rng.choices([*self.WEIGHTS], weights=[*self.WEIGHTS.values()])[0]
-            pairs.append(TEXT_JOBS[name].sample(rng, "train"))
-        prompts = self.encode([prompt for prompt, _ in pairs])
-        answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
-        fitting = [(p, [*a, self.end]) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) < length and len(a) < canvas]
-        return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting), canvas
+        return self._inputs(rng, size, notes, canvas, length), canvas
+
+    def rollout_batch(self, rng: random.Random, size: int) -> dict[str, torch.Tensor]:
+        """Model inputs of `size` examples for canvases of `ROLLOUT_CANVAS`."""
+        return self._inputs(rng, size, True, *self.NOTES)
+
+    def _inputs(self, rng: random.Random, size: int, notes: bool, canvas: int, length: int) -> dict[str, torch.Tensor]:
+        """`size` examples of notes, or of the other jobs, that fit `canvas` and, with their prompts, `length` tokens."""
+        fitting = []
+        while len(fitting) < size:
+            names = ["note_to_json"] * size if notes else rng.choices([*self.WEIGHTS], weights=[*self.WEIGHTS.values()], k=size)
+            pairs = [TEXT_JOBS[name].sample(rng, "train") for name in names]
+            prompts = self.encode([prompt for prompt, _ in pairs])
+            answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+            both = zip(prompts, answers, strict=True)
+            fitting += [(prompt, [*answer, self.end]) for prompt, answer in both if len(answer) < canvas and len(prompt + answer) < length]
+        return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting[:size])
 
     def evaluate(
         self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings
@@ -128,6 +138,7 @@ class SudokuRecipe:
     causal = False  # the solution cannot be read off left to right, and its one canvas is never continued
     defaults = {"hidden_size": 128, "layers": 6, "batch_size": 64}
     CELLS = 81
+    ROLLOUT_FROM, ROLLOUT_SHARE, ROLLOUT_CANVAS = 0.5, 0.75, CELLS
 
     def __init__(self, data: str | None = None):
         self.tokenizer = self._tokenizer()
@@ -166,6 +177,10 @@ class SudokuRecipe:
 
     def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], int]:
         """Model inputs of `size` training examples, and the canvas length to train them on."""
+        return self.rollout_batch(rng, size), self.CELLS
+
+    def rollout_batch(self, rng: random.Random, size: int) -> dict[str, torch.Tensor]:
+        """Model inputs of `size` examples for canvases of `ROLLOUT_CANVAS`."""
         if self.puzzles is None:
             raise ValueError("`data` is None; expected the file that `python examples/jobs/sudoku.py make` wrote")
         draw = np.random.default_rng(rng.getrandbits(64))
@@ -173,7 +188,7 @@ class SudokuRecipe:
         bos = torch.full((size, 1), 2)
         input_ids = torch.cat((bos, self.encode(puzzles), self.encode(solutions)), dim=1)
         labels = torch.cat((torch.full((size, 1 + self.CELLS), -100), input_ids[:, 1 + self.CELLS :]), dim=1)
-        return {"input_ids": input_ids, "labels": labels}, self.CELLS
+        return {"input_ids": input_ids, "labels": labels}
 
     def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
         """Solved puzzles out of `count` newly generated ones with 26 to 36 clues, by the real checker, and by difficulty."""

@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 from evaluate import print_table
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.loss import block_diffusion_loss
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss
 from recipes import RECIPES
 
 
@@ -142,26 +141,35 @@ def train(args: argparse.Namespace) -> None:
             layer.compile(dynamic=False)
     print(f"{recipe.name}: {model.num_parameters():,} parameters, {args.steps} steps of {batch_size} on {device}", flush=True)
 
+    def draw(count: int) -> dict[str, torch.Tensor]:
+        return {key: value.to(device) for key, value in recipe.rollout_batch(rng, count).items()}
+
     model.train()
+    rollout = Rollout(model, batch_size, canvas_length=recipe.ROLLOUT_CANVAS)
     examples, started, saved = 0, time.time(), time.time()
     sums: dict[str, list[float]] = {}
     bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=5, disable=not sys.stderr.isatty())
     while step < args.steps:
-        batch, canvas_length = recipe.batch(rng, batch_size, step / args.steps)
-        rows = batch["input_ids"].shape[0]
-        # Self-conditioning on half of the batches rather than of the rows: the same share, half of the extra passes.
-        conditioned = torch.full((rows,), rng.random() < 0.5, device=device)
+        rolled = step / args.steps >= recipe.ROLLOUT_FROM and rng.random() < recipe.ROLLOUT_SHARE
+        if rolled:
+            batch, noised, soft_embeds = rollout.batch(draw)
+            canvas, canvas_length = {"noised": noised, "soft_embeds": soft_embeds}, rollout.canvas_length
+        else:
+            batch, canvas_length = recipe.batch(rng, batch_size, step / args.steps)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            # Self-conditioning on half of the batches rather than of the rows: the same share, half of the extra passes.
+            canvas = {"self_conditioning_mask": torch.full((len(batch["input_ids"]),), rng.random() < 0.5, device=device)}
+        rows = len(batch["input_ids"])
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.bf16):
-            losses = block_diffusion_loss(
-                model, **{key: value.to(device) for key, value in batch.items()},
-                self_conditioning_mask=conditioned, causal=recipe.causal, canvas_length=canvas_length,
-            )  # fmt: skip
+            losses = block_diffusion_loss(model, **batch, **canvas, causal=recipe.causal, canvas_length=canvas_length)
             loss = losses.diffusion + (losses.causal if recipe.causal else 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(args.lr * learning_rate(step, args.steps, args.warmup))
+        if rolled:
+            rollout.advance(losses.logits)
         step, examples = step + 1, examples + rows
-        sums.setdefault(f"canvas {canvas_length}", []).append(losses.diffusion.item())
+        sums.setdefault("rollout" if rolled else f"canvas {canvas_length}", []).append(losses.diffusion.item())
         if recipe.causal:
             sums.setdefault("causal", []).append(losses.causal.item())
         bar.update()

@@ -17,8 +17,10 @@ from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noq
 from .four_bit import FourBitConfig  # noqa: E402
 from .fp8_quantizer import FP8Config  # noqa: E402
 from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
+from .loss import block_diffusion_loss  # noqa: E402
 from .model import DiffusionGemmaBlockModel  # noqa: E402
 from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
+from .rollout import Rollout  # noqa: E402
 from .score import Score  # noqa: E402
 
 register(DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM)
@@ -33,6 +35,8 @@ __all__ = [
     "FP8Config",
     "FourBitConfig",
     "MaskedBlockOutput",
+    "Rollout",
     "Score",
+    "block_diffusion_loss",
     "default_checkpoint",
 ]

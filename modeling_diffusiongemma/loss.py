@@ -107,6 +107,20 @@ class TrainingLoss(NamedTuple):
     prefilled: BaseModelOutputWithPast
 
 
+def _check_noised(noised, soft_embeds, labels, self_conditioning_mask, canvas_length: int, hidden_size: int) -> None:
+    """What `block_diffusion_loss` demands of canvases that it did not corrupt itself."""
+    if noised is None and soft_embeds is not None:
+        raise ValueError("`soft_embeds` is given without `noised`; expected the canvas that it conditions")
+    if noised is None:
+        return
+    check_shape("noised", noised, (labels.shape[0], canvas_length))
+    check_shape("soft_embeds", soft_embeds, (labels.shape[0], canvas_length, hidden_size))
+    if soft_embeds is not None and self_conditioning_mask is not None:
+        raise ValueError("`soft_embeds` and `self_conditioning_mask` are both given; expected one of them")
+    if int((labels != IGNORED).sum(dim=1).max()) > canvas_length:
+        raise ValueError(f"`noised` is given, and `labels` holds a response longer than a canvas; expected at most {canvas_length} tokens")
+
+
 def block_diffusion_loss(
     model,
     input_ids: torch.Tensor,
@@ -116,6 +130,8 @@ def block_diffusion_loss(
     self_conditioning_mask: torch.Tensor | None = None,
     causal: bool = True,
     canvas_length: int | None = None,
+    noised: torch.Tensor | None = None,
+    soft_embeds: torch.Tensor | None = None,
     **images: torch.Tensor,
 ) -> TrainingLoss:
     """Both losses on whole examples (prompt and response in one row).
@@ -130,7 +146,14 @@ def block_diffusion_loss(
             probability 0.5.
         causal: False leaves out the next-token loss, and the prompt pass over what no canvas of the batch can see.
         canvas_length: default: the config's. Narrower canvases train faster and generalise to wider ones trained late.
+        noised (`int64 (B, C)`, *optional*): the canvases to learn from, such as a `Rollout`'s, instead of corrupted responses. They stand
+            for whole responses, which must fit one canvas.
+        soft_embeds (`(B, C, D)`, *optional*): self-conditioning of `noised`, instead of a first pass over it.
         images: as `prefill` takes them.
+
+    Raises:
+        ValueError: masks, labels or canvases of the wrong shape, `soft_embeds` without `noised` or beside `self_conditioning_mask`, and
+            `noised` where a response takes more than one canvas.
     """
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     check_shape("self_conditioning_mask", self_conditioning_mask, input_ids.shape[:1])
@@ -138,9 +161,11 @@ def block_diffusion_loss(
     config, batch_size = model.config.text_config, input_ids.shape[0]
     canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    _check_noised(noised, soft_embeds, labels, self_conditioning_mask, canvas_length, config.hidden_size)
     clean = choose_canvas(input_ids, labels, canvas_length, config.pad_token_id)
-    noise = UniformNoise(config.vocab_size) if noise is None else noise
-    noised = corrupt(clean.ids, noise_proportions(batch_size, clean.ids.device), noise)
+    if noised is None:
+        noise = UniformNoise(config.vocab_size) if noise is None else noise
+        noised = corrupt(clean.ids, noise_proportions(batch_size, clean.ids.device), noise)
 
     length = input_ids.shape[1] if causal else int(clean.start.max())
     prefilled = model.prefill(input_ids[:, :length], real[:, :length], past_key_values=DynamicCache(), **images)
@@ -151,10 +176,9 @@ def block_diffusion_loss(
         causal_loss = torch.nn.functional.cross_entropy(next_logits, labels[:, 1:][target])
 
     inputs = canvas_inputs(model, prefilled.past_key_values, clean, real[:, :length])
-    if self_conditioning_mask is None:
+    if self_conditioning_mask is None and soft_embeds is None:
         self_conditioning_mask = torch.rand(batch_size, device=noised.device) < SELF_CONDITIONING_PROBABILITY
-    soft_embeds = None
-    if bool(self_conditioning_mask.any()):
+    if soft_embeds is None and bool(self_conditioning_mask.any()):
         with torch.no_grad():
             first = model.compute_logits(model.denoise(noised, **inputs).last_hidden_state)
             soft_embeds = model.soft_embed(first)

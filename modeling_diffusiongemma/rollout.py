@@ -1,0 +1,112 @@
+"""Canvases to learn from that the model wrote itself.
+
+A model that only ever sees corrupted responses meets at generation what it never learned from: its own guesses, right and wrong,
+and its own self-conditioning, many steps deep. A `Rollout` holds rows in the middle of being denoised. Each optimizer step learns
+the clean response from where they stand, and the logits of that very pass take them one denoising step further, so that rolling
+out costs no pass of its own. Rows that finish, or have taken their steps, make room for new ones.
+
+Sources: step-unrolled denoising (Savinov et al. 2022, arXiv 2112.06749), here without gradient through the steps and for as many as
+generation takes; deep supervision over refinement steps (Wang et al. 2025, arXiv 2506.21734). Knows nothing of optimizers.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from generation.canvas import CanvasState, condition, denoising_step, start_canvas
+from generation.draws import BatchDraws
+from generation.noise import Noise, UniformNoise
+from generation.samplers import AcceptingSampler, EntropyBoundSampler
+from generation.schedule import TemperatureSchedule
+from generation.statistics import dense_statistics
+from generation.stopping import StableAndConfident
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Rollout:
+    """Rows of training data, each with a canvas under way.
+
+        rollout = Rollout(model, rows=64)
+        inputs, noised, soft_embeds = rollout.batch(draw)  # draw(count): input_ids, labels, attention_mask of new rows
+        losses = block_diffusion_loss(model, **inputs, noised=noised, soft_embeds=soft_embeds)
+        rollout.advance(losses.logits)
+
+    Canvases begin as noise and follow the released schedule: temperature, entropy bound and stopping rule of the model's
+    `generation_config`. Random numbers are torch's global ones.
+
+    Args:
+        model: `DiffusionGemmaForMaskedBlockLM`; its weights of the moment are used.
+        rows: how many are under way at once.
+        max_steps: denoising steps after which a row is given up; at most the schedule's `max_denoising_steps`.
+        canvas_length: default: the config's.
+        noise (*optional*): what canvases begin with and unaccepted positions become. Default: uniform random ids.
+        sampler (*optional*): chooses the positions that are accepted.
+
+    Raises:
+        ValueError: `rows` or `max_steps` out of range.
+    """
+
+    def __init__(
+        self, model, rows: int, max_steps: int = 24, canvas_length: int | None = None, noise: Noise | None = None,
+        sampler: AcceptingSampler | None = None,
+    ):  # fmt: skip
+        config = model.generation_config.filled()
+        if rows < 1:
+            raise ValueError(f"`rows` is {rows}; expected at least 1")
+        if not 1 <= max_steps <= config.max_denoising_steps:
+            raise ValueError(f"`max_steps` is {max_steps}; expected 1 to {config.max_denoising_steps}, the schedule's steps")
+        self.model, self.rows, self.max_steps = model, rows, max_steps
+        self.canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
+        self.noise = UniformNoise(model.config.text_config.vocab_size) if noise is None else noise
+        self.sampler = EntropyBoundSampler(config.entropy_bound) if sampler is None else sampler
+        self.stopping = StableAndConfident(config.stability_threshold, config.confidence_threshold)
+        self.temperatures = TemperatureSchedule(config.t_min, config.t_max, config.max_denoising_steps).temperatures()
+        self.inputs: Inputs | None = None
+        self.state: CanvasState | None = None
+
+    @torch.no_grad()
+    def batch(self, draw: Callable[[int], Inputs]) -> tuple[Inputs, torch.Tensor, torch.Tensor]:
+        """The rows as they stand, new ones in the places of those that have ended.
+
+        Args:
+            draw: makes the inputs of so many new rows, tensors `(count, P)` of one length P.
+
+        Returns:
+            The inputs, tensors `(rows, P)`; the canvases, int64 `(rows, C)`; and their self-conditioning, `(rows, C, D)`, zero where a
+            row has not taken a step.
+        """
+        ended = torch.arange(self.rows) if self.state is None else self._ended()
+        if len(ended):
+            fresh = draw(len(ended))
+            device = fresh["input_ids"].device
+            shape, size = (len(ended), self.canvas_length), self.model.config.text_config.hidden_size
+            state = start_canvas(self.noise.draw(shape, device), self.stopping)
+            state = state._replace(soft_embeds=torch.zeros(*shape, size, dtype=self.model.dtype, device=device))
+            if self.state is None:
+                self.inputs, self.state = fresh, state
+            else:
+                rows = ended.to(device)
+                self.inputs = {name: value.index_copy(0, rows, fresh[name]) for name, value in self.inputs.items()}
+                soft_embeds = self.state.soft_embeds.index_copy(0, rows, state.soft_embeds)
+                self.state = self.state.place(rows, state)._replace(soft_embeds=soft_embeds)
+        return self.inputs, self.state.canvas, self.state.soft_embeds
+
+    @torch.no_grad()
+    def advance(self, logits: torch.Tensor) -> None:
+        """Takes every row one denoising step further, by the logits `(rows, C, V)` of its canvas."""
+        state, draws = self.state, BatchDraws()
+        temperatures = self.temperatures.to(logits.device)[state.passes]
+        shaped = logits.detach().float() / temperatures[:, None, None]
+        statistics = dense_statistics(shaped, draws)
+        noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
+        # Rows are at different steps. Neither entropy-bound nor confidence sampling asks for the number.
+        stepped = denoising_step(state, 0, len(self.temperatures), statistics, noise, self.sampler, self.stopping)
+        self.state = condition(stepped, state.finished, self.model.soft_embed(shaped.to(self.model.dtype)))
+
+    def _ended(self) -> torch.Tensor:
+        """Places of the rows that are finished or have taken `max_steps`, int64."""
+        return (self.state.finished | (self.state.passes >= self.max_steps)).nonzero().flatten()
+
+
+__all__ = ["Rollout"]
