@@ -1,6 +1,6 @@
 """The mixture of experts: a router that reads the raw residual, and experts stored as two stacked tensors.
 
-The experts go through transformers' experts interface (`experts_implementation=`): `"eager"` is the loop below, the
+The experts go through transformers' experts interface (`experts_implementation=`): `"eager"` is the loop over experts below, the
 reference; `"grouped_mm"` and `"batched_mm"` are transformers'; `"dense_mm"`, registered here, computes every expert for every
 token as two plain matrix products. Where the caller chooses none, `choose_experts` does.
 """
@@ -13,10 +13,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from .layers import RMSNorm
 
-# Elements of `gate_up_proj` up to which "dense_mm" is the faster one in bfloat16 on a CPU. `python benchmarks/experts.py --cpu-time`,
-# one thread of an Intel Xeon with AMX, torch 2.13: half of grouped_mm's time at 256 tokens for 65,536 elements (4 experts, 2 active,
-# hidden 128, intermediate 64), as much for 147,456 (4, 2, 192, 96), more from there on (benchmarks/RESULTS.md).
+# On a CPU, by `python benchmarks/experts.py --cpu-time` (benchmarks/RESULTS.md): elements of `gate_up_proj` up to which "dense_mm" is the
+# fastest in bfloat16, and experts up to which "eager" is: what it computes for one expert stays in a cache, but each costs some calls.
 DENSE_LIMIT = 2**17
+EAGER_LIMIT = 16
 
 
 class Router(nn.Module):
@@ -53,13 +53,21 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Args: `hidden_states` (N, D), `chosen` int64 (N, A), `weights` (N, A). Returns `(N, D)`."""
-        output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(chosen == expert)
-            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            partial = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output.index_add_(0, token, (partial * weights[token, slot, None]).to(output.dtype))
-        return output
+        return eager_experts(self, hidden_states, chosen, weights)
+
+
+def eager_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`Experts.forward`, one expert after the other. Waits for the device, to learn how many tokens each expert has."""
+    order = chosen.flatten().argsort(stable=True)  # expert by expert
+    counts = chosen.flatten().bincount(minlength=self.num_experts)[: self.num_experts].tolist()
+    token, weight = order // chosen.shape[1], weights.flatten()[order, None]
+    output, end = torch.zeros_like(hidden_states), 0
+    for expert, count in enumerate(counts):
+        own, end = token[end : end + count], end + count
+        gate, up = nn.functional.linear(hidden_states.index_select(0, own), self.gate_up_proj[expert]).chunk(2, dim=-1)
+        partial = nn.functional.linear(self.act_fn(gate).mul_(up), self.down_proj[expert])
+        output.index_add_(0, own, partial.mul_(weight[end - count : end]))
+    return output
 
 
 def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -77,21 +85,28 @@ def choose_experts(experts: nn.Module) -> str:
     """The implementation that is used when the caller names none: by the weights' shape, dtype and device, and not by the number of
     tokens, or a row's rounding would depend on its neighbours in the batch.
 
-    `"grouped_mm"`, but `"dense_mm"` for few small experts in bfloat16 on a CPU. In float32 `"grouped_mm"` is as fast there as any at
-    a canvas's 256 tokens, give or take a tenth; and it is what transformers uses, so that equal seeds give its tokens.
+    `"grouped_mm"`; on a CPU `"dense_mm"` for few small experts in bfloat16, and else `"eager"` for few experts: at a canvas's 256 tokens a
+    tenth faster than `"grouped_mm"`, at 2,048 up to twice as fast, and in float32 the same bits, so that equal seeds give transformers'
+    tokens.
     """
     weight = experts.gate_up_proj
-    small = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() <= DENSE_LIMIT
-    return "dense_mm" if small else "grouped_mm"
+    if weight.device.type != "cpu":
+        return "grouped_mm"
+    if weight.dtype == torch.bfloat16 and weight.numel() <= DENSE_LIMIT:
+        return "dense_mm"
+    return "eager" if len(weight) <= EAGER_LIMIT else "grouped_mm"
 
 
 def chosen_experts(self: Experts, *args: torch.Tensor) -> torch.Tensor:
-    """`Experts.forward` by the implementation that `choose_experts` names."""
-    return ALL_EXPERTS_FUNCTIONS[choose_experts(self)](self, *args)
+    """`Experts.forward` by the implementation that `choose_experts` names; while it is compiled, by one that makes a single graph."""
+    way = choose_experts(self)
+    if way == "eager" and torch.compiler.is_compiling():
+        way = "grouped_mm"
+    return ALL_EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)
 
 
 ALL_EXPERTS_FUNCTIONS.register("dense_mm", dense_experts)
 ALL_EXPERTS_FUNCTIONS.register("auto", chosen_experts)
 
 
-__all__ = ["Experts", "Router", "choose_experts", "dense_experts"]
+__all__ = ["Experts", "Router", "choose_experts", "dense_experts", "eager_experts"]
