@@ -9,15 +9,15 @@ A dash: the way would make a tensor of more than 128 MiB, as "batched_mm" does, 
 """
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import DiffusionGemmaTextConfig
+
+from measure import heading, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
@@ -85,9 +85,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"`--rounds` is {args.rounds} and `--tokens` {args.tokens}; expected positive integers")
     if args.threads or args.cpu_time:
         torch.set_num_threads(args.threads or 1)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"`python benchmarks/experts.py {' '.join(arguments)}`\n")
-    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(heading(__file__, arguments, machine(args.device)))
     for name in args.dtype:
         dtype = getattr(torch, name)
         print(f"\n| {name}: experts, active, hidden, intermediate | tokens | {' | '.join(WAYS)} | chosen |\n|{'---|' * (len(WAYS) + 3)}")

@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DiffusionGemmaConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from measure import heading, machine
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint
 from modeling_diffusiongemma.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout
 from modeling_diffusiongemma.fp8_math import E4M3, dequantize, quantize_rows, quantize_weight
@@ -283,8 +283,7 @@ def main() -> None:
         load(*args.load)
         return
     transformers.utils.logging.disable_progress_bar()
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{hardware}, torch {torch.__version__}, transformers {transformers.__version__}\n{' '.join(['python', *sys.argv])}\n")
+    print(f"{heading(__file__, sys.argv[1:], machine('cuda' if torch.cuda.is_available() else 'cpu'))}\n")
     if args.part == "bytes":
         print_bytes()
     elif args.part == "memory":

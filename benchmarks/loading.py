@@ -15,8 +15,6 @@ slows both halves of a pair alike. Reported are the median of each side and, pai
 import argparse
 import ctypes
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,8 @@ from pathlib import Path
 
 import torch
 import transformers
+
+from measure import heading, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -104,9 +104,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     transformers.logging.disable_progress_bar()
-    print(f"{platform.machine()}, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
-    print(" ".join(["python benchmarks/loading.py", *arguments]))
+    print(f"{heading(__file__, arguments, machine('cpu'))}\n")
     with tempfile.TemporaryDirectory() as folder:
         if args.checkpoint is None:
             save_random(folder, args.dtype, args.hidden_size, args.layers, args.vocab_size)

@@ -190,7 +190,12 @@ def serve(side: str, spec_file: str) -> None:
     if side in spec.get("compiled", ()):
         compile_layers(model, side)
     prefills, text, loaded = watch_prefill(model, side), model.config.text_config, 0.0
-    about = {"attn": text._attn_implementation, "experts": text._experts_implementation, "parameters": model.num_parameters(),
+    experts = text._experts_implementation
+    if experts == "auto":
+        from modeling_diffusiongemma.experts import choose_experts
+
+        experts = choose_experts(model.model.decoder.layers[0].experts)
+    about = {"attn": text._attn_implementation, "experts": experts, "parameters": model.num_parameters(),
              "canvas_length": model.config.canvas_length, "vocab_size": text.vocab_size, "hidden_size": text.hidden_size,
              "layers": text.num_hidden_layers, "threads": torch.get_num_threads()}  # fmt: skip
     answers.write(json.dumps(about) + "\n")

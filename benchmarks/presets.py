@@ -9,7 +9,6 @@ versions, so that the output can be pasted into RESULTS.md.
 """
 
 import argparse
-import platform
 import random
 import statistics
 import sys
@@ -17,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from generation.configuration import DIFFUSION_FIELDS, PRESETS
+from measure import heading, machine
 from modeling_diffusiongemma import default_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -99,9 +98,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint or default_checkpoint(args.recipe)).eval()
     model.set_experts_implementation("dense_mm")
     recipe = RECIPES[args.recipe](None)
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, float32, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}\npython benchmarks/presets.py {' '.join(sys.argv[1:])}\n"
-          f"{args.cases} unseen inputs (of each job), canvas {args.canvas_length}\n")  # fmt: skip
+    print(f"{heading(__file__, sys.argv[1:], machine('cpu'))}\n\n{args.cases} unseen inputs (of each job), canvas {args.canvas_length}\n")
     measure_lines(model, recipe, args)
     if args.recipe == "text":
         measure_leaving(model, recipe)
