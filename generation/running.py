@@ -68,25 +68,31 @@ class Shape(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Where pieces are computed, one after the other: `products` (N, W) in the weights' dtype, `logits` and `exponentials` float32 (N, W).
+    """Where pieces are computed, one after the other, each `(N, W)`: `products` in the weights' dtype; for `absorb` also `logits` and
+    `exponentials`, float32; for its kernel `exponentials` in the weights' dtype, and no logits.
 
     On a CPU a new tensor of this size is fresh memory, which costs more to get than the arithmetic that fills it.
     """
 
     products: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     exponentials: torch.Tensor
 
     def narrow(self, count: int, width: int) -> "Room":
         """The room of a smaller piece."""
-        return Room(*(tensor[:count, :width] for tensor in self))
+        return Room(*(None if tensor is None else tensor[:count, :width] for tensor in self))
 
 
-def make_room(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Room:
-    """Room for `count` positions and `width` ids; in float32 the products become the logits in place."""
-    products = torch.empty((count, width), dtype=dtype, device=device)
-    logits = products if dtype == torch.float32 else torch.empty((count, width), device=device)
-    return Room(products, logits, torch.empty((count, width), device=device))
+def make_room(count: int, width: int, dtype: torch.dtype, device: torch.device, for_kernel: bool = False) -> Room:
+    """Room for `count` positions and `width` ids. In float32 the products become the logits in place."""
+
+    def empty(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((count, width), dtype=dtype, device=device)
+
+    products = empty(dtype)
+    if for_kernel:
+        return Room(products, None, empty(dtype))
+    return Room(products, products if dtype == torch.float32 else empty(torch.float32), empty(torch.float32))
 
 
 def start_running(count: int, device: torch.device, current: torch.Tensor | None) -> Running:
@@ -277,8 +283,8 @@ def absorb_triton(
     running: Running, room: Room, start: int, shape: Shape, kept: torch.Tensor | None, chance: torch.Tensor | None
 ) -> tuple[Running, torch.Tensor, torch.Tensor]:
     """`absorb` in one launch of a kernel. Nothing waits for the device; a captured graph rereads a temperature that is a tensor."""
-    products = room.products.contiguous()
-    exponentials, shrink = torch.empty_like(products), torch.empty_like(running.top)
+    products, shrink = room.products.contiguous(), torch.empty_like(running.top)
+    exponentials = room.exponentials if room.exponentials.is_contiguous() else torch.empty_like(products)
     temperature = shape.temperature
     if not isinstance(temperature, torch.Tensor):
         temperature = torch.full((1,), temperature, device=products.device)

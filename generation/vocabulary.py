@@ -75,7 +75,8 @@ def streamed_statistics(
         parts = -(-head.weight.shape[0] // part)
         chance = draws.uniforms(batch_size, (length, parts, 2 if current is None else 4), hidden.device)
     shape, found = Shape(head.softcap, temperature), []
-    room = make_room(min(group, batch_size) * length, min(piece, len(head.weight)), hidden.dtype, hidden.device)
+    positions, for_kernel = min(group, batch_size) * length, absorb is absorb_triton
+    room = make_room(positions, min(piece, len(head.weight)), hidden.dtype, hidden.device, for_kernel)
     for rows in (slice(first, first + group) for first in range(0, batch_size, group)):
         narrowed = None if filters is None else filters.select(rows)
         given = (None if value is None else value[rows].flatten(0, 1) for value in (current, chance))
@@ -115,7 +116,7 @@ def _one_pass(
     soft, seen = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0
     for start, weight, used, kept in walk():
         if threshold is not None:
-            kept, seen = threshold.keep(shape.logits(used.products, kept, out=used.exponentials), seen)
+            kept, seen = threshold.keep(shape.logits(used.products, kept), seen)
         numbers = None if chance is None else chance[:, start // part : -(-(start + len(weight)) // part)]
         running, exponentials, shrink = absorb(running, used, start, shape, kept, numbers)
         soft.mul_(shrink[:, None]).add_(exponentials @ weight)

@@ -35,8 +35,8 @@ def by_kernel(monkeypatch):
     monkeypatch.setattr(vocabulary, "choose_absorb", lambda device, dtype: absorb_triton)
 
 
-def room_of(products) -> Room:
-    room = make_room(*products.shape, products.dtype, products.device)
+def room_of(products, for_kernel=True) -> Room:
+    room = make_room(*products.shape, products.dtype, products.device, for_kernel)
     room.products.copy_(products)
     return room
 
@@ -161,7 +161,7 @@ def test_a_piece_without_any_id_left_changes_nothing_but_scale(chosen, monkeypat
         state = start_running(1, products.device, torch.tensor([1]))
         for number, kept in enumerate(order):
             chance = torch.full((1, 1, 4), 0.999999)
-            state, _, _ = chosen(state, room_of(products), 3 * number, Shape(CAP, 1.0), kept, chance)
+            state, _, _ = chosen(state, room_of(products, chosen is absorb_triton), 3 * number, Shape(CAP, 1.0), kept, chance)
         logits = torch.tanh(products / CAP) * CAP
         torch.testing.assert_close(state.top, logits.amax(dim=-1))
         torch.testing.assert_close(state.mass, (logits - logits.amax()).exp().sum(dim=-1))
