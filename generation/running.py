@@ -51,19 +51,22 @@ class Running(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How a head's products become logits: `softcap * tanh(x / softcap) / temperature`."""
+    """How a head's products become logits: `softcap * tanh(x / softcap) / temperature`; `divided`: x / softcap is what the products are."""
 
     softcap: float
     temperature: float | torch.Tensor
+    divided: bool = False
 
     def logits(self, products: torch.Tensor, kept: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Float32 (N, W) from products (N, W) of any dtype; `MASKED` where `kept`, bool (N or 1, W), is False. In `out` float32 (N, W), if
         given, which may be `products`."""
-        if products.dtype == torch.float32:
-            scaled = torch.div(products, self.softcap, out=out)
+        if self.divided:
+            logits = torch.tanh(products, out=out)
+        elif products.dtype == torch.float32:
+            logits = torch.div(products, self.softcap, out=out).tanh_()
         else:
-            scaled = (products.float() if out is None else out.copy_(products)).div_(self.softcap)
-        logits = scaled.tanh_().mul_(self.softcap / self.temperature)
+            logits = (products.float() if out is None else out.copy_(products)).div_(self.softcap).tanh_()
+        logits.mul_(self.softcap / self.temperature)
         return logits if kept is None else logits.masked_fill_(~kept, MASKED)
 
 

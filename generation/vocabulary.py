@@ -74,8 +74,9 @@ def streamed_statistics(
     if not greedy:
         parts = -(-head.weight.shape[0] // part)
         chance = draws.uniforms(batch_size, (length, parts, 2 if current is None else 4), hidden.device)
-    shape, found = Shape(head.softcap, temperature), []
     positions, for_kernel = min(group, batch_size) * length, absorb is absorb_triton
+    divided = hidden.dtype == torch.float32 and not for_kernel  # cheaper done to the hidden states; in fewer bits it would round twice
+    shape, found = Shape(head.softcap, temperature, divided), []
     room = make_room(positions, min(piece, len(head.weight)), hidden.dtype, hidden.device, for_kernel)
     for rows in (slice(first, first + group) for first in range(0, batch_size, group)):
         narrowed = None if filters is None else filters.select(rows)
@@ -96,6 +97,8 @@ def _one_pass(
     for them and a piece, or more."""
     batch_size, length, size = hidden.shape
     rows = hidden.reshape(-1, size)  # (N, D)
+    if shape.divided:
+        rows = rows / head.softcap
 
     def walk() -> Iterator[tuple[int, torch.Tensor, Room, torch.Tensor | None]]:
         """The pieces: first id, weights (W, D), room with their products with the hidden states (N, W), and which ids are left."""
