@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --against transformers
     python benchmarks/gpu.py --dtype fp8
+    python benchmarks/gpu.py --cache static static-compiled
     python benchmarks/gpu.py --device cpu --shrink      # does it still run? Its numbers mean nothing
 
 Weights are made on the device (`full_size.py`). Prompts are random; every canvas takes exactly `--steps` steps: adaptive
@@ -61,7 +62,9 @@ def time_variants(variants: dict, ids: torch.Tensor, args: argparse.Namespace) -
         for key in order:
             if results[key] is None:
                 continue
-            options = {} if key[1] == "dynamic" else {"cache_implementation": key[1]}
+            cache, _, compiled = key[1].partition("-")
+            options = {} if cache == "dynamic" else {"cache_implementation": cache}
+            options |= {"compile_config": transformers.CompileConfig()} if compiled else {}
             try:
                 before = peak_mib(device, forget=True)
                 many, one = (
@@ -128,7 +131,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--new-tokens", type=int, help="tokens out, whole canvases (default: 1024; 64 with --shrink)")
     add("--steps", type=int, default=16, help="denoising steps of every canvas (16)")
     add("--rounds", type=int, default=3, help="timed rounds (3)")
-    add("--cache", choices=("dynamic", "static"), nargs="+", default=["dynamic", "static"], help="ours with these (both)")
+    caches = ("dynamic", "static", "dynamic-compiled", "static-compiled")
+    add("--cache", choices=caches, nargs="+", default=["dynamic", "static"], help="ours with these (the first two), layers compiled or not")
     add("--against", choices=("transformers", "transformers-static"), nargs="+", default=[],
         help="also time transformers' class, with its dynamic cache, or with its static one, which it compiles for minutes")  # fmt: skip
     add("--no-stages", action="store_true", help="leave out where the time goes")
@@ -224,7 +228,7 @@ def main(arguments: list[str]) -> None:
     if not args.no_stages:
         times = {}
         for side, model in models.items():
-            options = {"cache_implementation": "static"} if side == "ours" and args.cache[0] == "static" else {}
+            options = {"cache_implementation": "static"} if side == "ours" and args.cache[0].startswith("static") else {}
             times[side] = stage_times(model, side, batch, fixed_steps(args.steps, endless=True) | options)
         print(f"\nWhere a canvas pass goes at batch {args.batch[0]} (ours: {args.cache[0]} cache), without capture or compilation:\n")
         print(stage_table(times, bytes_per_pass(ours, args.batch[0], args.prompt, 1), rate), flush=True)
