@@ -19,7 +19,7 @@ from .filters import Filters
 from .flags import FlagReader
 from .plan import Plan
 from .statistics import RowStatistics, check_finite, dense_statistics
-from .vocabulary import VocabularyHead, streamed_statistics
+from .vocabulary import streamed_statistics
 
 
 class CanvasContext(NamedTuple):
@@ -67,11 +67,12 @@ def denoise_canvas(
     live = torch.arange(first.shape[0], device=first.device)
     state = done = start_canvas(first, plan.stopping)
     view = _view(model, plan, context, first.shape)
-    head, filters = _streamed_by(model, plan, context, streamer)
-    stream = None if head is None else partial(streamed_step, model, plan, head, filters)
-    if recording is not None and head is not None and filters.hidden_before == 0:  # what changes from canvas to canvas is not recorded
+    filters = _streamed_by(model, plan, context, streamer)
+    stream = None if filters is None else partial(streamed_step, model, plan, filters)
+    if recording is not None and filters is not None and filters.hidden_before == 0:  # what changes from canvas to canvas is not recorded
         stream = recording.of(stream, view)
-        state = state._replace(soft_embeds=first.new_zeros((*first.shape, head.weight.shape[1]), dtype=head.weight.dtype))
+        with model.vocabulary_head() as head:
+            state = state._replace(soft_embeds=head.weight.new_zeros((*first.shape, head.weight.shape[1])))
     flags, last_logits = FlagReader(plan.late_flags), None
     steps, temperatures = plan.steps(first.device)
     for number in range(plan.max_denoising_steps):
@@ -112,7 +113,7 @@ def denoise_canvas(
 
 
 def streamed_step(
-    model, plan: Plan, head: VocabularyHead, filters: Filters, view, inputs: tuple[CanvasState, torch.Tensor, torch.Tensor], draws: Draws
+    model, plan: Plan, filters: Filters, view, inputs: tuple[CanvasState, torch.Tensor, torch.Tensor], draws: Draws
 ) -> tuple[CanvasState, torch.Tensor]:
     """One whole step in pieces of the vocabulary: canvas pass, statistics, next canvas. On CUDA it reads nothing back from the
     device (tests/test_capture.py).
@@ -127,7 +128,8 @@ def streamed_step(
     state, step, temperature = inputs
     hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
     current = state.canvas if plan.sampler.informed else None
-    statistics, soft_embeds = streamed_statistics(hidden, head, temperature, draws, plan.greedy, current, filters)
+    with model.vocabulary_head() as head:
+        statistics, soft_embeds = streamed_statistics(hidden, head, temperature, draws, plan.greedy, current, filters)
     return condition(_advance(plan, state, step, statistics, draws), state.finished, soft_embeds), statistics.bad
 
 
@@ -139,12 +141,11 @@ def _advance(plan: Plan, state: CanvasState, step: torch.Tensor, statistics: Row
     )
 
 
-def _streamed_by(model, plan: Plan, context: CanvasContext, streamer) -> tuple[VocabularyHead | None, Filters | None]:
-    """The head and the filters to walk the vocabulary with; None where only whole logits will do."""
+def _streamed_by(model, plan: Plan, context: CanvasContext, streamer) -> Filters | None:
+    """The filters to walk the vocabulary with; None where only whole logits will do."""
     if not plan.stream_vocabulary or getattr(streamer, "_takes_logits", False) or not hasattr(model, "vocabulary_head"):
-        return None, None
-    filters, head = plan.shaping.streamable(context.generated), model.vocabulary_head()
-    return (None, None) if head is None or filters is None else (head, filters)
+        return None
+    return plan.shaping.streamable(context.generated) if model.can_walk_head(context.real.device) else None
 
 
 def _view(model, plan: Plan, context: CanvasContext, shape: tuple[int, int]):

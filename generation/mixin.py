@@ -7,8 +7,8 @@
     compute_logits(hidden_states) -> float32 (B, C, V)
     soft_embed(logits) -> (B, C, D)
 
-and may offer two: where its head is one tied matrix that can be walked in pieces, `vocabulary_head() -> VocabularyHead | None`, and
-`compiling(compile_config)`, a context in which it runs compiled.
+and may offer more: where its head is one tied matrix that can be walked in pieces, `can_walk_head(device) -> bool` and the context
+`vocabulary_head() -> VocabularyHead`; and `compiling(compile_config)`, a context in which it runs compiled.
 
 The outer loop is autoregressive over canvases: prefill, denoise a canvas, commit it (a causal pass over it), denoise the
 next. The inner loop, one canvas, is `denoise.denoise_canvas`. Nothing here knows how the model works inside.

@@ -1,6 +1,7 @@
 """`DiffusionGemmaForMaskedBlockLM`: the model with its tied head, its training loss and its generation."""
 
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -24,6 +25,12 @@ from .outputs import MaskedBlockOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .score import Score, score_responses
 from .stack import View
+
+
+def _execution_device(hook) -> torch.device | None:
+    """Where a module with this hook of Accelerate's runs; None where the hook does not say."""
+    devices = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
+    return next((torch.device(device) for device in devices if device is not None), None)
 
 
 class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, DiffusionGenerationMixin):
@@ -74,16 +81,29 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """Expected embedding `(B, C, D)` under softmax(logits) `(B, C, V)`: the self-conditioning of the next step."""
         return self.get_input_embeddings()(logits.softmax(dim=-1, dtype=torch.float32))
 
-    def vocabulary_head(self) -> VocabularyHead | None:
-        """The head as one matrix, for generation that walks the vocabulary in pieces; None where the weights come and go
-        (offloading) or are no plain matrix."""
-        weight = self.lm_head.weight
-        if weight.is_meta or hasattr(self.lm_head, "_hf_hook") or not weight.is_floating_point() or type(self.lm_head) is not nn.Linear:
-            return None
-        scale = torch.full((), weight.shape[1] ** 0.5, dtype=weight.dtype, device=weight.device)  # no copy from the host
-        return VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale)
+    def can_walk_head(self, device: torch.device) -> bool:
+        """Whether the head is a plain matrix that is, or that Accelerate brings, on `device`."""
+        weight, hook = self.lm_head.weight, getattr(self.lm_head, "_hf_hook", None)
+        if type(self.lm_head) is not nn.Linear or not weight.is_floating_point():
+            return False
+        return (weight.device if hook is None else _execution_device(hook)) == device
 
-    def compiling(self, compile_config: CompileConfig) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def vocabulary_head(self) -> Iterator[VocabularyHead]:
+        """The head as one matrix, for generation that walks the vocabulary in pieces; an offloaded one is there for the length of the
+        block."""
+        hook = getattr(self.lm_head, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.lm_head)
+        try:
+            weight = self.lm_head.weight
+            scale = torch.full((), weight.shape[1] ** 0.5, dtype=weight.dtype, device=weight.device)  # no copy from the host
+            yield VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale)
+        finally:
+            if hook is not None:
+                hook.post_forward(self.lm_head, None)
+
+    def compiling(self, compile_config: CompileConfig) -> contextlib.AbstractContextManager[None]:
         """A context in which both passes run their layers compiled: `compiling.compiled_layers`."""
         return compiled_layers(self.model.decoder.layers, compile_config)
 

@@ -126,10 +126,8 @@ def test_a_step_never_looks_at_the_device(model, settings):
     view = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), view)
     state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), plan.stopping)
     steps, temperatures = plan.steps(device)
-    head = model.vocabulary_head()
-    head = head._replace(weight=head.weight.to(device), embed_scale=head.embed_scale.to(device))
     model = model.to(device)
-    after, bad = streamed_step(model, plan, head, plan.shaping.streamable(0), view, (state, steps[1], temperatures[1]), BatchDraws())
+    after, bad = streamed_step(model, plan, plan.shaping.streamable(0), view, (state, steps[1], temperatures[1]), BatchDraws())
     assert after.canvas.shape == (2, 10) and bad.shape == (2,) and after.soft_embeds.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(bad.any())
