@@ -200,8 +200,7 @@ def test_wrong_argument_of_the_plan_is_named(arguments, named, placement, capsys
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
-def test_loading_is_measured_in_a_process_of_its_own(oracle_checkpoint, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_loading_is_measured_in_a_process_of_its_own(oracle_checkpoint):
     loading = runpy.run_path(str(ROOT / "benchmarks" / "loading.py"))
     pair = {side: loading["load_elsewhere"](side, str(oracle_checkpoint), "float32") for side in loading["SIDES"]}
     for found in pair.values():

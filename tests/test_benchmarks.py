@@ -13,20 +13,17 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import full_size
+import gpu
+import measure
+import scaling
+import stages
+from jobs.tokenizer import build_tokenizer
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+from recipes import small_config
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-sys.path[:0] = [str(ROOT / "examples"), str(BENCHMARKS)]
-
-import full_size  # noqa: E402
-import gpu  # noqa: E402
-import measure  # noqa: E402
-import scaling  # noqa: E402
-import stages  # noqa: E402
-from jobs.tokenizer import build_tokenizer  # noqa: E402
-from recipes import small_config  # noqa: E402
-
 SIDES = ("ours", "transformers")
 CPU = torch.device("cpu")
 

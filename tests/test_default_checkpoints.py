@@ -1,7 +1,6 @@
 """The shipped checkpoints do the job their cards say, in this implementation and in transformers'."""
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
+from jobs import TEXT_JOBS, sudoku
 from modeling_diffusiongemma import default_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from jobs import TEXT_JOBS, sudoku  # noqa: E402
-from recipes import SudokuRecipe, TextRecipe  # noqa: E402
+from recipes import SudokuRecipe, TextRecipe
 
 NAMES = ["text", "sudoku"]
 # Right out of 20 unseen inputs, at least: the cards' accuracy less about three standard deviations.

@@ -1,8 +1,6 @@
 """Generation as an iterator: complete, in order, and stopped when nobody listens."""
 
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation import CommitEvent, StepEvent, stream_events, stream_text
 from generation.events import TextAssembler
+from jobs.tokenizer import build_tokenizer
 from modeling_diffusiongemma import default_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from jobs.tokenizer import build_tokenizer  # noqa: E402
 
 SETTINGS = {
     "max_new_tokens": 25,

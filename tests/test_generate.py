@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import sys
 import threading
 from pathlib import Path
 
@@ -439,7 +438,6 @@ def test_streamer_gets_several_rows_side_by_side(model):
 @pytest.fixture(scope="module")
 def text():
     """Tokenizer, a model of its size, a prompt, and settings that generate only printable text and `<turn|>`, its end."""
-    sys.path.insert(0, str(ROOT / "examples"))
     from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
 
     tokenizer, end = build_tokenizer(), SPECIAL_IDS["<turn|>"]

@@ -2,20 +2,16 @@
 
 import json
 import random
-import sys
 from datetime import date, timedelta
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from jobs import SPLITS, TEXT_JOBS, is_held_out  # noqa: E402
-from jobs.dates import FORMS, ISO_FORM, read_date, write_date  # noqa: E402
-from jobs.note_words import ITEMS, NAMES, TEST_TEMPLATES, TRAIN_TEMPLATES  # noqa: E402
-from jobs.notes import KEYS, expand, read_note  # noqa: E402
-from jobs.number_words import read_words, spell  # noqa: E402
-from jobs.units import shift  # noqa: E402
+from jobs import SPLITS, TEXT_JOBS, is_held_out
+from jobs.dates import FORMS, ISO_FORM, read_date, write_date
+from jobs.note_words import ITEMS, NAMES, TEST_TEMPLATES, TRAIN_TEMPLATES
+from jobs.notes import KEYS, expand, read_note
+from jobs.number_words import read_words, spell
+from jobs.units import shift
 
 SAMPLES = 1000
 jobs = pytest.mark.parametrize("job", TEXT_JOBS.values(), ids=list(TEXT_JOBS))

@@ -49,7 +49,6 @@ def adapter(lm_eval):
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A folder with two tasks on the same held-out dates: write them, and choose them among wrong ones."""
-    sys.path.insert(0, str(ROOT / "examples"))
     from jobs import TEXT_JOBS
 
     rng, folder, rows = random.Random(0), tmp_path_factory.mktemp("tasks"), []

@@ -2,18 +2,13 @@
 stable against the last bit of a matrix product, which changes with the shape of the batch."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList, cache_utils
 
 import modeling_diffusiongemma
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from jobs import TEXT_JOBS  # noqa: E402
+from jobs import TEXT_JOBS
 
 WIDTH = {"canvas_length": 64, "max_new_tokens": 64}
 

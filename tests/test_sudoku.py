@@ -1,13 +1,9 @@
 """Sudoku: reading, checking, counting against a plain backtracking count, generation, symmetries, and the command line."""
 
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from jobs import sudoku
 
