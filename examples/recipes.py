@@ -47,6 +47,7 @@ class TextRecipe:
 
     name = "text"
     causal = True
+    rollouts = None  # of notes they changed nothing: what is wrong there is the copy of a word never seen
     defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
     # canvas, padded length of prompt and response, share of the batches: few shapes, so that each compiles once
     SHORT, NOTES, WIDE = (16, 56), (64, 112), (256, 112)
@@ -59,7 +60,6 @@ class TextRecipe:
         "sort": 3,
     }  # of the others: harder ones more often
     WIDE_FROM, WIDE_SHARE = 0.72, 0.5  # the released canvas length comes in the last part of training
-    ROLLOUT_FROM, ROLLOUT_SHARE, ROLLOUT_CANVAS = 0.72, 0.4, NOTES[0]  # of notes, where single passes leave most to mend
 
     def __init__(self, data: str | None = None):
         self.tokenizer = build_tokenizer(640)
@@ -86,23 +86,14 @@ class TextRecipe:
         if progress >= self.WIDE_FROM and rng.random() < self.WIDE_SHARE:
             canvas, length = self.WIDE
             size = max(1, size // 3)
-        return self._inputs(rng, size, notes, canvas, length), canvas
-
-    def rollout_batch(self, rng: random.Random, size: int) -> dict[str, torch.Tensor]:
-        """Model inputs of `size` examples for canvases of `ROLLOUT_CANVAS`."""
-        return self._inputs(rng, size, True, *self.NOTES)
-
-    def _inputs(self, rng: random.Random, size: int, notes: bool, canvas: int, length: int) -> dict[str, torch.Tensor]:
-        """`size` examples of notes, or of the other jobs, that fit `canvas` and, with their prompts, `length` tokens."""
-        fitting = []
-        while len(fitting) < size:
-            names = ["note_to_json"] * size if notes else rng.choices([*self.WEIGHTS], weights=[*self.WEIGHTS.values()], k=size)
-            pairs = [TEXT_JOBS[name].sample(rng, "train") for name in names]
-            prompts = self.encode([prompt for prompt, _ in pairs])
-            answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
-            both = zip(prompts, answers, strict=True)
-            fitting += [(prompt, [*answer, self.end]) for prompt, answer in both if len(answer) < canvas and len(prompt + answer) < length]
-        return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting[:size])
+        pairs = []
+        while len(pairs) < size:
+            name = "note_to_json" if notes else rng.choices([*self.WEIGHTS], weights=[*self.WEIGHTS.values()])[0]
+            pairs.append(TEXT_JOBS[name].sample(rng, "train"))
+        prompts = self.encode([prompt for prompt, _ in pairs])
+        answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+        fitting = [(p, [*a, self.end]) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) < length and len(a) < canvas]
+        return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting), canvas
 
     def evaluate(
         self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings
@@ -136,9 +127,9 @@ class SudokuRecipe:
 
     name = "sudoku"
     causal = False  # the solution cannot be read off left to right, and its one canvas is never continued
+    rollouts = (0.5, 0.75)  # from half of the steps on, three batches in four are canvases that the model wrote itself
     defaults = {"hidden_size": 128, "layers": 6, "batch_size": 64}
     CELLS = 81
-    ROLLOUT_FROM, ROLLOUT_SHARE, ROLLOUT_CANVAS = 0.5, 0.75, CELLS
 
     def __init__(self, data: str | None = None):
         self.tokenizer = self._tokenizer()
@@ -177,10 +168,6 @@ class SudokuRecipe:
 
     def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], int]:
         """Model inputs of `size` training examples, and the canvas length to train them on."""
-        return self.rollout_batch(rng, size), self.CELLS
-
-    def rollout_batch(self, rng: random.Random, size: int) -> dict[str, torch.Tensor]:
-        """Model inputs of `size` examples for canvases of `ROLLOUT_CANVAS`."""
         if self.puzzles is None:
             raise ValueError("`data` is None; expected the file that `python examples/jobs/sudoku.py make` wrote")
         draw = np.random.default_rng(rng.getrandbits(64))
@@ -188,7 +175,7 @@ class SudokuRecipe:
         bos = torch.full((size, 1), 2)
         input_ids = torch.cat((bos, self.encode(puzzles), self.encode(solutions)), dim=1)
         labels = torch.cat((torch.full((size, 1 + self.CELLS), -100), input_ids[:, 1 + self.CELLS :]), dim=1)
-        return {"input_ids": input_ids, "labels": labels}
+        return {"input_ids": input_ids, "labels": labels}, self.CELLS
 
     def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
         """Solved puzzles out of `count` newly generated ones with 26 to 36 clues, by the real checker, and by difficulty."""

@@ -141,22 +141,22 @@ def train(args: argparse.Namespace) -> None:
             layer.compile(dynamic=False)
     print(f"{recipe.name}: {model.num_parameters():,} parameters, {args.steps} steps of {batch_size} on {device}", flush=True)
 
-    def draw(count: int) -> dict[str, torch.Tensor]:
-        return {key: value.to(device) for key, value in recipe.rollout_batch(rng, count).items()}
+    def draw(count: int) -> tuple[dict[str, torch.Tensor], int]:
+        batch, canvas_length = recipe.batch(rng, count, step / args.steps)
+        return {key: value.to(device) for key, value in batch.items()}, canvas_length
 
     model.train()
-    rollout = Rollout(model, batch_size, canvas_length=recipe.ROLLOUT_CANVAS)
+    rollout, (rollouts_from, rollout_share) = Rollout(model, batch_size), recipe.rollouts or (1.0, 0.0)
     examples, started, saved = 0, time.time(), time.time()
     sums: dict[str, list[float]] = {}
     bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=5, disable=not sys.stderr.isatty())
     while step < args.steps:
-        rolled = step / args.steps >= recipe.ROLLOUT_FROM and rng.random() < recipe.ROLLOUT_SHARE
+        rolled = step / args.steps >= rollouts_from and rng.random() < rollout_share
         if rolled:
-            batch, noised, soft_embeds = rollout.batch(draw)
+            batch, noised, soft_embeds = rollout.batch(lambda count: draw(count)[0])
             canvas, canvas_length = {"noised": noised, "soft_embeds": soft_embeds}, rollout.canvas_length
         else:
-            batch, canvas_length = recipe.batch(rng, batch_size, step / args.steps)
-            batch = {key: value.to(device) for key, value in batch.items()}
+            batch, canvas_length = draw(batch_size)
             # Self-conditioning on half of the batches rather than of the rows: the same share, half of the extra passes.
             canvas = {"self_conditioning_mask": torch.full((len(batch["input_ids"]),), rng.random() < 0.5, device=device)}
         rows = len(batch["input_ids"])

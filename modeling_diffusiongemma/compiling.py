@@ -5,6 +5,7 @@ torch compiled stays in its own cache, so entering again with the same settings 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -39,12 +40,12 @@ def compile_settings(config: CompileConfig) -> dict[str, Any]:
 @contextlib.contextmanager
 def compiled_layers(layers: Iterable[torch.nn.Module], config: CompileConfig) -> Iterator[None]:
     """Runs `layers` compiled as `config` says; afterwards they run as before."""
-    settings = compile_settings(config)
+    call = torch.compile(torch.nn.Module._call_impl, **compile_settings(config))  # what `Module.compile` compiles, once for all layers
     before = [(layer, layer._compiled_call_impl) for layer in layers]
     with torch._dynamo.config.patch(recompile_limit=GRAPHS):
         try:
             for layer, _ in before:
-                layer.compile(**settings)
+                layer._compiled_call_impl = functools.partial(call, layer)
             yield
         finally:
             for layer, compiled in before:

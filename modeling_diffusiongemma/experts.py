@@ -61,13 +61,14 @@ def eager_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
     order = chosen.flatten().argsort(stable=True)  # expert by expert
     counts = chosen.flatten().bincount(minlength=self.num_experts)[: self.num_experts].tolist()
     token, weight = order // chosen.shape[1], weights.flatten()[order, None]
-    output, end = torch.zeros_like(hidden_states), 0
+    dtype = torch.promote_types(hidden_states.dtype, weights.dtype)  # sums in float32 where the router's weights are
+    output, end = torch.zeros_like(hidden_states, dtype=dtype), 0
     for expert, count in enumerate(counts):
         own, end = token[end : end + count], end + count
         gate, up = nn.functional.linear(hidden_states.index_select(0, own), self.gate_up_proj[expert]).chunk(2, dim=-1)
         partial = nn.functional.linear(self.act_fn(gate).mul_(up), self.down_proj[expert])
-        output.index_add_(0, own, partial.mul_(weight[end - count : end]))
-    return output
+        output.index_add_(0, own, partial.to(dtype).mul_(weight[end - count : end]))
+    return output.to(hidden_states.dtype)
 
 
 def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
