@@ -88,8 +88,8 @@ def choose_experts(experts: nn.Module) -> str:
     """The implementation that is used when the caller names none: by the weights' shape, dtype and device, and not by the number of
     tokens, or a row's rounding would depend on its neighbours in the batch.
 
-    `"grouped_mm"`; on a CPU `"dense_mm"` for few small experts in bfloat16, and else `"eager"` for few experts: in float32 at a canvas's 256
-    tokens a tenth faster than `"grouped_mm"`, at 2,048 a fifth, and the same bits, so that equal seeds give transformers' tokens.
+    `"grouped_mm"`; on a CPU `"dense_mm"` for few small experts in bfloat16, and else `"eager"` for few experts: in float32 a tenth faster
+    than `"grouped_mm"` at a canvas's 256 tokens, a fifth at 2,048, and the same bits, so that equal seeds give transformers' tokens.
     """
     weight = experts.gate_up_proj
     if weight.device.type != "cpu":

@@ -77,7 +77,7 @@ class RotaryPositions(nn.Module):
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of `states` `(B, L, heads, head_dim)` by the position's angles."""
     first, second = states.chunk(2, dim=-1)
-    return (states * cos).add_(torch.cat((-second, first), dim=-1).mul_(sin))
+    return (states * cos).add_(torch.cat((-second, first), dim=-1) * sin)
 
 
 class ScaledEmbedding(nn.Embedding):
