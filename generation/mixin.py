@@ -197,8 +197,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         if cache is None:
             cache = make_cache(config, self.config.get_text_config(), plan.cache_length, real.device)
         pending, new, whole = prompt, real.shape[1] - int(cache.get_seq_length()), True
-        hooked = any(hasattr(module, "_hf_hook") for module in self.modules())  # Accelerate moves weights, which no graph holds
-        recording = Recording() if plan.record and not hooked else None
+        # Not where Accelerate moves weights, which no graph holds.
+        records = plan.record and not any(hasattr(module, "_hf_hook") for module in self.modules())
+        recording = Recording() if records else None
         for number in range(plan.canvases):
             self.prefill(**pending, attention_mask=real, position_ids=plan.positions(real, new), past_key_values=cache, last_states=1)
             shape = (real.shape[0], length)

@@ -62,10 +62,9 @@ class Shape(NamedTuple):
         given, which may be `products`."""
         if self.divided:
             logits = torch.tanh(products, out=out)
-        elif products.dtype == torch.float32:
-            logits = torch.div(products, self.softcap, out=out).tanh_()
         else:
-            logits = (products.float() if out is None else out.copy_(products)).div_(self.softcap).tanh_()
+            scaled = products.to(torch.float32, copy=True) if out is None else out.copy_(products)
+            logits = scaled.div_(self.softcap).tanh_()
         logits.mul_(self.softcap / self.temperature)
         return logits if kept is None else logits.masked_fill_(~kept, MASKED)
 
