@@ -258,7 +258,7 @@ def print_time(args: argparse.Namespace) -> None:
         vocabulary = config.text_config.vocab_size
         prompt = torch.randint(8, vocabulary - 200, (1, args.prompt), device=device)
         canvas = torch.randint(8, vocabulary - 200, (1, config.canvas_length), device=device)
-        cache = model.prefill(prompt).past_key_values
+        cache = model.prefill(prompt).cache
         step = torch.compile(model.denoise, mode="reduce-overhead" if gpu else None) if args.compile else model.denoise
         milliseconds = []
         for _ in range(args.repeats + 3):

@@ -83,7 +83,7 @@ def measure_leaving(model, recipe: TextRecipe, rounds: int = 3) -> None:
         leaving = model.generate(**part, **settings)
         between = time.perf_counter()
         cache = DynamicCache(config=model.config.get_text_config())
-        staying = model.generate(**part, past_key_values=cache, **settings)
+        staying = model.generate(**part, cache=cache, **settings)
         ratios.append((time.perf_counter() - between) / (between - started))
     same = torch.equal(leaving.sequences, staying.sequences)
     verdict = "equal" if same else "DIFFER"

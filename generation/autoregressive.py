@@ -27,7 +27,7 @@ def decode_autoregressively(model, plan: Plan, written: Written, real: torch.Ten
     length = real.shape[1]
     while not bool(written.ended.all()) and not plan.out_of_time():
         positions = plan.positions(real, length)
-        prefilled = model.prefill(**inputs, attention_mask=real, position_ids=positions, past_key_values=cache, last_states=1)
+        prefilled = model.prefill(**inputs, attention_mask=real, position_ids=positions, cache=cache, last_states=1)
         shaped, raw = _next_logits(model, plan, written, prefilled.last_hidden_state)
         statistics = dense_statistics(shaped, draws.at(written.generated, 0), plan.greedy)
         check_finite(statistics.bad, written.rows)
@@ -51,7 +51,7 @@ def decode_verified(model, plan: Plan, written: Written, real: torch.Tensor, dra
     """
     cache = DynamicCache()  # keeps every token, so that it can be cut back behind the sliding window
     positions = plan.positions(real, real.shape[1])
-    prefilled = model.prefill(**prompt, attention_mask=real, position_ids=positions, past_key_values=cache, last_states=1)
+    prefilled = model.prefill(**prompt, attention_mask=real, position_ids=positions, cache=cache, last_states=1)
     shaped, before = _next_logits(model, plan, written, prefilled.last_hidden_state)
     chosen = shaped.argmax(dim=-1)  # (1, 1)
     one = written.passes.new_ones(1)
@@ -63,7 +63,7 @@ def decode_verified(model, plan: Plan, written: Written, real: torch.Tensor, dra
         state, _ = denoise_canvas(model, plan, noise, context, draws, written.streamer)
         draft = torch.cat((chosen, state.argmax[:, 1:]), dim=1)
         positions = plan.positions(canvas_real, draft.shape[1])
-        committed = model.prefill(draft, attention_mask=canvas_real, position_ids=positions, past_key_values=cache)
+        committed = model.prefill(draft, attention_mask=canvas_real, position_ids=positions, cache=cache)
         raw = model.compute_logits(committed.last_hidden_state)  # (1, C, V), behind each token of the draft
         context_ids = torch.cat((written.context, chosen), dim=1)
         choices = plan.shaping(raw, context_ids, draft[:, 1:], written.generated + 1, plan.temperature, 1).argmax(dim=-1)

@@ -138,7 +138,7 @@ def repeat_rows(
     if copies == 1:
         return ids, real, canvas, prompt
     if cache is not None or "pixel_values" in prompt:
-        raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `past_key_values` or images")
+        raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `cache` or images")
     canvas = None if canvas is None else canvas.repeat_interleave(copies, dim=0)
     prompt = {name: value.repeat_interleave(copies, dim=0) for name, value in prompt.items()}
     return ids.repeat_interleave(copies, dim=0), real.repeat_interleave(copies, dim=0), canvas, prompt

@@ -1,8 +1,8 @@
 """Block-diffusion generation for any model that offers five methods:
 
-    prefill(input_ids, attention_mask=, position_ids=, past_key_values=, last_states=, **images) -> output with `last_hidden_state`,
+    prefill(input_ids, attention_mask=, position_ids=, cache=, last_states=, **images) -> output with `last_hidden_state`,
         of the last `last_states` tokens where it is given
-    prepare_canvas(past_key_values, (B, C), attention_mask, position_ids, slots=) -> a view, good for every step of one canvas
+    prepare_canvas(cache, (B, C), attention_mask, position_ids, slots=) -> a view, good for every step of one canvas
     denoise(canvas_ids, soft_embeds=, view=) -> output with `last_hidden_state`
     compute_logits(hidden_states) -> float32 (B, C, V)
     soft_embed(logits) -> (B, C, D)
@@ -22,6 +22,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcess
 from transformers.generation.streamers import BaseStreamer
 
 from .autoregressive import decode_autoregressively, decode_verified
+from .cache_names import FIELD, takes_cache
 from .capture import Recording
 from .configuration import DiffusionGenerationConfig
 from .denoise import CanvasContext, can_select, denoise_canvas
@@ -58,6 +59,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             return
 
     @torch.no_grad()
+    @takes_cache
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -69,7 +71,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -83,7 +85,7 @@ class DiffusionGenerationMixin(GenerationMixin):
 
         Args:
             inputs, input_ids (`int64 (B, P)`): the prompts, padded on the left; the two names mean the same. With
-                `past_key_values`: the tokens that are not in the cache yet.
+                `cache`: the tokens that are not in the cache yet.
             generation_config (*optional*): a `DiffusionGenerationConfig`, or any `GenerationConfig`. Default: the model's.
             logits_processor (*optional*): applied to the raw logits `(B, C, V)`, first of all. Processors with a `cur_step`
                 argument get the remaining steps, as transformers' model gives them.
@@ -95,7 +97,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included.
             inputs_embeds (`(B, P, D)`, *optional*): embeddings of the prompts instead of their ids, scaled as `get_input_embeddings()`
                 scales them. The sequences that are returned then hold the new tokens alone.
-            past_key_values (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
+            cache (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
             decoder_input_ids (`int64 (B, C)`, *optional*): the first canvas. Default: noise.
             seed (*optional*): one for every row, or one a prompt. A row's tokens depend on its prompt and its seed alone.
             generator (*optional*): source of the rows' seeds, or one generator a row. Default: torch's global one.
@@ -116,15 +118,15 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`; {found}; expected exactly one of them"
             )
-        if past_key_values is not None and config.cache_implementation is not None:
-            raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `past_key_values` is given")
-        if config.decoding != "diffusion" and (past_key_values is not None or decoder_input_ids is not None):
-            raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `past_key_values` nor `decoder_input_ids`")
+        if cache is not None and config.cache_implementation is not None:
+            raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `cache` is given")
+        if config.decoding != "diffusion" and (cache is not None or decoder_input_ids is not None):
+            raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `cache` nor `decoder_input_ids`")
         if config.compile_config is not None and not hasattr(self, "compiling"):
             raise ValueError(f"`compile_config` is given, and {type(self).__name__} has no method `compiling`; expected None")
         if config.stop_strings is not None and tokenizer is None:
             raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
-        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        seen = 0 if cache is None else int(cache.get_seq_length())
         if inputs_embeds is None:
             ids = inputs if input_ids is None else input_ids
             real = check_prompt(ids, attention_mask, seen)  # (B, tokens so far), False at padding
@@ -135,12 +137,10 @@ class DiffusionGenerationMixin(GenerationMixin):
             ids = torch.zeros((inputs_embeds.shape[0], 0), dtype=torch.int64, device=inputs_embeds.device)
             prompt = {"inputs_embeds": inputs_embeds}
         prompts, device, copies = ids.shape[0], ids.device, config.num_return_sequences or 1
-        plan = make_plan(
-            config, use_max_length, self.config, real.shape[1], device, logits_processor, ids.shape[0] * copies, past_key_values is None
-        )
+        plan = make_plan(config, use_max_length, self.config, real.shape[1], device, logits_processor, ids.shape[0] * copies, cache is None)
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
         prompt |= {name: value for name, value in images.items() if value is not None}
-        ids, real, decoder_input_ids, prompt = repeat_rows(copies, ids, real, decoder_input_ids, prompt, past_key_values)
+        ids, real, decoder_input_ids, prompt = repeat_rows(copies, ids, real, decoder_input_ids, prompt, cache)
         shape = (ids.shape[0], plan.canvas_length)
         check_canvas(decoder_input_ids, shape, self.config.get_text_config().vocab_size)
         if config.backend == "reference":
@@ -163,7 +163,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         compiles = config.compile_config is not None and not config.disable_compile
         with self.compiling(config.compile_config) if compiles else contextlib.nullcontext():
             if config.decoding == "diffusion":
-                past_key_values = self._write_canvases(plan, written, real, past_key_values, config, draws, decoder_input_ids, prompt)
+                cache = self._write_canvases(plan, written, real, cache, config, draws, decoder_input_ids, prompt)
             else:
                 decode = decode_verified if config.decoding == "verified" else decode_autoregressively
                 decode(self, plan, written, real, draws, prompt)
@@ -177,7 +177,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             sequences=sequences,
             tokens_per_forward=counts / written.passes.clamp(min=1),
             denoising_steps=written.passes,
-            past_key_values=past_key_values,
+            **{FIELD: cache},
             scores=written.scores() if config.output_scores else None,
             logits=written.logits(),
         )
@@ -201,7 +201,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         records = plan.record and not any(hasattr(module, "_hf_hook") for module in self.modules())
         recording = Recording() if records else None
         for number in range(plan.canvases):
-            self.prefill(**pending, attention_mask=real, position_ids=plan.positions(real, new), past_key_values=cache, last_states=1)
+            self.prefill(**pending, attention_mask=real, position_ids=plan.positions(real, new), cache=cache, last_states=1)
             shape = (real.shape[0], length)
             noise = draws.at(number, -1).noise(plan.noise, shape, real.device)  # drawn also where a canvas is given, as transformers does
             real = torch.cat((real, real.new_ones(shape)), dim=1)

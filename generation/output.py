@@ -1,11 +1,11 @@
 """What `generate` returns with `return_dict_in_generate=True`."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from transformers import Cache
-from transformers.utils import ModelOutput
+
+from .cache_names import CacheOutput, cache_output
 
 
 class TokenScores(NamedTuple):
@@ -19,15 +19,15 @@ class TokenScores(NamedTuple):
     revisions: torch.Tensor
 
 
-@dataclass
-class DiffusionGenerationOutput(ModelOutput):
+@cache_output
+class DiffusionGenerationOutput(CacheOutput):
     """Output of `DiffusionGenerationMixin.generate`.
 
     Args:
         sequences (`int64 (B, P + N)`): prompt and new tokens; N is the longest row's, shorter rows end in pad.
         tokens_per_forward (`float32 (B,)`): new tokens, padding excluded, per canvas pass of that row.
         denoising_steps (`int64 (B,)`): canvas passes of that row, over all its canvases.
-        past_key_values: the cache, for another turn. It holds the prompt and every canvas but the last. None where rows of a
+        cache: the cache, for another turn. It holds the prompt and every canvas but the last. None where rows of a
             batch left it early; pass a cache of your own, or a batch of one, to keep it.
         scores: `TokenScores`, with `output_scores`.
         logits (`float32 (B, N, V)`): with `output_logits`, the model's logits, nothing applied to them, from the pass that committed
@@ -37,7 +37,7 @@ class DiffusionGenerationOutput(ModelOutput):
     sequences: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     denoising_steps: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     scores: TokenScores | None = None
     logits: torch.Tensor | None = None
 

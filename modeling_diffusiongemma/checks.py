@@ -27,11 +27,11 @@ def check_cache(cache: Cache, batch_size: int, seen: int, length: int) -> None:
     for layer in cache.layers:
         stored = getattr(layer, "keys", None)
         if stored is not None and stored.dim() == 4 and stored.shape[0] != batch_size:
-            raise ValueError(f"`past_key_values` holds {stored.shape[0]} rows; expected {batch_size}, the rows of the new tokens")
+            raise ValueError(f"`cache` holds {stored.shape[0]} rows; expected {batch_size}, the rows of the new tokens")
         limit = -1 if layer.is_sliding else layer.get_max_length()
         if 0 <= limit < seen + length:
             raise ValueError(
-                f"`past_key_values` holds {seen} of at most {limit} tokens and is to take {length} more; "
+                f"`cache` holds {seen} of at most {limit} tokens and is to take {length} more; "
                 "expected room for all of them: make it with a larger `max_cache_len`"
             )
 

@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,  # noqa: F401  by it Diffusers knows how to load a saved pipeline's model
 )
 
+from generation.cache_names import FIELD, takes_cache
 from generation.configuration import DiffusionGenerationConfig
 from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
@@ -121,11 +122,12 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         finally:
             self.generation_config = own
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         self_conditioning_logits: torch.Tensor | None = None,
@@ -146,7 +148,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         Args:
             input_ids (`int64 (B, P)`): prompt tokens not yet in the cache. For training: prompt and response.
             attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included; either side.
-            past_key_values (*optional*): a cache to read and append to.
+            cache (*optional*): a cache to read and append to.
             position_ids (`(B or 1, P)`, *optional*): default: each row's real tokens counted from 0.
             decoder_input_ids (`int64 (B, C)`, *optional*): the canvas. Default: `canvas_length` uniform random tokens.
             self_conditioning_logits (`(B, C, V)`, *optional*): the previous step's shaped logits.
@@ -170,7 +172,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
         check_images(input_ids, pixel_values, self.config.image_token_id)
         if labels is not None and decoder_input_ids is None:
-            unused = {"past_key_values": past_key_values, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            unused = {"cache": cache, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
                       "self_conditioning_logits": self_conditioning_logits}  # fmt: skip
             if given := [name for name, value in unused.items() if value is not None]:
@@ -180,7 +182,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
             output = MaskedBlockOutput(
                 loss=trained.diffusion + trained.causal, logits=trained.logits,
-                past_key_values=trained.prefilled.past_key_values,
+                **{FIELD: trained.prefilled.cache},
                 encoder_last_hidden_state=trained.prefilled.last_hidden_state,
                 diffusion_loss=trained.diffusion, causal_loss=trained.causal,
             )  # fmt: skip
@@ -198,7 +200,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             if self_conditioning_mask is not None:
                 soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
         denoised = self.model(
-            input_ids, attention_mask, past_key_values, position_ids, decoder_input_ids, soft_embeds,
+            input_ids, attention_mask, cache, position_ids, decoder_input_ids, soft_embeds,
             decoder_attention_mask, decoder_position_ids, **images, inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
@@ -207,7 +209,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         output = MaskedBlockOutput(
-            loss=loss, logits=logits, past_key_values=denoised.past_key_values, hidden_states=denoised.hidden_states,
+            loss=loss, logits=logits, **{FIELD: denoised.cache}, hidden_states=denoised.hidden_states,
             attentions=denoised.attentions, encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from generation.noise import Noise, UniformNoise
 
 from .checks import check_mask, check_shape
+from .outputs import PassOutput
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
@@ -104,7 +104,7 @@ class TrainingLoss(NamedTuple):
     logits: torch.Tensor
     diffusion: torch.Tensor
     causal: torch.Tensor | None
-    prefilled: BaseModelOutputWithPast
+    prefilled: PassOutput
 
 
 def _check_noised(noised, soft_embeds, labels, self_conditioning_mask, canvas_length: int, hidden_size: int) -> None:
@@ -168,14 +168,14 @@ def block_diffusion_loss(
         noised = corrupt(clean.ids, noise_proportions(batch_size, clean.ids.device), noise)
 
     length = input_ids.shape[1] if causal else int(clean.start.max())
-    prefilled = model.prefill(input_ids[:, :length], real[:, :length], past_key_values=DynamicCache(), **images)
+    prefilled = model.prefill(input_ids[:, :length], real[:, :length], cache=DynamicCache(), **images)
     causal_loss = None
     if causal:
         target = labels[:, 1:] != IGNORED
         next_logits = model.compute_logits(prefilled.last_hidden_state[:, :-1][target])
         causal_loss = torch.nn.functional.cross_entropy(next_logits, labels[:, 1:][target])
 
-    inputs = canvas_inputs(model, prefilled.past_key_values, clean, real[:, :length])
+    inputs = canvas_inputs(model, prefilled.cache, clean, real[:, :length])
     if self_conditioning_mask is None and soft_embeds is None:
         self_conditioning_mask = torch.rand(batch_size, device=noised.device) < SELF_CONDITIONING_PROBABILITY
     if soft_embeds is None and bool(self_conditioning_mask.any()):

@@ -11,16 +11,16 @@ from itertools import pairwise
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
 
+from generation.cache_names import FIELD, takes_cache
 from generation.inputs import check_ids
 
 from .caches import StoredLayers, cached_length
 from .checks import check_cache, check_mask, check_shape
 from .configuration import DiffusionGemmaConfig, check_config
 from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
-from .outputs import BlockModelOutput
+from .outputs import BlockModelOutput, PassOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .stack import BlockStack, View
 from .views import PromptPassView
@@ -111,12 +111,13 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             )
         return embeds.masked_scatter(places[..., None], features)
 
+    @takes_cache
     def prefill(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
@@ -125,16 +126,16 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         output_attentions: bool = False,
         chunk_length: int | None = None,
         last_states: int | None = None,
-    ) -> BaseModelOutputWithPast:
+    ) -> PassOutput:
         """Runs new tokens causally and appends them to the cache. With a finished canvas as input this is the commit.
 
         Args:
             input_ids (`int64 (B, P)`): tokens not yet in the cache; or `inputs_embeds` `(B, P, D)` instead.
             attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included. Rows may be padded on either
                 side; right padding of prompts longer than the sliding window needs a cache that keeps everything, which
-                is what is made here when `past_key_values` is None.
+                is what is made here when `cache` is None.
             position_ids (`int64 (B or 1, P)`, *optional*): default: each row's real tokens counted from 0.
-            past_key_values (*optional*): any cache of transformers, appended to. Default: a new `DynamicCache`.
+            cache (*optional*): any cache of transformers, appended to. Default: a new `DynamicCache`.
             pixel_values, image_position_ids (*optional*): patches and their coordinates, from the image processor.
             mm_token_type_ids (`(B, P)`, *optional*): 1 where a token belongs to an image, which is attended to
                 bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
@@ -144,7 +145,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
 
         Returns:
-            `last_hidden_state` `(B, P or last_states, D)`, `past_key_values`, `hidden_states` and `attentions` on request.
+            `last_hidden_state` `(B, P or last_states, D)`, `cache`, `hidden_states` and `attentions` on request.
 
         Raises:
             ValueError: ids out of range, an empty prompt, a mask of the wrong shape, images that do not fit the tokens.
@@ -165,22 +166,22 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if chunk_length is not None and (at_once or torch.is_grad_enabled()):
             why = "with gradients" if torch.is_grad_enabled() else "together with `output_hidden_states` or `output_attentions`"
             raise ValueError(f"`chunk_length` is {chunk_length}; expected None {why}")
-        seen = cached_length(past_key_values)
-        if past_key_values is not None:
-            check_cache(past_key_values, batch_size, seen, length)
+        seen = cached_length(cache)
+        if cache is not None:
+            check_cache(cache, batch_size, seen, length)
         padding = check_mask("attention_mask", attention_mask, (batch_size, seen + length))
         if padding is not None:
             padding = padding.to(new.device)
             padded_left = bool((padding.int().diff(dim=1) >= 0).all())
-            if past_key_values is None and not padded_left:
-                past_key_values = DynamicCache()
-            elif not padded_left and any(past_key_values.is_sliding) and seen + length >= self.config.text_config.sliding_window:
+            if cache is None and not padded_left:
+                cache = DynamicCache()
+            elif not padded_left and any(cache.is_sliding) and seen + length >= self.config.text_config.sliding_window:
                 raise ValueError(
-                    f"`attention_mask` pads {seen + length} tokens on the right and `past_key_values` keeps only the last of "
+                    f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
                     f"sliding_window={self.config.text_config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
                 )
-        if past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
+        if cache is None:
+            cache = DynamicCache(config=self.config.text_config)
         if pixel_values is not None:
             if inputs_embeds is not None:
                 raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
@@ -202,34 +203,35 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             part = slice(start, end)
             embeds = self.decoder.embed_tokens(input_ids[:, part]) if inputs_embeds is None else inputs_embeds[:, part]
             view = self._prompt_view(
-                past_key_values,
+                cache,
                 seen + start,
                 embeds,
                 position_ids[:, part],
                 None if padding is None else padding[:, : seen + end],
                 None if images is None else images[:, part],
             )
-            hidden_states, states, weights = self.decoder(embeds, view, scalars, past_key_values, output_hidden_states, output_attentions)
+            hidden_states, states, weights = self.decoder(embeds, view, scalars, cache, output_hidden_states, output_attentions)
             if end > length - last_states:
                 kept.append(hidden_states[:, max(length - last_states - start, 0) :])
-        return BaseModelOutputWithPast(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), past_key_values, states, weights)
+        return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
 
+    @takes_cache
     def denoise(
         self,
         canvas_ids: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         soft_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         view: View | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> BaseModelOutputWithPast:
+    ) -> PassOutput:
         """Runs a canvas bidirectionally over itself and the cache, to which nothing is appended.
 
         Args:
             canvas_ids (`int64 (B, C)`): the canvas, of any length.
-            past_key_values (*optional*): the prompt's cache, from `prefill`.
+            cache (*optional*): the prompt's cache, from `prefill`.
             soft_embeds (`(B, C, D)`, *optional*): soft embedding of the previous step's distribution, from
                 `embed_tokens(probabilities)`. Default: zero, as at the first step.
             attention_mask (`(B, L + C)`, *optional*): 0 at padding.
@@ -241,12 +243,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             `last_hidden_state` `(B, C, D)`, the cache as it was given, `hidden_states` and `attentions` on request.
 
         Raises:
-            ValueError: neither or both of `past_key_values` and `view`, a view of another canvas, a mask of the wrong shape.
+            ValueError: neither or both of `cache` and `view`, a view of another canvas, a mask of the wrong shape.
         """
-        if (view is None) == (past_key_values is None):
-            raise ValueError("`denoise` takes the cache as `past_key_values` or inside a `view`; expected exactly one of them")
+        if (view is None) == (cache is None):
+            raise ValueError("`denoise` takes the cache as `cache` or inside a `view`; expected exactly one of them")
         if view is None:
-            view = self._canvas_view(past_key_values, tuple(canvas_ids.shape), attention_mask, position_ids)
+            view = self._canvas_view(cache, tuple(canvas_ids.shape), attention_mask, position_ids)
         elif attention_mask is not None or position_ids is not None:
             raise ValueError("`view` holds masks and positions already; expected `attention_mask` and `position_ids` to be None")
         elif tuple(canvas_ids.shape) != view.shape:
@@ -254,11 +256,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         embeds = self.decoder.embed_tokens(canvas_ids)
         embeds = self.decoder.self_conditioning(embeds, torch.zeros_like(embeds) if soft_embeds is None else soft_embeds.to(embeds.dtype))
         hidden_states, states, weights = self.decoder(embeds, view, None, None, output_hidden_states, output_attentions)
-        return BaseModelOutputWithPast(hidden_states, past_key_values, states, weights)
+        return PassOutput(hidden_states, cache, states, weights)
 
+    @takes_cache
     def prepare_canvas(
         self,
-        past_key_values: Cache,
+        cache: Cache,
         canvas_shape: tuple[int, int],
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -270,7 +273,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         The view holds until something is appended to the cache. Made without gradients it passes none to the prompt.
 
         Args:
-            past_key_values: the prompt's cache. The tensors of its dynamic layers are replaced by equal ones that have room
+            cache: the prompt's cache. The tensors of its dynamic layers are replaced by equal ones that have room
                 behind them, so that nothing is stored twice; a static cache's stay, and the view holds a copy of what they hold.
             canvas_shape: (B, C).
             attention_mask (`(B, L + C)`, *optional*): 0 at padding.
@@ -280,7 +283,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             slots: at least so many slots for cached tokens, those not filled being masked (and a mask also where all are). With the
                 length that the cache will reach, the views of all canvases have equal shapes, which a captured CUDA graph needs.
         """
-        view = self._canvas_view(past_key_values, canvas_shape, attention_mask, position_ids, prefix_length, slots)
+        view = self._canvas_view(cache, canvas_shape, attention_mask, position_ids, prefix_length, slots)
         if torch.is_grad_enabled():
             return view  # steps concatenate, since gradients need what every one of them wrote
         return view._replace(cached=view.cached.with_room(canvas_shape[1], self._slots(view.cached, slots)))
@@ -355,11 +358,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             return torch.arange(seen, seen + length, device=device)[None]
         return (padding.cumsum(dim=1) - 1).clamp(min=0)[:, -length:].to(device)
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         soft_embeds: torch.Tensor | None = None,
@@ -383,17 +387,17 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         prompt, prompt_states = input_ids if inputs_embeds is None else inputs_embeds, None
         # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
         decoder_input_ids, decoder_attention_mask = self._prepare_canvas(
-            prompt, attention_mask, past_key_values, decoder_input_ids, decoder_attention_mask, decoder_position_ids, soft_embeds
+            prompt, attention_mask, cache, decoder_input_ids, decoder_attention_mask, decoder_position_ids, soft_embeds
         )
         if prompt is not None:
             prefilled = self.prefill(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+                input_ids, attention_mask, position_ids, cache, inputs_embeds,
                 pixel_values, image_position_ids, mm_token_type_ids,
             )  # fmt: skip
-            past_key_values, prompt_states = prefilled.past_key_values, prefilled.last_hidden_state
+            cache, prompt_states = prefilled.cache, prefilled.last_hidden_state
         denoised = self.denoise(
             decoder_input_ids,
-            past_key_values,
+            cache,
             soft_embeds,
             decoder_attention_mask,
             decoder_position_ids,
@@ -402,7 +406,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         )
         output = BlockModelOutput(
             last_hidden_state=denoised.last_hidden_state,
-            past_key_values=past_key_values,
+            **{FIELD: cache},
             hidden_states=denoised.hidden_states,
             attentions=denoised.attentions,
             encoder_last_hidden_state=prompt_states,
@@ -413,7 +417,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """Checks what `forward` got for the canvas and fills in what it did not. Returns the canvas and its mask."""
         config, seen = self.config, cached_length(cache)
         if prompt is None and seen == 0:
-            raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `past_key_values`")
+            raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `cache`")
         if canvas_ids is None:
             if prompt is None:
                 raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")

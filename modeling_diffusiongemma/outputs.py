@@ -1,39 +1,54 @@
-"""What the two model classes return."""
-
-from dataclasses import dataclass
+"""What the two model classes and their passes return."""
 
 import torch
 from transformers import Cache
-from transformers.utils import ModelOutput
+
+from generation.cache_names import CacheOutput, cache_output
 
 
-@dataclass
-class BlockModelOutput(ModelOutput):
+@cache_output
+class PassOutput(CacheOutput):
+    """Output of `prefill` and `denoise`.
+
+    Args:
+        last_hidden_state (`(B, L, D)`): normed output of the pass.
+        cache: the prompt's cache.
+        hidden_states, attentions (*optional*): of every layer, as in `BlockModelOutput`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@cache_output
+class BlockModelOutput(CacheOutput):
     """Output of `DiffusionGemmaBlockModel`.
 
     Args:
         last_hidden_state (`(B, C, D)`): normed output of the canvas pass.
-        past_key_values: the prompt's cache.
+        cache: the prompt's cache.
         hidden_states (*optional*): `num_hidden_layers + 1` tensors `(B, C, D)` of the canvas pass.
         attentions (*optional*): `num_hidden_layers` tensors `(B, H, C, slots + C)` of the canvas pass, eager attention.
         encoder_last_hidden_state (`(B, P, D)`, *optional*): normed output of the prompt pass, if there was one.
     """
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
 
 
-@dataclass
-class MaskedBlockOutput(ModelOutput):
+@cache_output
+class MaskedBlockOutput(CacheOutput):
     """Output of `DiffusionGemmaForMaskedBlockLM`.
 
     Args:
         loss (scalar float32, *optional*): nats; `diffusion_loss + causal_loss`, or the former alone where a canvas was given.
         logits (`float32 (B, C, V)`): of the canvas pass, soft-capped.
-        past_key_values: the prompt's cache.
+        cache: the prompt's cache.
         hidden_states, attentions, encoder_last_hidden_state: as in `BlockModelOutput`.
         diffusion_loss (scalar float32, *optional*): nats, mean cross-entropy over every canvas position.
         causal_loss (scalar float32, *optional*): nats, mean next-token cross-entropy of the prompt pass over the response.
@@ -41,7 +56,7 @@ class MaskedBlockOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
@@ -49,4 +64,4 @@ class MaskedBlockOutput(ModelOutput):
     causal_loss: torch.Tensor | None = None
 
 
-__all__ = ["BlockModelOutput", "MaskedBlockOutput"]
+__all__ = ["BlockModelOutput", "MaskedBlockOutput", "PassOutput"]

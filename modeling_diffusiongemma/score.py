@@ -57,7 +57,7 @@ def score_responses(
     target = labels != IGNORED
     tokens = target.sum(dim=1)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    prefilled = model.prefill(input_ids, real, past_key_values=DynamicCache())
+    prefilled = model.prefill(input_ids, real, cache=DynamicCache())
     if mode == "autoregressive":
         rows, places = target[:, 1:].nonzero(as_tuple=True)  # of the response tokens, as they are predicted
         total = torch.zeros(input_ids.shape[0], device=input_ids.device)
@@ -80,7 +80,7 @@ def score_responses(
             input_ids, labels, torch.full_like(canvases, number).clamp(max=canvases - 1), length, config.text_config.pad_token_id
         )
         counted = clean.inside & (number < canvases)[:, None]
-        inputs = canvas_inputs(model, prefilled.past_key_values, clean, real)
+        inputs = canvas_inputs(model, prefilled.cache, clean, real)
         for sample in range(samples):
             noised = corrupt(clean.ids, proportions[sample], noise)
             logits = model.compute_logits(model.denoise(noised, **inputs).last_hidden_state)

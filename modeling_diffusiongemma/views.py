@@ -9,7 +9,10 @@ import weakref
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from generation.cache_names import takes_cache
+
+from .outputs import PassOutput
 
 
 class PromptPassView(nn.Module):
@@ -25,27 +28,29 @@ class PromptPassView(nn.Module):
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "shown"}
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         **images: torch.Tensor,
-    ) -> BaseModelOutputWithPast:
+    ) -> PassOutput:
         """`DiffusionGemmaBlockModel.prefill`, arguments and errors as there. Image tokens attend to each other inside their image;
         in transformers' model, called so, they attend causally."""
-        return self.shown().prefill(input_ids, attention_mask, position_ids, past_key_values, **images)
+        return self.shown().prefill(input_ids, attention_mask, position_ids, cache, **images)
 
 
 class CanvasMasksView:
     """The canvas pass's masks under transformers' name."""
 
     @staticmethod
+    @takes_cache
     def create_diffusion_decoder_attention_mask(
         config=None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """What the model takes as `decoder_attention_mask`: the 2-D mask `(B, L + C)` itself, from which it builds every layer's."""

@@ -331,9 +331,9 @@ def test_good_labels_pass(side):
     assert check_labels(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]) is None
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "position_ids", "self_conditioning_logits", "decoder_position_ids"])
+@pytest.mark.parametrize("name", ["cache", "position_ids", "self_conditioning_logits", "decoder_position_ids"])
 def test_arguments_the_loss_does_not_use_are_refused(model, name):
-    value = DynamicCache() if name == "past_key_values" else torch.zeros(4, CANVAS)
+    value = DynamicCache() if name == "cache" else torch.zeros(4, CANVAS)
     with pytest.raises(ValueError, match=name):
         model(**batch(), **{name: value})
 

@@ -193,7 +193,7 @@ def test_denoise_refuses_a_view_that_does_not_fit():
     cache = model.prefill(tokens(2, 9)).past_key_values
     view = model.prepare_canvas(cache, (2, CANVAS))
     for arguments, match in (
-        ({}, "exactly one"), ({"view": view, "past_key_values": cache}, "exactly one"),
+        ({}, "exactly one"), ({"view": view, "cache": cache}, "exactly one"),
         ({"view": view, "attention_mask": torch.ones(2, 9 + CANVAS)}, "`attention_mask`"),
         ({"view": view, "position_ids": torch.arange(CANVAS)[None]}, "`position_ids`"),
     ):  # fmt: skip
