@@ -5,15 +5,13 @@
     python examples/train.py sudoku --data runs/sudoku.npz --out runs/sudoku
 
 Running the same command again continues where the last one stopped. `--out` then holds `checkpoint/`, loadable with
-`from_pretrained`, and `state.pt`, what training needs to continue.
+`from_pretrained`, with `state.pt`, what training needs to continue.
 """
 
 import argparse
 import json
 import math
-import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from evaluate import print_table
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss
+from modeling_diffusiongemma.saving import finish, replacing
 from recipes import RECIPES
 
 
@@ -91,20 +90,13 @@ class Optimizers:
 
 
 def save(out: Path, recipe, model, optimizer, step: int, rng: random.Random, seconds: float, log: list) -> None:
-    """Writes checkpoint and state beside the old ones and then renames, so that an interruption leaves one whole state."""
-    fresh = out / "checkpoint.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    recipe.tokenizer.save_pretrained(fresh)
-    state = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "log": log,
-             "rng": rng.getstate(), "torch_rng": torch.get_rng_state()}  # fmt: skip
-    torch.save(state, fresh / "state.pt")
-    old = out / "checkpoint.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if (out / "checkpoint").exists():
-        os.replace(out / "checkpoint", old)
-    os.replace(fresh, out / "checkpoint")
-    shutil.rmtree(old, ignore_errors=True)
+    """Replaces checkpoint and state as one, so that an interruption leaves one whole state."""
+    with replacing(out / "checkpoint") as fresh:
+        model.save_pretrained(fresh)
+        recipe.tokenizer.save_pretrained(fresh)
+        state = {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "log": log,
+                 "rng": rng.getstate(), "torch_rng": torch.get_rng_state()}  # fmt: skip
+        torch.save(state, fresh / "state.pt")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -118,6 +110,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng, step, seconds, log = random.Random(args.seed), 0, 0.0, []
     state = None
+    finish(out / "checkpoint")
     if (out / "checkpoint" / "state.pt").is_file():
         model = DiffusionGemmaForMaskedBlockLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
         state = torch.load(out / "checkpoint" / "state.pt", weights_only=False)
@@ -188,7 +181,8 @@ def train(args: argparse.Namespace) -> None:
 
     model.eval()
     results = recipe.evaluate(DiffusionGemmaForMaskedBlockLM.from_pretrained(out / "checkpoint"), args.eval_cases)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with replacing(out) as fresh:
+        (fresh / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
 
 

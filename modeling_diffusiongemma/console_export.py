@@ -9,6 +9,7 @@ from transformers.utils import cached_file
 
 from .console_arguments import Command, UsageError, add_json, add_model, say
 from .console_model import load_model, load_tokenizer
+from .saving import replacing
 
 EXAMPLES = """\
   diffusiongemma export ./my-repository
@@ -18,6 +19,7 @@ the folder then loads anywhere, with this code, by
   AutoModelForCausalLM.from_pretrained("./my-repository", trust_remote_code=True)
 and without trust_remote_code in transformers' own class. Upload it with: hf upload OWNER/NAME ./my-repository
 """
+CARD = "README.md"  # one that is there is kept
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -39,10 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
     path = args.model.path
     model, tokenizer = load_model(path, args.dtype), load_tokenizer(path)
-    model.save_pretrained(folder, remote_code=True, max_shard_size=args.max_shard_size)
-    tokenizer.save_pretrained(folder)
-    if any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES):
-        AutoProcessor.from_pretrained(path).save_pretrained(folder)
+    with replacing(folder) as fresh:
+        model.save_pretrained(fresh, remote_code=True, max_shard_size=args.max_shard_size)
+        tokenizer.save_pretrained(fresh)
+        if any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES):
+            AutoProcessor.from_pretrained(path).save_pretrained(fresh)
+        if (folder / CARD).exists():
+            (fresh / CARD).unlink()
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
     if args.json:
         print(json.dumps({"folder": str(folder.resolve()), "bytes": sum(files.values()), "files": files}))

@@ -1,14 +1,16 @@
 """Loading and saving in the released layout, with errors that name the file and the tensor.
 
 The state dict already has the released names, so transformers' own `from_pretrained` and `save_pretrained` do the work.
-Added here: what they raise on a damaged checkpoint becomes an OSError or ValueError that says what is wrong; `architectures`
-in a saved config.json stays transformers' class, by which every other runtime finds its own model; and the code travels
-along where that is asked for.
+Added here: what they raise on a damaged checkpoint becomes an OSError or ValueError that says what is wrong; a save replaces a folder's
+checkpoint as one (`saving`); `architectures` in a saved config.json stays transformers' class, by which every other runtime finds its own
+model; and the code travels along where that is asked for.
 """
 
+import contextlib
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
@@ -20,13 +22,15 @@ from .fp8_quantizer import METHOD as FP8
 from .nvfp4 import METHOD as NVFP4
 from .remote_code import auto_map, write_card, write_code
 from .safetensors_files import INDEX, indexed_files, inspect_header
+from .saving import FINISHED, finish, replacing
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
     """Describes every safetensors file of a local checkpoint that is missing or shorter than its header says."""
-    folder, problems = Path(folder), []
+    folder = Path(folder)
+    problems = [f"a save was interrupted, and {FINISHED} holds the rest"] if (folder / FINISHED).is_dir() else []
     names = {path.name for path in folder.glob("*.safetensors")} | set(indexed_files(folder) or ())
     for name in sorted(names):
         if not (folder / name).is_file():
@@ -34,6 +38,34 @@ def damaged_files(folder: str | os.PathLike) -> list[str]:
         elif wrong := inspect_header(folder / name)[1]:
             problems.append(f"{name} {wrong}")
     return problems
+
+
+def files_read(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Which files loading reads in a folder, and what tells each from another of the same name."""
+    found = {}
+    for path in folder.iterdir():
+        if path.name.endswith((".safetensors", ".index.json", "config.json")):
+            with contextlib.suppress(FileNotFoundError):  # replaced at this moment
+                state = path.lstat()
+                found[path.name] = (state.st_ino, state.st_size, state.st_mtime_ns)
+    return found
+
+
+@contextlib.contextmanager
+def unchanging(path: str | os.PathLike | None, config: object, subfolder: str | None) -> Iterator[None]:
+    """A context in which a checkpoint is loaded, if it is a folder, and loaded whole: see `from_pretrained`."""
+    if path is None or not os.path.isdir(folder := Path(path) / (subfolder or "")):
+        yield
+        return
+    late = {name for name in finish(folder) if name == "config.json" or name.endswith(".py")}
+    if isinstance(config, PreTrainedConfig) and late:  # read, and code of the folder run, before this was called
+        raise OSError(f"a save into {folder} was interrupted and has been finished just now, {', '.join(sorted(late))} too; load it again")
+    before = files_read(folder)
+    try:
+        yield
+    finally:
+        if changed := sorted(name for name, _ in before.items() ^ files_read(folder).items()):
+            raise OSError(f"{changed[0]} in {folder} changed while it was being loaded; load it again")
 
 
 def own_quantization(config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -78,28 +110,42 @@ class LoadingMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `PreTrainedModel.from_pretrained`.
 
+        A folder that a save was killed in is loaded as the checkpoint before or after that save.
+
         Raises:
-            OSError: a weight file is missing, truncated or not a safetensors file.
+            OSError: a weight file is missing, truncated or not a safetensors file; or the folder was saved over at the same time.
             ValueError: a tensor's shape is not the config's, or the config holds impossible values; or, where the checkpoint is
                 quantised, a scheme that is not read here, or a scale that is missing or no positive number.
         """
-        kwargs = with_own_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except (SafetensorError, FileNotFoundError) as error:
-            problems = damaged_files(pretrained_model_name_or_path) if os.path.isdir(pretrained_model_name_or_path) else []
-            raise OSError(f"cannot load {pretrained_model_name_or_path}: {'; '.join(problems) or error}") from error
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            # transformers logs the names and raises without them: load once more to have them.
-            again = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            mismatched = super().from_pretrained(pretrained_model_name_or_path, *model_args, **again)[1]["mismatched_keys"]
-            found = "; ".join(f"{name} has shape {tuple(got)}, expected {tuple(want)}" for name, got, want in sorted(mismatched))
-            raise ValueError(f"cannot load {pretrained_model_name_or_path}: {found}") from error
+        with unchanging(pretrained_model_name_or_path, kwargs.get("config"), kwargs.get("subfolder")):
+            kwargs = with_own_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            except (SafetensorError, FileNotFoundError) as error:
+                problems = damaged_files(pretrained_model_name_or_path) if os.path.isdir(pretrained_model_name_or_path) else []
+                raise OSError(f"cannot load {pretrained_model_name_or_path}: {'; '.join(problems) or error}") from error
+            except RuntimeError as error:
+                if "ignore_mismatched_sizes" not in str(error):
+                    raise
+                # transformers logs the names and raises without them: load once more to have them.
+                again = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
+                mismatched = super().from_pretrained(pretrained_model_name_or_path, *model_args, **again)[1]["mismatched_keys"]
+                found = "; ".join(f"{name} has shape {tuple(got)}, expected {tuple(want)}" for name, got, want in sorted(mismatched))
+                raise ValueError(f"cannot load {pretrained_model_name_or_path}: {found}") from error
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, remote_code: bool | None = None, **kwargs):
-        """As `PreTrainedModel.save_pretrained`; config.json names transformers' architecture.
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As in transformers."""
+        if peft_model_id is not None and os.path.isdir(peft_model_id):
+            finish(peft_model_id)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: dict | None = None, push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB", variant: str | None = None, token: str | bool | None = None, save_peft_format: bool = True,
+        save_original_format: bool = True, distributed_checkpoint: bool = False, *, remote_code: bool | None = None, **kwargs,
+    ) -> None:  # fmt: skip
+        """As `PreTrainedModel.save_pretrained`; config.json names transformers' architecture, and the folder's old checkpoint is replaced
+        as one, whatever is killed or fails (`saving`): for a while both take space. Other files in it stay.
 
         Args:
             remote_code: True adds this implementation's code, the `auto_map` that names it and a model card where there is
@@ -109,24 +155,56 @@ class LoadingMixin:
                 `register_for_auto_class`), else False.
 
         Raises:
+            OSError: the folder cannot be written, or the disk is full; it is as before.
             ValueError: `push_to_hub=True`; call `model.push_to_hub(repo_id)`, which saves through here. `remote_code=True` with
-                adapters, which are saved alone.
+                adapters, which are saved alone. `safe_serialization=False`. `distributed_checkpoint=True` into a folder that holds weights.
+                The folder that the model, offloaded to disk, reads its weights from.
         """
         if push_to_hub:
             raise ValueError("`push_to_hub` is True; expected False here: call `model.push_to_hub(repo_id)` instead")
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("`safe_serialization` is False; expected True or unset: weights are saved as safetensors alone")
         self._check_remote_code(remote_code)
-        if os.path.isfile(save_directory):
-            raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self.config.architectures = [self.saved_architecture]
-        # Adapters are saved alone; a config.json would make a whole checkpoint of their folder.
-        if kwargs.get("is_main_process", True) and not getattr(self, "_hf_peft_config_loaded", False):
-            self._save_config_and_code(save_directory, self._with_code(remote_code))
+        self._check_save_directory(Path(save_directory), distributed_checkpoint)
+        with_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        writes, before = self.should_save_on_this_rank(is_main_process), self.config.architectures
+        in_place = distributed_checkpoint or not writes  # of a distributed checkpoint every rank writes files
+        try:
+            with contextlib.nullcontext(save_directory) if in_place else replacing(save_directory, variant) as folder:
+                super().save_pretrained(
+                    folder, is_main_process, state_dict, False, max_shard_size, variant, token, save_peft_format, save_original_format,
+                    distributed_checkpoint, **kwargs,
+                )  # fmt: skip
+                self.config.architectures = [self.saved_architecture]
+                # Adapters are saved alone; a config.json would make a whole checkpoint of their folder.
+                if writes and not with_adapters:
+                    self._save_config_and_code(folder, self._with_code(remote_code), not (Path(save_directory) / "README.md").exists())
+                if writes and with_adapters and (Path(folder) / INDEX).exists():
+                    raise ValueError(f"`max_shard_size` is {max_shard_size!r}, less than the adapters take; expected one file of them")
+        except BaseException as error:
+            self.config.architectures = before
+            if isinstance(error, SafetensorError):
+                raise OSError(f"cannot save into {save_directory}: {error}") from error
+            raise
+        # Once more: the other ranks must not read before the files are in their places.
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+    def _check_save_directory(self, folder: Path, distributed: bool) -> None:
+        if folder.is_file():
+            raise ValueError(f"`save_directory` is the file {folder}; expected a folder")
+        if distributed and (held := sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".distcp"))):
+            raise ValueError(
+                f"`save_directory` is {folder}, which holds {held[0]}; expected a folder without weights, since the files of a "
+                "distributed checkpoint cannot take their place as one"
+            )
+        if "disk" in getattr(self, "hf_device_map", {}).values() and folder.is_dir() and os.path.isdir(self.name_or_path):
+            if folder.samefile(self.name_or_path):
+                raise ValueError(f"`save_directory` is {folder}, from which the model, offloaded to disk, still reads; expected another")
 
     def _with_code(self, remote_code: bool | None) -> bool:
         return self._auto_class is not None if remote_code is None else remote_code
 
-    def _save_config_and_code(self, folder: str | os.PathLike, remote_code: bool) -> None:
+    def _save_config_and_code(self, folder: str | os.PathLike, remote_code: bool, card: bool) -> None:
         """config.json with or without an `auto_map` of ours, whatever the config in memory was loaded with; and the code."""
         config = copy.deepcopy(self.config)
         mapped = {name: value for name, value in (getattr(config, "auto_map", None) or {}).items() if name not in REGISTERED}
@@ -136,6 +214,7 @@ class LoadingMixin:
         config.save_pretrained(folder)
         if remote_code:
             write_code(folder)
+        if remote_code and card:
             write_card(folder, remote_code)
 
     def push_to_hub(

@@ -2,7 +2,8 @@
 
 A checkpoint may be larger than memory: tensors are read one by one (experts one by one out of their stack) and written to
 their place in a file whose header is known beforehand. A shard gets its name when it is complete, so that an interrupted run
-goes on where it stopped. The numbers are those of `from_pretrained(..., quantization_config=FP8Config())`.
+goes on where it stopped; at the end all files get into the destination as one (`saving`). The numbers are those of
+`from_pretrained(..., quantization_config=FP8Config())`.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from .fp8_layout import (
 from .fp8_math import quantize_rows
 from .head import DiffusionGemmaForMaskedBlockLM
 from .safetensors_files import INDEX, StoredTensor, indexed_files, read_header, stored_tensors
+from .saving import files, finish, put_in_place, staging
 
 try:
     from tqdm import tqdm
@@ -46,6 +48,7 @@ CONFIG = "config.json"
 ITEM_SIZE = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 FINGERPRINT = "source_fingerprint"  # in the metadata of a written shard
+UNFINISHED = ".quantizing"  # the folder in the destination that holds what is written until all is
 HELP = """\
 Quantises a DiffusionGemma checkpoint (bfloat16 or float32) to FP8: attention, dense MLP and all experts in e4m3 with one
 scale an output channel, in the layout of RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic. vLLM and this package load it.
@@ -56,8 +59,8 @@ DST gets one file for each file of SRC, config.json with a quantization_config, 
 generation_config.json, chat template, ...) but its README. It needs about 0.53 times the space of SRC, and a few hundred
 megabytes of memory whatever the size of the checkpoint.
 
-If it is interrupted, run the same command again: finished files are recognised and kept, the unfinished one is made anew.
-At the end everything in DST is checked against the architecture: names, types, shapes, and every scale.
+If it is interrupted, run the same command again: finished files, in DST/.quantizing until the end, are recognised and kept, the
+unfinished one is made anew. At the end everything is checked against the architecture: names, types, shapes, and every scale.
 
 Then:  AutoModelForCausalLM.from_pretrained("DST")    (after `import modeling_diffusiongemma`; no further argument)
 """
@@ -82,6 +85,7 @@ def read_source(source: Path) -> tuple[DiffusionGemmaConfig, dict[str, StoredTen
         OSError: no checkpoint there, or a file of it is missing or damaged.
         ValueError: another model's, or one that is quantised already.
     """
+    finish(source)
     if not (source / CONFIG).is_file():
         raise OSError(f"`source` is {source}, which has no {CONFIG}; expected the folder of a checkpoint")
     config = AutoConfig.from_pretrained(source)
@@ -137,8 +141,8 @@ def written_names(model: DiffusionGemmaForMaskedBlockLM, source: list[str]) -> d
 class Shard:
     """One file of the destination: which tensors of one source file it is made of, under which names, and its header."""
 
-    def __init__(self, source: Path, destination: Path, entries: dict[str, StoredTensor], written: dict[str, list[str]], layout: dict):
-        self.source, self.destination, self.entries, self.written = source, destination, entries, written
+    def __init__(self, source: Path, entries: dict[str, StoredTensor], written: dict[str, list[str]], layout: dict):
+        self.source, self.entries, self.written = source, entries, written
         tensors = {}
         for name, entry in entries.items():
             for target in written[name]:
@@ -153,20 +157,21 @@ class Shard:
             start = end
         self.size = start
 
-    def is_complete(self) -> bool:
-        """Whether the file stands there already, made from this source.
+    def is_complete(self, place: Path) -> bool:
+        """Whether the file stands in the folder `place` already, made from this source.
 
         Raises:
             ValueError: a file of this name that was not made here.
         """
-        if not self.destination.is_file():
+        path = place / self.source.name
+        if not path.is_file():
             return False
         try:
-            header = read_header(self.destination)
+            header = read_header(path)
         except OSError:
             header = {}
         if FINGERPRINT not in header.get("__metadata__", {}):
-            raise ValueError(f"{self.destination} was not made by this command; expected a folder without weights, or an unfinished one")
+            raise ValueError(f"{path} was not made by this command; expected a folder without weights, or an unfinished one")
         return header == self.header
 
     def tensors(self, name: str, opened, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -187,11 +192,11 @@ class Shard:
                 check_scale(scale, target, self.source)
                 yield target, scale.to(torch.bfloat16)
 
-    def write(self, device: torch.device, progress) -> None:
-        """Writes the file under another name and renames it when it is complete."""
+    def write(self, place: Path, device: torch.device, progress) -> None:
+        """Writes the file into the folder `place`, under another name, and renames it when it is complete."""
         text = json.dumps(self.header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        unfinished = self.destination.with_suffix(".unfinished")
+        unfinished = place / f"{self.source.stem}.unfinished"
         with unfinished.open("wb") as file, safe_open(self.source, "pt") as opened:
             file.write(struct.pack("<Q", len(text)) + text)
             for name, entry in self.entries.items():
@@ -201,7 +206,7 @@ class Shard:
                 progress(entry.size)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, self.destination)
+        os.replace(unfinished, place / self.source.name)
 
 
 def quantize_checkpoint(
@@ -242,37 +247,47 @@ def quantize_checkpoint(
     layout, written = published_layout(model), written_names(model, list(stored))
 
     destination.mkdir(parents=True, exist_ok=True)
+    finish(destination)
     shards = []
     for file in sorted({entry.file for entry in stored.values()}):
         entries = {name: entry for name, entry in stored.items() if entry.file == file}
-        shards.append(Shard(file, destination / file.name, entries, written, layout))
-    if foreign := sorted({path.name for path in destination.glob("*.safetensors")} - {shard.destination.name for shard in shards}):
+        shards.append(Shard(file, entries, written, layout))
+    if foreign := sorted({path.name for path in destination.glob("*.safetensors")} - {shard.source.name for shard in shards}):
         raise ValueError(f"`destination` holds {foreign[0]}, which is not of this checkpoint; expected a folder without other weights")
+    there = [shard.is_complete(destination) for shard in shards]
 
-    kept, total = [shard.is_complete() for shard in shards], sum(entry.size for entry in stored.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantising") if progress and tqdm else None
-    for place, (shard, complete) in enumerate(zip(shards, kept, strict=True)):
-        if progress and bar is None:
-            print(f"[{place + 1}/{len(shards)}] {shard.destination.name}{' (kept)' if complete else ''}", flush=True)
-        if not complete:
-            shard.write(torch.device(device), bar.update if bar else lambda size: None)
-        elif bar:
-            bar.update(sum(entry.size for entry in shard.entries.values()))
-    if bar:
-        bar.close()
+    staged = destination / UNFINISHED
+    with staging(staged) as plan:
+        for path in files(staged):  # of another source, whose quantisation was never finished
+            if path not in {shard.source.name for shard in shards}:
+                (staged / path).unlink()
+        kept = [complete or shard.is_complete(staged) for shard, complete in zip(shards, there, strict=True)]
+        total = sum(entry.size for entry in stored.values())
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantising") if progress and tqdm else None
+        for place, (shard, complete) in enumerate(zip(shards, kept, strict=True)):
+            if progress and bar is None:
+                print(f"[{place + 1}/{len(shards)}] {shard.source.name}{' (kept)' if complete else ''}", flush=True)
+            if not complete:
+                shard.write(staged, torch.device(device), bar.update if bar else lambda size: None)
+            elif bar:
+                bar.update(sum(entry.size for entry in shard.entries.values()))
+        if bar:
+            bar.close()
 
-    names = {name: shard.destination.name for shard in shards for name in shard.header if name != "__metadata__"}
-    size = sum(shard.size for shard in shards)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
-        (destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in (CONFIG, "README.md", ".gitattributes"):
-            shutil.copyfile(path, destination / path.name)
-    check_destination(model, [shard.destination for shard in shards], layout)
-    # Last: without its config.json a folder is no checkpoint yet.
-    finished = json.loads((source / CONFIG).read_text()) | {"quantization_config": published_quantization(ignore)}
-    (destination / CONFIG).write_text(json.dumps(finished, indent=2) + "\n")
+        names = {name: shard.source.name for shard in shards for name in shard.header if name != "__metadata__"}
+        size = sum(shard.size for shard in shards)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+            (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in (CONFIG, "README.md", ".gitattributes"):
+                shutil.copyfile(path, staged / path.name)
+        finished = json.loads((source / CONFIG).read_text()) | {"quantization_config": published_quantization(ignore)}
+        (staged / CONFIG).write_text(json.dumps(finished, indent=2) + "\n")
+        places = [destination if complete else staged for complete in there]
+        check_destination(model, [place / shard.source.name for place, shard in zip(places, shards, strict=True)], layout)
+        put_in_place(staged, plan, destination)
+        shutil.rmtree(staged, ignore_errors=True)
     return {"files": len(shards), "kept": sum(kept), "tensors": len(names), "bytes": size}
 
 

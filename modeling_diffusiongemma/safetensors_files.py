@@ -1,12 +1,16 @@
 """Headers of safetensors files: what a file holds, without reading it."""
 
+import contextlib
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
+SINGLE = "model.safetensors"  # a checkpoint in one file
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
+SHARD = r"-\d{5}-of-\d{5}\.safetensors"  # how their names end
 
 
 class StoredTensor(NamedTuple):
@@ -19,11 +23,34 @@ class StoredTensor(NamedTuple):
     size: int  # bytes
 
 
-def indexed_files(folder: Path) -> list[str] | None:
+def weights_names(variant: str | None = None) -> tuple[str, str]:
+    """The two files through which weights are found: that of all of them, and the index."""
+    return (SINGLE, INDEX) if variant is None else (f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json")
+
+
+def indexed_files(folder: Path, variant: str | None = None) -> list[str] | None:
     """Names of the weight files that a folder's index lists; None where it has no index."""
-    if not (folder / INDEX).is_file():
+    index = folder / weights_names(variant)[1]
+    if not index.is_file():
         return None
-    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def finds_weights(name: str) -> bool:
+    """Whether it is through the file `name` that weights, or those of adapters, are found: no shard of them."""
+    if name.endswith(".json"):
+        return ".safetensors.index." in name
+    return name.endswith(".safetensors") and re.search(SHARD, name) is None
+
+
+def weight_files(folder: Path, variant: str | None = None) -> set[str]:
+    """Names of the files in `folder` that hold or find weights of `variant`, shards that no index names any more included."""
+    single, index = weights_names(variant)
+    shard = re.compile(re.escape(single.removesuffix(".safetensors")) + SHARD)
+    names = {single, index} | {path.name for path in folder.iterdir() if shard.fullmatch(path.name)}
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a broken index
+        names |= set(indexed_files(folder, variant) or ())
+    return {name for name in names if isinstance(name, str) and name == Path(name).name and (folder / name).is_file()}
 
 
 def inspect_header(path: Path) -> tuple[dict, str | None]:
@@ -80,4 +107,16 @@ def published_tensors(files: list[str | os.PathLike]) -> dict[str, StoredTensor]
     return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": entry for name, entry in stored}
 
 
-__all__ = ["INDEX", "StoredTensor", "indexed_files", "inspect_header", "published_tensors", "read_header", "stored_tensors"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "StoredTensor",
+    "finds_weights",
+    "indexed_files",
+    "inspect_header",
+    "published_tensors",
+    "read_header",
+    "stored_tensors",
+    "weight_files",
+    "weights_names",
+]

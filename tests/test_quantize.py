@@ -77,6 +77,7 @@ def test_everything_but_weights_and_card_is_copied(source, tmp_path):
 def test_interrupted_run_goes_on_and_keeps_what_is_complete(source, tmp_path, monkeypatch):
     """Whatever was being written when it stopped has no name yet."""
     folder, writes = tmp_path / "folder", []
+    unfinished = folder / ".quantizing"
     replace = os.replace
 
     def stop_at_the_third(unfinished, destination):
@@ -88,13 +89,13 @@ def test_interrupted_run_goes_on_and_keeps_what_is_complete(source, tmp_path, mo
     monkeypatch.setattr(os, "replace", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(source, folder)
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == sorted(writes) and not (folder / "config.json").exists()
+    assert sorted(path.name for path in unfinished.glob("*.safetensors")) == sorted(writes) and list(folder.iterdir()) == [unfinished]
     monkeypatch.undo()
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    times = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.safetensors")}
     done = quantize_checkpoint(source, folder)
     assert done["kept"] == 2
     assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
-    assert not list(folder.glob("*.unfinished"))
+    assert not unfinished.exists() and not list(folder.glob("*.unfinished"))
     quantize_checkpoint(source, tmp_path / "whole")
     same_bits(stored(folder), stored(tmp_path / "whole"))
 
