@@ -34,4 +34,10 @@ def register(*models: type[PreTrainedModel]) -> None:
         auto._model_mapping._extra_content[DiffusionGemmaConfig] = model
 
 
-__all__ = ["REGISTERED", "register"]
+def forget(auto: type, model: type[PreTrainedModel]) -> None:
+    """Takes back that the Auto class `auto` loads `model` for `DiffusionGemmaConfig`, where it does."""
+    if auto._model_mapping._extra_content.get(DiffusionGemmaConfig) is model:
+        del auto._model_mapping._extra_content[DiffusionGemmaConfig]
+
+
+__all__ = ["REGISTERED", "forget", "register"]

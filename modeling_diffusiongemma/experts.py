@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import DiffusionGemmaTextConfig
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 
 from .layers import RMSNorm
 
@@ -17,6 +17,9 @@ from .layers import RMSNorm
 # fastest in bfloat16, and experts up to which "eager" is: what it computes for one expert stays in a cache, but each costs some calls.
 DENSE_LIMIT = 2**17
 EAGER_LIMIT = 16
+
+# transformers' functions, and those of this very file under their names: another version of it may be in the process, as remote code.
+EXPERTS_FUNCTIONS = ExpertsInterface()
 
 
 class Router(nn.Module):
@@ -39,7 +42,7 @@ class Router(nn.Module):
         return chosen, weights * self.per_expert_scale[chosen]
 
 
-@use_experts_implementation
+@use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)
 class Experts(nn.Module):
     """E gated MLPs in two tensors: `gate_up_proj` (E, 2 * moe_intermediate_size, D) and `down_proj` (E, D, moe_intermediate_size)."""
 
@@ -104,11 +107,12 @@ def chosen_experts(self: Experts, *args: torch.Tensor) -> torch.Tensor:
     way = choose_experts(self)
     if way == "eager" and torch.compiler.is_compiling():
         way = "grouped_mm"
-    return ALL_EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)
+    return EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)
 
 
-ALL_EXPERTS_FUNCTIONS.register("dense_mm", dense_experts)
-ALL_EXPERTS_FUNCTIONS.register("auto", chosen_experts)
+for _name, _function in {"dense_mm": dense_experts, "auto": chosen_experts}.items():
+    EXPERTS_FUNCTIONS[_name] = _function
+    ALL_EXPERTS_FUNCTIONS.register(_name, _function)  # transformers takes the name of a registered function alone
 
 
 __all__ = ["Experts", "Router", "choose_experts", "dense_experts", "eager_experts"]

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from .auto import REGISTERED
+from .auto import REGISTERED, forget
 from .fp8_quantizer import METHOD as FP8
 from .nvfp4 import METHOD as NVFP4
 from .remote_code import auto_map, write_card, write_code
@@ -253,6 +253,14 @@ class LoadingMixin:
             raise ValueError(f"`remote_code` is {remote_code!r}; expected True, False or None")
         if remote_code and getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError("`remote_code` is True; expected None or False here: of a model with adapters only these are saved")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """As in transformers. An Auto class itself, rather than its name, comes from there, when it has just registered this class for
+        the config: that is taken back, since a registered class is local code, which would run in place of every other repository's."""
+        super().register_for_auto_class(auto_class)
+        if not isinstance(auto_class, str):
+            forget(auto_class, cls)
 
     @classmethod
     def is_remote_code(cls) -> bool:

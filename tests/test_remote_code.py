@@ -93,6 +93,50 @@ AutoModelForCausalLM.from_pretrained(arguments["folder"], trust_remote_code=True
 answer["run with the flag"] = marker.exists()
 """
 
+TWO = """
+def code(model):
+    return sibling(model, "modeling_head").CODE
+
+def sibling(model, name):
+    return sys.modules[type(model).__module__.rpartition(".")[0] + "." + name]
+
+def result(model):
+    with torch.no_grad():
+        return model.prefill(torch.tensor([[2, 200, 201, 202]])).last_hidden_state.sum().item()
+
+def quantized_by_itself(name, model):
+    quantizer = sibling(model, "modeling_fp8_quantizer")
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, quantization_config=quantizer.FP8Config())
+    return type(model.hf_quantizer) is sibling(model, "modeling_fp8_quantizer").FP8Quantizer is quantizer.FP8Quantizer
+
+def error(load):
+    try:
+        load()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+names = arguments["names"]
+models = {}
+for auto in arguments["autos"]:
+    for name in (*names, *names):
+        model = getattr(transformers, auto).from_pretrained(name, trust_remote_code=True)
+        models.setdefault(auto, []).append(model)
+for auto, four in models.items():
+    answer[auto] = [code(model) for model in four]
+causal = models["AutoModelForCausalLM"]
+answer["results"] = [result(model) for model in causal]
+answer["from_config"] = [code(AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)) for model in causal]
+answer["pipelines"] = [code(pipeline("text-generation", model=name, trust_remote_code=True).model) for name in names]
+answer["fp8"] = [quantized_by_itself(name, model) for name, model in zip((*names, *names), causal)]
+answer["without the flag"] = [error(lambda: AutoModelForCausalLM.from_pretrained(name)) for name in names]
+answer["no code"] = error(lambda: AutoModelForCausalLM.from_pretrained(arguments["plain"]))
+sys.meta_path.pop(0)
+sys.path.insert(0, arguments["root"])
+import modeling_diffusiongemma
+answer["installed"] = [type(AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)).__module__ for name in names]
+answer["results after"] = [result(model) for model in causal]
+"""
+
 
 def clean(script, tmp_path, **arguments):
     """What `script` answers in a process that has neither this package nor a network, nor anything cached."""
@@ -464,6 +508,40 @@ def test_code_runs_with_the_flag_alone_and_broken_code_is_named(repository, tmp_
     assert not answer["run without the flag"] and not answer["run by a broken repository"] and answer["run with the flag"]
     for name, message in damaged.items():
         assert answer["broken"][name] and re.search(message, answer["broken"][name]), (name, answer["broken"][name])
+
+
+def recoded(repository, target, number):
+    """A copy with other code: it says its number, and adds it to what the experts compute."""
+    shutil.copytree(repository, target)
+    head, experts = target / "modeling_head.py", target / "modeling_experts.py"
+    head.write_text(f"{head.read_text()}\nCODE = {number}\n")
+    line = "return EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)"
+    assert experts.read_text().count(line) == 1
+    experts.write_text(experts.read_text().replace(line, f"{line} + {number}"))
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_two_repositories_in_one_process_each_run_their_own_code(place, repository, model, tmp_path):
+    """The first one's class, once registered, counted as local code, and its experts went by the names of everybody's."""
+    folders = [recoded(repository, tmp_path / name / "canvas", number) for name, number in (("one", 2), ("two", 3))]
+    cache = tmp_path / "cache"
+    for folder in folders:
+        hub_cache(cache, f"org-{folder.parent.name}/canvas", folder)
+    names = folders if place == "folder" else ["org-one/canvas", "org-two/canvas"]
+    model.save_pretrained(tmp_path / "plain")
+    arguments = {"names": names, "autos": list(REGISTERED), "plain": tmp_path / "plain", "root": ROOT, "cache": cache}
+    answer = clean(TWO, tmp_path, **arguments)
+    assert [answer[auto] for auto in REGISTERED] == [[2, 3, 2, 3]] * len(REGISTERED)
+    assert answer["from_config"] == [2, 3, 2, 3] and answer["pipelines"] == [2, 3] and answer["fp8"] == [True] * 4
+    first, second, *again = answer["results"]
+    assert again == [first, second] and abs(first - second) > 1e-3
+    # Neither is asked for by the other's flag.
+    assert all(error.startswith("ValueError: ") and "trust_remote_code=True" in error for error in answer["without the flag"])
+    assert answer["no code"].startswith("ValueError: Unrecognized configuration class")
+    # Who imports the package asks for its code from then on; what was loaded before stays what it is.
+    assert answer["installed"] == ["modeling_diffusiongemma.head"] * 2 and answer["results after"] == answer["results"]
 
 
 def test_installed_package_wins_over_the_code_of_a_repository(repository, tmp_path):
