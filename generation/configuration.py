@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from .presets import PRESETS
+
 DIFFUSION_FIELDS = {  # field: its value in the released checkpoint
     "max_denoising_steps": 48,
     "entropy_bound": 0.1,
@@ -39,11 +41,6 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NOISES = ("uniform", "mask")
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 SAMPLER_NAME = "EntropyBoundSamplerConfig"  # the name in the released file
-PRESETS = {  # the released settings, and two measured in benchmarks/presets.py
-    "released": {},
-    "fast": {"entropy_bound": 0.3, "confidence_threshold": 0.05, "max_denoising_steps": 24},
-    "thorough": {"entropy_bound": 0.05, "stability_threshold": 2, "max_denoising_steps": 96},
-}
 
 # Fields of GenerationConfig that `generate` honours beyond those above; what they mean here stands in generation/README.md.
 HONOURED = frozenset(

@@ -10,6 +10,10 @@ if _spec is None or not (pathlib.Path(_spec.origin or "").parent / "mixin.py").i
         f"{_spec.origin if _spec else 'nothing'}; expected generation/mixin.py of this project earlier on sys.path"
     )
 
+from .console_usage import answer_usage  # noqa: E402
+
+answer_usage()  # before the seconds that the rest takes
+
 from .auto import register  # noqa: E402
 from .checkpoints import default_checkpoint  # noqa: E402
 from .collator import BlockDiffusionCollator  # noqa: E402

@@ -1,23 +1,27 @@
-"""What the console's commands share: arguments, their checks, and how a command is described."""
+"""What the console's commands share: arguments and their checks, and how they speak. It imports neither torch nor transformers."""
 
 import argparse
 import ast
+import codecs
+import importlib.util
 import json
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from generation.configuration import PRESETS
-
 from .checkpoints import FOLDER, default_checkpoint
 
+PROGRAM = "diffusiongemma"
+PIPE_CLOSED = 141  # the exit code 128 + SIGPIPE, as shells count it
 MODEL_TYPE = "diffusion_gemma"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Run by itself: `from generation.presets` would first import the package, and torch with it.
+PRESETS = runpy.run_path(str(Path(importlib.util.find_spec("generation").origin).with_name("presets.py")))["PRESETS"]
 
 
 class UsageError(ValueError):
@@ -29,17 +33,6 @@ class CheckpointName(NamedTuple):
 
     given: str
     path: str
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of the console: `run` gets the parsed arguments and returns the exit code."""
-
-    name: str
-    summary: str
-    examples: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 def checkpoint_name(given: str) -> CheckpointName:
@@ -71,7 +64,7 @@ def setting(given: str) -> tuple[str, Any]:
     for read in (json.loads, ast.literal_eval):
         try:
             return name, read(value)
-        except (ValueError, SyntaxError):
+        except (MemoryError, RecursionError, SyntaxError, ValueError):  # the first two: brackets without end
             continue
     return name, value
 
@@ -83,6 +76,21 @@ def integer(smallest: int) -> Callable[[str], int]:
         return int(given)
 
     return parse
+
+
+def size(given: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", given, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected a number and KB, MB, GB or TB, such as 5GB")
+    return given
+
+
+def words(given: str) -> str:
+    """Text that a tokenizer can read: an argument whose bytes are no text of the locale comes with lone surrogates."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected text in UTF-8") from None
+    return given
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -113,14 +121,45 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
 
 
+def read_line() -> str:
+    """The next line of standard input; empty at its end.
+
+    Raises:
+        UsageError: it is no text. In some locales Python passes such bytes on as lone surrogates, which no tokenizer takes.
+    """
+    try:
+        line = "" if sys.stdin is None else sys.stdin.readline()
+        line.encode()
+    except UnicodeError as error:
+        raise UsageError(f"standard input cannot be read: {error}; expected text in UTF-8 (PYTHONIOENCODING=utf-8)") from error
+    return line
+
+
 def say(text: str) -> None:
     """To the person at the terminal, never to the pipe."""
     print(text, file=sys.stderr, flush=True)
 
 
+def nobody_reads() -> None:
+    """After a pipe was found closed: what is still buffered goes nowhere, or the interpreter's last flush would fail aloud."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            os.dup2(nowhere, stream.fileno())
+
+
+def json_line(about: dict[str, Any]) -> str:
+    """As JSON in one line: letters as they are where standard output takes UTF-8, else escaped, which means the same."""
+    utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
+    return json.dumps(about, ensure_ascii=not utf8)
+
+
 __all__ = [
     "CheckpointName",
-    "Command",
+    "MODEL_TYPE",
+    "PIPE_CLOSED",
+    "PRESETS",
+    "PROGRAM",
     "UsageError",
     "add_generation",
     "add_json",
@@ -128,6 +167,11 @@ __all__ = [
     "add_placement",
     "checkpoint_name",
     "integer",
+    "json_line",
+    "nobody_reads",
+    "read_line",
     "say",
     "setting",
+    "size",
+    "words",
 ]

@@ -8,7 +8,6 @@ The median of the rounds is reported. For a comparison with transformers' own mo
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -19,14 +18,9 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, integer, say
+from .console_arguments import UsageError, json_line, say
 from .console_model import Session, generation_settings
 
-EXAMPLES = """\
-  diffusiongemma bench
-  diffusiongemma bench --model ./my-checkpoint --device cuda --dtype bfloat16 --batch-size 4
-  diffusiongemma bench --prompt "Write a poem about canvases." --preset fast --json
-"""
 PROMPTS = {
     "text": "Write 3 March 1998 as an ISO date.",
     "sudoku": "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79",
@@ -37,17 +31,6 @@ TITLES = {
     "ms_per_step": "ms per denoising step", "tokens_per_second": "tokens/s", "tokens_per_forward": "tokens per forward",
     "steps_per_canvas": "denoising steps per canvas", "peak_memory_mib": "peak memory, MiB",
 }  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", help="what is answered (default: one the shipped checkpoint knows; else a general question)")
-    parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="copies of the prompt at a time (default: 1)")
-    parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
-    parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
-    add_model(parser)
-    add_placement(parser)
-    add_generation(parser)
-    add_json(parser)
 
 
 def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         "rounds": args.rounds, "seed": session.seed, "settings": session.settings, **machine(session.model.device),
     }  # fmt: skip
     if args.json:
-        print(json.dumps({**result, **setting}))
+        print(json_line({**result, **setting}))
         return 0
     print("| measure | value |\n|---|---|")
     for name, title in TITLES.items():
@@ -146,6 +129,4 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-BENCH = Command("bench", "measure how fast a checkpoint runs on this machine", EXAMPLES, add_arguments, run)
-
-__all__ = ["BENCH", "measure"]
+__all__ = ["measure", "run"]

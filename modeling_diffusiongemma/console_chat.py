@@ -1,39 +1,20 @@
 """`diffusiongemma chat`: a conversation, line by line, with the canvas in sight."""
 
 import argparse
-import json
 import sys
 
-from .console_arguments import Command, UsageError, add_generation, add_json, add_model, add_placement, say
+from .console_arguments import UsageError, json_line, read_line, say
 from .console_model import Session, generation_settings
 from .console_watch import Watch
 
-EXAMPLES = """\
-  diffusiongemma chat
-  diffusiongemma chat --model ./my-checkpoint --device cuda --preset fast
-  diffusiongemma chat --system "Answer in one word."
-  printf 'Write 3 March 1998 as an ISO date.\\n/exit\\n' | diffusiongemma chat --json
-
-in the chat: /reset forgets the conversation, /exit ends it (so does the end of input), /help says this.
-Ctrl-C drops the answer being written. Green: accepted by the step; magenta: corrected; yellow: renoised.
-"""
 HELP = "/reset forgets the conversation, /exit or the end of input ends it, /help says this; Ctrl-C drops the answer being written"
 PROMPT = "> "
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
-    parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
-    add_model(parser)
-    add_placement(parser)
-    add_generation(parser)
-    add_json(parser)
-
-
-def read_line(interactive: bool) -> str | None:
+def next_line(interactive: bool) -> str | None:
     """The next line, or None at the end of input."""
     if not interactive:
-        line = sys.stdin.readline()
+        line = read_line()
         return line.rstrip("\r\n") if line else None
     try:
         import readline  # noqa: F401  (gives `input` editing and history)
@@ -50,7 +31,7 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
     """Reads lines until the end; returns 1 if an answer failed. A turn that fails or is interrupted is forgotten."""
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages, failed = list(start), False
-    while (line := read_line(interactive)) is not None:
+    while (line := next_line(interactive)) is not None:
         line = line.strip()
         if line == "/exit":
             break
@@ -74,13 +55,13 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
                 say(f"error: {error}; the turn is forgotten")
                 failed = True
                 continue
-            print(json.dumps({"prompt": line, **answer}, ensure_ascii=False) if args.json else "", flush=True)
+            print(json_line({"prompt": line, **answer}) if args.json else "", flush=True)
             messages = [*asked, {"role": "assistant", "content": answer["text"]}]
     return int(failed)
 
 
 def run(args: argparse.Namespace) -> int:
-    interactive = sys.stdin.isatty() and not args.json
+    interactive = sys.stdin is not None and sys.stdin.isatty() and not args.json
 
     if (generation_settings(args).get("num_return_sequences") or 1) > 1:
         raise UsageError("`num_return_sequences` is above 1; expected 1: a conversation goes on from one answer")
@@ -94,6 +75,4 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
 
-CHAT = Command("chat", "talk to the model and watch its canvas", EXAMPLES, add_arguments, run)
-
-__all__ = ["CHAT", "converse"]
+__all__ = ["converse", "run"]

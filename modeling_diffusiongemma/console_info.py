@@ -1,7 +1,6 @@
 """`diffusiongemma info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,11 @@ from transformers.utils import cached_file
 
 from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
 
-from .console_arguments import MODEL_TYPE, Command, UsageError, add_json, add_model
+from .console_arguments import MODEL_TYPE, UsageError, json_line
 from .loading import damaged_files
 from .safetensors_files import INDEX, indexed_files, read_header
 
-EXAMPLES = """\
-  diffusiongemma info
-  diffusiongemma info --model sudoku --json
-  diffusiongemma info --model google/diffusiongemma-26B-A4B-it
-"""
 SINGLE = "model.safetensors"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    add_json(parser)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -143,10 +132,8 @@ def report(about: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     about = describe(args.model.path)
-    print(json.dumps(about) if args.json else report(about))
+    print(json_line(about) if args.json else report(about))
     return 0
 
 
-INFO = Command("info", "say what a checkpoint is without loading it", EXAMPLES, add_arguments, run)
-
-__all__ = ["INFO", "describe", "local_weights"]
+__all__ = ["describe", "local_weights", "run"]

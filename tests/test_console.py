@@ -9,6 +9,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaForBlockDiffus
 from generation.configuration import PRESETS
 from generation.streaming import Cell, wrapped
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
-from modeling_diffusiongemma.console import COMMANDS, build_parser, main
+from modeling_diffusiongemma.console import RUNS, main
+from modeling_diffusiongemma.console_usage import COMMANDS, answer_usage, build_parser
+from modeling_diffusiongemma.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "data" / "released"
@@ -74,6 +77,66 @@ def test_wrong_usage_exits_with_2_and_says_how():
     done = process(*MODULE, "generate", "--seed", "no")
     assert done.returncode == 2 and "usage: diffusiongemma generate" in done.stderr and "--seed" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "line, code", [("--help", 0), ("--version", 0), ("chat --help", 0), ("", 2), ("info --model x", 2), ("export .", 2)]
+)
+def test_help_and_wrong_usage_import_neither_torch_nor_transformers(line, code):
+    """They take seconds."""
+    done = process(sys.executable, "-X", "importtime", *MODULE[1:], *line.split())
+    assert done.returncode == code and "argparse" in done.stderr
+    assert not re.search(r"\| +(torch|transformers|numpy|huggingface_hub)$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "place, name, answers", [("scripts", "diffusiongemma", True), ("scripts", "pytest", False), ("stdlib", "diffusiongemma", False)]
+)
+def test_installed_script_answers_usage_before_the_package_is_imported(place, name, answers, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [os.path.join(sysconfig.get_path(place), name), "--version"])
+    if answers:
+        with pytest.raises(SystemExit, match="0"):
+            answer_usage()
+    else:
+        answer_usage()
+    assert capsys.readouterr().out == (f"diffusiongemma {VERSION}\n" if answers else "")
+
+
+@pytest.mark.parametrize("line", ["info", "generate a b c --set max_denoising_steps=1 --seed 0", "--help"])
+def test_reader_that_has_gone_is_no_error(line):
+    """As `head -1` goes: the exit code is that of a process which a closed pipe ended, and nothing is said."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse passes over an error in printing help, which then comes when it is printed
+    done = subprocess.run([*MODULE, *line.split()], cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE, timeout=300)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_json_goes_through_an_output_that_takes_ascii_alone():
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = process(*MODULE, "generate", "Grüße, 世界", "--json", "--seed", "0", *NARROW, environment=ascii_only)
+    assert done.returncode == 0 and json.loads(done.stdout)["prompt"] == "Grüße, 世界" and done.stdout.isascii(), done.stderr
+    done = process(*MODULE, "generate", "--json", *NARROW, environment=ascii_only, input="Grüße")
+    assert done.returncode == 2 and "standard input cannot be read" in done.stderr and "PYTHONIOENCODING" in done.stderr
+
+
+def test_text_that_the_output_cannot_take_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(RUNS, "info", lambda args: print("Grüße") or 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert main(["info"]) == 1
+    assert "is in ascii, which has no 'üß'; expected UTF-8" in capsys.readouterr().err
+
+
+def test_argument_that_is_no_text_is_refused():
+    done = subprocess.run([*MODULE, "generate", b"caf\xe9"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 2 and b"expected text in UTF-8" in done.stderr
+
+
+def test_every_command_has_its_run():
+    assert [*RUNS] == [command.name for command in COMMANDS]
 
 
 def test_pipe_in_and_json_out():
@@ -192,6 +255,7 @@ WRONG = {  # command line, with {} for the folders above: what standard error mu
     "bench --steps 1": "expected an integer >= 2",
     "export {}/no_weights": "is not empty; expected a new or empty one, or `--overwrite`",
     "export {}/no_weights/config.json": "which is a file",
+    "export {}/new --max-shard-size lots": "'lots'; expected a number and KB, MB, GB or TB",
 }
 
 

@@ -1,0 +1,251 @@
+"""The console's command line: its commands, their arguments and help. What a command does stands in `console_NAME.py`.
+
+Nothing here needs torch, and importing the package takes seconds. So a process that is the console reads its command line first:
+where that asks for help or is wrong it is answered at once, and otherwise the import goes on, as in any other program.
+"""
+
+import argparse
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .console_arguments import (
+    PIPE_CLOSED,
+    PROGRAM,
+    UsageError,
+    add_generation,
+    add_json,
+    add_model,
+    add_placement,
+    integer,
+    nobody_reads,
+    say,
+    size,
+    words,
+)
+from .version import VERSION
+
+DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
+EXAMPLES = """\
+examples:
+  diffusiongemma generate "Write 3 March 1998 as an ISO date." --watch
+  diffusiongemma chat
+  diffusiongemma info --model google/diffusiongemma-26B-A4B-it
+  diffusiongemma COMMAND --help
+
+exit codes: 0 fine, 1 the job failed, 2 wrong usage
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the console. `check` raises UsageError for arguments that are wrong together or on this disk."""
+
+    name: str
+    summary: str
+    examples: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace], None] = lambda args: None
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts", nargs="*", type=words, metavar="PROMPT", help="what to answer (default: the lines of --file or standard input)"
+    )
+    parser.add_argument("--file", metavar="FILE", help="a prompt a line; - is standard input")
+    parser.add_argument("--whole", action="store_true", help="the file or standard input is one prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before each prompt")
+    parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="prompts at a time (default: 1)")
+    parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
+    add_model(parser)
+    add_placement(parser)
+    add_generation(parser)
+    add_json(parser)
+
+
+def generate_check(args: argparse.Namespace) -> None:
+    if args.watch and args.batch_size > 1:
+        raise UsageError(f"`--watch` is given, and `--batch-size` is {args.batch_size}; expected 1: one canvas is drawn at a time")
+    if args.raw and args.system is not None:
+        raise UsageError("`--raw` and `--system` are both given; expected one: a system message needs the chat template")
+    if args.prompts and (args.file is not None or args.whole):
+        raise UsageError("prompts are given, and `--file` or `--whole`; expected one or the other")
+    if not args.prompts and args.file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("no prompt; expected one as an argument, in `--file`, or on standard input")
+    if args.file not in (None, "-") and (os.path.isdir(args.file) or not os.access(args.file, os.R_OK)):
+        raise UsageError(f"`--file` is {args.file!r}; expected a text file that can be read")
+
+
+GENERATE = Command(
+    "generate",
+    "answer prompts from arguments, a file or a pipe",
+    """\
+  diffusiongemma generate "Write 3 March 1998 as an ISO date." "What is 0.1 g in kg?"
+  diffusiongemma generate "Write 3 March 1998 as an ISO date." --watch
+  diffusiongemma generate --file prompts.txt --batch-size 16 --json > answers.jsonl
+  cat prompts.txt | diffusiongemma generate --seed 0        # a line, a prompt; empty lines are passed over
+  cat letter.txt | diffusiongemma generate --whole          # all of it, one prompt
+  diffusiongemma generate "..." --preset fast --set max_time=2.5
+  diffusiongemma generate --model sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+""",
+    generate_arguments,
+    generate_check,
+)
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
+    parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
+    add_model(parser)
+    add_placement(parser)
+    add_generation(parser)
+    add_json(parser)
+
+
+CHAT = Command(
+    "chat",
+    "talk to the model and watch its canvas",
+    """\
+  diffusiongemma chat
+  diffusiongemma chat --model ./my-checkpoint --device cuda --preset fast
+  diffusiongemma chat --system "Answer in one word."
+  printf 'Write 3 March 1998 as an ISO date.\\n/exit\\n' | diffusiongemma chat --json
+
+in the chat: /reset forgets the conversation, /exit ends it (so does the end of input), /help says this.
+Ctrl-C drops the answer being written. Green: accepted by the step; magenta: corrected; yellow: renoised.
+""",
+    chat_arguments,
+)
+
+
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", type=words, help="what is answered (default: one the shipped checkpoint knows; else a general question)"
+    )
+    parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="copies of the prompt at a time (default: 1)")
+    parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
+    parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
+    add_model(parser)
+    add_placement(parser)
+    add_generation(parser)
+    add_json(parser)
+
+
+BENCH = Command(
+    "bench",
+    "measure how fast a checkpoint runs on this machine",
+    """\
+  diffusiongemma bench
+  diffusiongemma bench --model ./my-checkpoint --device cuda --dtype bfloat16 --batch-size 4
+  diffusiongemma bench --prompt "Write a poem about canvases." --preset fast --json
+""",
+    bench_arguments,
+)
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="where to write; new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds files already")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights written")
+    parser.add_argument("--max-shard-size", type=size, metavar="SIZE", default="50GB", help="of one weight file, e.g. 5GB (default: 50GB)")
+    add_model(parser)
+    add_json(parser)
+
+
+def export_check(args: argparse.Namespace) -> None:
+    folder = Path(args.folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"FOLDER is {args.folder!r}, which is a file; expected a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
+        raise UsageError(f"the folder {args.folder!r} is not empty; expected a new or empty one, or `--overwrite`")
+
+
+EXPORT = Command(
+    "export",
+    "write a checkpoint as a Hub repository that brings its own code",
+    """\
+  diffusiongemma export ./my-repository
+  diffusiongemma export ./my-repository --model ./my-checkpoint --dtype bfloat16 --max-shard-size 5GB
+
+the folder then loads anywhere, with this code, by
+  AutoModelForCausalLM.from_pretrained("./my-repository", trust_remote_code=True)
+and without trust_remote_code in transformers' own class. Upload it with: hf upload OWNER/NAME ./my-repository
+""",
+    export_arguments,
+    export_check,
+)
+
+
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_json(parser)
+
+
+INFO = Command(
+    "info",
+    "say what a checkpoint is without loading it",
+    """\
+  diffusiongemma info
+  diffusiongemma info --model sudoku --json
+  diffusiongemma info --model google/diffusiongemma-26B-A4B-it
+""",
+    info_arguments,
+)
+
+COMMANDS: tuple[Command, ...] = (GENERATE, CHAT, BENCH, EXPORT, INFO)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    shape = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES, **shape)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        text = command.summary[0].upper() + command.summary[1:] + "."
+        one = commands.add_parser(command.name, help=command.summary, description=text, epilog=f"examples:\n{command.examples}", **shape)
+        command.add_arguments(one)
+        one.set_defaults(check=command.check)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, by default the process's.
+
+    Raises:
+        SystemExit: it asks for help or is wrong, and has been answered.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        args.check(args)
+        return args
+    except SystemExit:  # argparse has printed help, or what is wrong
+        try:
+            print(end="", flush=True)
+        except BrokenPipeError:
+            nobody_reads()
+            raise SystemExit(PIPE_CLOSED) from None
+        raise
+    except UsageError as error:
+        say(f"{PROGRAM} {args.command}: error: {error}")
+        raise SystemExit(2) from None
+
+
+def is_console() -> bool:
+    """Whether this process is `python -m` with this package's name or the script that pip installed, and no other program."""
+    if sys.argv[:1] == ["-m"]:  # Python is looking for the module to run
+        return sys.orig_argv[-len(sys.argv)] == __package__
+    script = Path(sys.argv[0] if sys.argv else "").resolve()
+    return script.stem == PROGRAM and script.parent == Path(sysconfig.get_path("scripts")).resolve()
+
+
+def answer_usage() -> None:
+    """Where this process is the console and its command line asks for nothing that needs the package: answers, and ends."""
+    if is_console():
+        parse()
+
+
+__all__ = ["COMMANDS", "Command", "answer_usage", "build_parser", "parse"]
