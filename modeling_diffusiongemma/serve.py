@@ -1,59 +1,58 @@
 """transformers' own OpenAI-compatible server with this package's model.
 
-    python -m modeling_diffusiongemma.serve                      # loads the model a request names
+    python -m modeling_diffusiongemma.serve                      # the shipped checkpoints, loaded when a request names one
     python -m modeling_diffusiongemma.serve FOLDER --port 8001   # loads one and serves it alone
+    python -m modeling_diffusiongemma.serve --allow FOLDER --allow OWNER/NAME
 
 Options and endpoints are those of `transformers serve`. That command never imports this package, and so serves transformers'
-class; here the Auto classes are registered first. Three things are added: bad requests are answered with status 400 and the
-reason, a chat that the model cannot read is refused instead of read in part, and images work where the checkpoint has a processor.
+class; here the Auto classes are registered first. Added are: images where the checkpoint has a processor; models that are
+served by name and no others; limits on the size of a request (status 413, `--max-characters`); a reason, in OpenAI's form and with
+status 400, 404 or 501, for what is not answered; and a chat that the model cannot read is refused instead of read in part.
+
+**For clients you trust, on this machine or a network of your own.** There is neither a key nor a quota: one request is generated
+at a time, a client may ask for as many tokens as it likes, may unload the models (`/reset`), and may have the server fetch an
+image from any address that the server reaches. While a model is loaded, or a prompt is cut into tokens, nobody else is answered.
+Put a proxy with authentication and time limits in front of it before you open it to others, or use vLLM.
 
 `seed` of a request seeds torch for the whole process when the request arrives (transformers does it so): with several requests
 at once only `temperature=0` is reproducible.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from .checkpoints import FOLDER
+from .console_arguments import checkpoint_name
 from .head import DiffusionGemmaForMaskedBlockLM
+from .serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
 
-INSTALL = 'transformers\' server is not installed; expected: pip install "modeling-diffusiongemma[serve]"'
-CONTENT_PARTS = ("text", "input_text", "output_text")
-IMAGE_PARTS = ("image_url", "input_image")
+INSTALL = 'transformers\' server is not installed; expected: pip install -e ".[serve]" in a checkout of this project'
+PROGRAM = "python -m modeling_diffusiongemma.serve"
+OWN_OPTIONS = """
+Of this package: --allow NAME, a folder or Hub repository that may be asked for (repeatable; by default the shipped
+checkpoints, or FORCE_MODEL alone); --max-characters N, of text in a request (default: {max_characters}).
+
+For clients you trust: there is neither a key nor a quota.
+"""
 
 
-def check_chat(messages, images: bool) -> None:
-    """Raises ValueError, by place, for a chat that the server would drop parts of or fail on.
-
-    Args:
-        messages: of a request, in the form of OpenAI's chat completions.
-        images: whether the checkpoint reads images.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"`messages` is {messages!r}; expected a list of at least one message")
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"`messages[{place}]` is {message!r}; expected a mapping with `role` and `content`")
-        content = message.get("content")
-        if content is None and "tool_calls" not in message:
-            raise ValueError(f"`messages[{place}]` has no `content`; expected a string or a list of parts")
-        if not isinstance(content, list):
-            if not isinstance(content, str | None):
-                raise ValueError(f"`content` of `messages[{place}]` is {content!r}; expected a string or a list of parts")
-            continue
-        known = (*CONTENT_PARTS, *IMAGE_PARTS) if images else CONTENT_PARTS
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in IMAGE_PARTS and not images:
-                raise ValueError(f"`messages[{place}]` holds an image; expected text alone: this checkpoint has no image processor")
-            if kind not in known:
-                raise ValueError(f"`messages[{place}]` holds a part of type {kind!r}; expected one of {known}")
+def own_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the arguments that are left for `transformers serve`."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow", type=checkpoint_name, action="append", default=[])
+    parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS)
+    own, rest = parser.parse_known_args(arguments)
+    if own.max_characters < 1:
+        parser.error(f"`--max-characters` is {own.max_characters}; expected an integer >= 1")
+    return own, rest
 
 
 def reason(error: Exception) -> str:
     """What an error says about the request."""
-    return f"the request has no {error}" if isinstance(error, KeyError) else str(error)
+    return f"the request has no {error}" if isinstance(error, KeyError) else str(getattr(error, "detail", None) or error)
 
 
 def make_server(arguments: Sequence[str]):
@@ -64,8 +63,11 @@ def make_server(arguments: Sequence[str]):
     """
     try:
         import typer
+        from fastapi.exceptions import RequestValidationError
         from fastapi.responses import JSONResponse
         from jinja2 import TemplateError
+        from starlette.exceptions import HTTPException
+        from starlette.middleware import Middleware
         from transformers.cli.serve import Serve
         from transformers.cli.serving.utils import Modality
         from transformers.utils.import_utils import is_serve_available
@@ -73,12 +75,17 @@ def make_server(arguments: Sequence[str]):
         raise ImportError(INSTALL) from error
     if not is_serve_available():
         raise ImportError(INSTALL)
+    own, rest = own_options(arguments)
 
-    async def refuse(_request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": {"message": reason(error), "type": "invalid_request_error"}}, status_code=400)
+    def answers(status: int):
+        async def refuse(_request, error: Exception) -> JSONResponse:
+            code = getattr(error, "status_code", status)
+            return JSONResponse(error_body(reason(error), code), status_code=code)
+
+        return refuse
 
     class Server(Serve):
-        __doc__ = Serve.__doc__
+        __doc__ = Serve.__doc__ + OWN_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
 
         def start_server(self) -> None:
             """Called with everything built and nothing running (`--non-blocking`): completes it, and blocks until it is stopped."""
@@ -92,41 +99,43 @@ def make_server(arguments: Sequence[str]):
 
             manager.get_model_modality = get_model_modality
             for handler in (self._chat_handler, self._completion_handler, self._response_handler):
-                _guard(handler, pinned=manager.force_model is not None)
-            for kind in (ValueError, KeyError, TypeError, OSError, TemplateError):
-                self.server.config.app.add_exception_handler(kind, refuse)
+                _guard(handler)
+            app, pinned = self.server.config.app, manager.force_model
+            for kind in (ValueError, KeyError, TypeError, OSError, TemplateError, RequestValidationError, HTTPException):
+                app.add_exception_handler(kind, answers(400))
+            app.add_exception_handler(Exception, answers(500))
+            shipped = [str(file.parent) for file in sorted(FOLDER.glob("*/config.json"))]
+            models = [pinned] if pinned is not None else [name.path for name in own.allow] or shipped
+            door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=own.max_characters)
+            app.user_middleware.append(door)  # behind those that add headers to every answer
             self.server.run()
 
-    def _guard(handler, pinned: bool) -> None:
-        """Puts our checks before the handler's."""
-        validate, read = handler._validate_request, handler.get_processor_inputs_from_messages
-
-        def validate_checked(body):
-            if not isinstance(body.get("model"), str) and not (pinned and body.get("model") is None):
-                raise ValueError(f"`model` is {body.get('model')!r}; expected a folder or Hub repository")
-            validate(body)
+    def _guard(handler) -> None:
+        """Puts our check of the chat before the handler's reading of it."""
+        read = handler.get_processor_inputs_from_messages
 
         def read_checked(messages, modality):
             check_chat(messages, images=modality != Modality.LLM)
-            return read(messages, modality)
+            # transformers before 5.24 iterates over `tool_calls: null`, and drops the content beside an empty list.
+            return read([{k: v for k, v in message.items() if k != "tool_calls" or v} for message in messages], modality)
 
-        handler._validate_request, handler.get_processor_inputs_from_messages = validate_checked, read_checked
+        handler.get_processor_inputs_from_messages = read_checked
 
     command = typer.Typer(add_completion=False)
     command.command()(Server)
-    return lambda: command(args=[*arguments, "--non-blocking"], prog_name="python -m modeling_diffusiongemma.serve")
+    return lambda: command(args=[*rest, "--non-blocking"], prog_name=PROGRAM)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the server with the command line's arguments."""
     try:
         run = make_server(sys.argv[1:] if arguments is None else arguments)
-    except ImportError as error:
+        run()
+    except (ImportError, OSError, ValueError) as error:  # the last two: the checkpoint that was to be loaded first
         raise SystemExit(f"error: {error}") from error
-    run()
 
 
 if __name__ == "__main__":
     main()
 
-__all__ = ["check_chat", "main", "make_server"]
+__all__ = ["main", "make_server"]

@@ -7,6 +7,7 @@ client.chat.completions.create(model=default_checkpoint(), messages=[{"role": "u
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,9 +20,10 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_diffusiongemma import default_checkpoint
-from modeling_diffusiongemma.serve import check_chat, main
+from modeling_diffusiongemma.serve import main
+from modeling_diffusiongemma.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
 
-NEEDS = 'needs pip install "modeling-diffusiongemma[serve]"'
+NEEDS = 'needs pip install -e ".[serve]"'
 MODEL = default_checkpoint()
 DATES = {"October 2, 2052": "2052-10-02", "4 May 1911": "1911-05-04", "3 March 1998": "1998-03-03", "2077/12/31": "2077-12-31"}
 CHAT = [{"role": "user", "content": "Write October 2, 2052 as an ISO date."}]
@@ -30,15 +32,16 @@ ENDLESS = {"canvas_length": 16, "max_new_tokens": 500_000, "max_denoising_steps"
 
 
 @pytest.fixture(scope="module")
-def address():
-    """Base address of a server on a free port of this machine."""
+def address(tmp_path_factory):
+    """Base address of a server on a free port of this machine, where nothing was ever downloaded."""
     for name in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(name, reason=NEEDS)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "modeling_diffusiongemma.serve", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "modeling_diffusiongemma.serve", "--host", "127.0.0.1", "--port", str(port), "--enable-cors"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("home") / "none")}
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     with ThreadPoolExecutor(1) as reader:
         log = reader.submit(server.stderr.read)
         try:
@@ -126,6 +129,7 @@ def test_other_endpoints_count_the_same(client):
 
 
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+PATH_PART = {"type": "image_url", "image_url": {"url": "/etc/passwd"}}
 BAD = {
     "unknown role": ({"messages": [{"role": "clown", "content": "Hello"}]}, "role clown"),
     "empty chat": ({"messages": []}, "`messages` is"),
@@ -135,12 +139,18 @@ BAD = {
     "message without content": ({"messages": [{"role": "user"}]}, "`content`"),
     "image": ({"messages": [{"role": "user", "content": [IMAGE_PART]}]}, "image"),
     "no model": ({"messages": CHAT, "model": None}, "`model` is None"),
-    "folder that is no checkpoint": ({"messages": CHAT, "model": os.path.dirname(__file__)}, "tests"),
     "no tokens": ({"messages": CHAT, "max_tokens": 0}, "`max_new_tokens` is 0"),
     "negative temperature": ({"messages": CHAT, "temperature": -1}, "`temperature` is -1.0"),
     "empty stop string": ({"messages": CHAT, "stop": ""}, "`stop_strings` is ''"),
     "beams": ({"messages": CHAT, "generation_config": '{"num_beams": 4}'}, "num_beams=4"),
     "unknown argument": ({"messages": CHAT, "generation_config": '{"canvas": 4}'}, "unknown generation arguments"),
+    "calls that are no list": ({"messages": [*CHAT, {"role": "assistant", "tool_calls": "abc"}]}, "`tool_calls` of `messages[1]` is 'abc'"),
+    "call without arguments": ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "`tool_calls`"),
+    "two answers": ({"messages": CHAT, "n": 2}, "`n` is 2"),
+    "an answer in JSON": ({"messages": CHAT, "response_format": {"type": "json_object"}}, "`response_format`"),
+    "probabilities": ({"messages": CHAT, "logprobs": True}, "`logprobs` is True"),
+    "list of biases": ({"messages": CHAT, "logit_bias": [1]}, "`logit_bias` is [1]"),
+    "template of its own": ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "a template is a program"),
     "settings that are no JSON": ({"messages": CHAT, "generation_config": "{"}, "double quotes"),
 }
 
@@ -152,6 +162,80 @@ def test_bad_request_is_refused_with_its_reason(client, name):
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/chat/completions", body={"model": MODEL, **body}, cast_to=object)
     assert reason in caught.value.body["message"]
+
+
+def post(address, path, body, kind="application/json"):
+    """Status, headers and answer of a request whose body may be anything."""
+    request = urllib.request.Request(address + path, data=body, headers={"Content-Type": kind, "Origin": "http://a.page"}, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.headers, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, json.loads(error.read())
+
+
+def text_of(length):
+    return json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "a" * length}]}).encode()
+
+
+HOSTILE = {  # path, body, status, what the reason says
+    "more text than is read": ("/v1/chat/completions", text_of(MAX_CHARACTERS), 413, "characters"),
+    "20 MB of text": ("/v1/chat/completions", text_of(20_000_000), 413, "characters"),
+    "20 MB in a call's arguments": ("/v1/completions", text_of(20_000_000).replace(b'"content"', b'"image_url"'), 413, "characters"),
+    "more bytes than are read": ("/v1/responses", b" " * (MAX_BODY + 1), 413, "bytes"),
+    "brackets without end": ("/v1/chat/completions", b"[" * 10**6, 400, "no JSON"),
+    "no JSON": ("/v1/chat/completions", b"\xff", 400, "no JSON"),
+    "no body": ("/load_model", b"", 400, "no JSON"),
+    "a list": ("/v1/chat/completions", b"[]", 400, "expected a JSON object"),
+    "another folder": ("/v1/completions", json.dumps({"model": os.path.dirname(__file__), "prompt": "a"}).encode(), 404, "not served"),
+    "another folder to load": ("/load_model", b'{"model": "/etc"}', 404, "not served"),
+    "another repository": ("/v1/completions", b'{"model": "gpt2", "prompt": "a"}', 404, "not served"),
+    "audio": ("/v1/audio/transcriptions", b"", 501, "reads no audio"),
+    "unknown path": ("/v1/embeddings", json.dumps({"model": MODEL}).encode(), 404, "Not Found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_request_is_answered_at_once_with_its_reason(address, name):
+    """20 MB of text kept everybody waiting for minutes, and any folder that was named was loaded."""
+    path, body, status, reason = HOSTILE[name]
+    begun = time.monotonic()
+    found, headers, answer = post(address, path, body)
+    assert found == status and reason in answer["error"]["message"] and answer["error"]["type"], answer
+    assert headers["access-control-allow-origin"] and headers["x-request-id"]
+    with urllib.request.urlopen(f"{address}/health", timeout=5) as health:
+        assert health.status == 200
+    assert time.monotonic() - begun < 10
+
+
+def test_body_longer_than_it_says_is_cut_off(address):
+    """A chunked body has no length in its header."""
+    host, port = address.removeprefix("http://").split(":")
+    piece = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        try:
+            for _ in range(4 * MAX_BODY // 0x10000 + 2):
+                connection.sendall(piece)
+        except ConnectionError:  # it has been cut off already
+            pass
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_models_are_those_that_may_be_asked_for(client):
+    """Without a cache folder the list was an internal error."""
+    assert [model.id for model in client.models.list()] == [default_checkpoint("sudoku"), MODEL]
+
+
+@pytest.mark.parametrize("calls", [None, []])
+def test_history_as_the_client_keeps_it_is_read(client, calls):
+    """`tool_calls: null` was refused, and an empty list dropped the content, before transformers 5.24."""
+    history = [*CHAT, {"role": "assistant", "content": "2052-10-02", "tool_calls": calls, "refusal": None}, *CHAT]
+    answer = client.chat.completions.create(model=MODEL, messages=history, extra_body=NARROW)
+    same = client.chat.completions.create(
+        model=MODEL, messages=[*CHAT, {"role": "assistant", "content": "2052-10-02"}, *CHAT], extra_body=NARROW
+    )
+    assert answer.usage.prompt_tokens == same.usage.prompt_tokens > 60
 
 
 def test_bad_request_fails_inside_a_stream(client):
@@ -194,6 +278,18 @@ def test_part_the_model_cannot_read_is_refused(part):
         check_chat([*CHAT, {"role": "user", "content": [part]}], images=False)
 
 
+def test_image_at_a_path_is_refused():
+    """transformers would open any file of the server's."""
+    with pytest.raises(ValueError, match="'/etc/passwd'"):
+        check_chat([{"role": "user", "content": [PATH_PART]}], images=True)
+
+
+def test_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path):
+    pytest.importorskip("fastapi", reason=NEEDS)
+    with pytest.raises(SystemExit, match=r"^error: .*" + re.escape(str(tmp_path))):
+        main([str(tmp_path)])
+
+
 @pytest.mark.parametrize("name", ["text", "sudoku"])
 def test_shipped_tokenizer_is_its_processor(name):
     """The server loads AutoProcessor, which looked for Gemma 4's image processor."""
@@ -202,6 +298,7 @@ def test_shipped_tokenizer_is_its_processor(name):
 
 
 def test_missing_extra_is_named_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastapi", None)  # as if it were not installed
-    with pytest.raises(SystemExit, match=r'^error: .* pip install "modeling-diffusiongemma\[serve\]"$'):
+    for name in ["fastapi", *(name for name in sys.modules if name.startswith("fastapi."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    with pytest.raises(SystemExit, match=r'^error: .* pip install -e "\.\[serve\]"'):
         main([])

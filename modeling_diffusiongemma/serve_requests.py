@@ -1,0 +1,187 @@
+"""What a request must be before transformers' server sees it: its size, its path, the model it names, its chat.
+
+It knows nothing of transformers: `Door` is an ASGI application around another, and `check_chat` reads plain JSON.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+MAX_BODY = 32 * 2**20  # bytes; a few photographs
+MAX_CHARACTERS = 2**18  # of text in a request; cut into tokens within two seconds, in which nobody else is answered
+CONTENT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS = ("image_url", "input_image")
+IMAGE_SOURCES = ("data:image/", "http://", "https://")
+NOT_SERVED = {"/v1/audio/transcriptions": "this model reads no audio; expected /v1/chat/completions, /v1/completions or /v1/responses"}
+# Fields that transformers' server passes over with a line in its log: the values that ask for what happens anyway.
+IGNORED = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "presence_penalty": (0,),
+    "response_format": ({"type": "text"},), "text": ({"format": {"type": "text"}},), "tool_choice": ("auto",), "functions": ([],),
+    "function_call": ("auto",), "previous_response_id": (), "background": (False,),
+}  # fmt: skip
+FORMS = {"chat_template_kwargs": dict, "logit_bias": dict, "tools": list}  # which transformers' server takes for granted
+
+
+class Refused(Exception):
+    """A request that gets `status` and its reason for an answer."""
+
+    def __init__(self, status: int, reason: str, code: str | None = None):
+        super().__init__(reason)
+        self.status, self.code = status, code
+
+
+def error_body(reason: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": reason, "type": kind, "param": None, "code": code}}
+
+
+class Door:
+    """ASGI middleware that answers what must not get in, and hands everything else on unchanged.
+
+    Args:
+        app: the application behind it.
+        models: names that a request may give as `model`; `GET /v1/models` lists them.
+        pinned: a request may leave `model` out.
+        max_characters: of all strings in a request but images.
+    """
+
+    def __init__(self, app, models: Sequence[str], pinned: bool = False, max_characters: int = MAX_CHARACTERS):
+        self.app, self.models, self.pinned, self.max_characters = app, tuple(models), pinned, max_characters
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            if scope["path"] in NOT_SERVED:
+                raise Refused(501, NOT_SERVED[scope["path"]])
+            if (scope["method"], scope["path"]) == ("GET", "/v1/models"):
+                models = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in self.models]
+                return await answer(send, 200, {"object": "list", "data": models})
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                body = await self.read(scope, receive)
+                if scope["path"] != "/reset":  # the one path without a body
+                    self.check(body)
+                receive = again(body, receive)
+        except Refused as refusal:
+            return await answer(send, refusal.status, error_body(str(refusal), refusal.status, refusal.code))
+        await self.app(scope, receive, send)
+
+    async def read(self, scope, receive) -> bytes:
+        """The body. One that is too long is received and dropped, up to a limit: many clients look for no answer before they have
+        sent all of it."""
+        said = dict(scope["headers"]).get(b"content-length", b"")
+        parts, size, more, long = [], 0, True, said.isdigit() and int(said) > MAX_BODY
+        while more and size <= 4 * MAX_BODY:
+            message = await receive()
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            size += len(piece)
+            long = long or size > MAX_BODY
+            if not long:
+                parts.append(piece)
+        if long:
+            raise Refused(413, f"the request's body is longer than {MAX_BODY:,} bytes; expected a shorter one")
+        return b"".join(parts)
+
+    def check(self, body: bytes) -> None:
+        try:
+            request = json.loads(body)
+        except (RecursionError, ValueError) as error:
+            raise Refused(400, f"the request's body is no JSON ({error}); expected a JSON object") from None
+        if not isinstance(request, dict):
+            raise Refused(400, f"the request's body is {type(request).__name__}; expected a JSON object")
+        if (length := sum(map(len, texts(request)))) > self.max_characters:
+            raise Refused(413, f"the request holds {length:,} characters of text; expected at most {self.max_characters:,}")
+        model = request.get("model")
+        if not (isinstance(model, str) or self.pinned and model is None):
+            raise Refused(400, f"`model` is {model!r}; expected one of {list(self.models)}")
+        if isinstance(model, str) and model.removesuffix("@main") not in self.models:  # answers name the revision, too
+            raise Refused(404, f"`model` is {model!r}, which is not served here; expected one of {list(self.models)}", "model_not_found")
+        for name, neutral in IGNORED.items():
+            if request.get(name) is not None and request[name] not in neutral:
+                raise Refused(400, f"`{name}` is {request[name]!r}, which this server does not honour; expected it unset")
+        for name, form in FORMS.items():
+            if request.get(name) is not None and not isinstance(request[name], form):
+                raise Refused(400, f"`{name}` is {request[name]!r}; expected a JSON {'object' if form is dict else 'array'}")
+        if "chat_template" in (request.get("chat_template_kwargs") or {}):
+            raise Refused(400, "`chat_template_kwargs` holds a `chat_template`; expected none: a template is a program")
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, names of fields too, but images."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value
+            waiting += [item for name, item in value.items() if not (name == "image_url" and value.get("type") in IMAGE_PARTS)]
+
+
+def again(body: bytes, receive):
+    """`receive` with a body that has been read already."""
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again():
+        return unread.pop() if unread else await receive()
+
+    return receive_again
+
+
+async def answer(send, status: int, value: dict[str, Any]) -> None:
+    data = json.dumps(value).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})
+
+
+def check_chat(messages, images: bool) -> None:
+    """Raises ValueError, by place, for a chat that the server would drop parts of or fail on.
+
+    Args:
+        messages: of a request, in the form of OpenAI's chat completions.
+        images: whether the checkpoint reads images.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"`messages` is {messages!r}; expected a list of at least one message")
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"`messages[{place}]` is {message!r}; expected a mapping with `role` and `content`")
+        content, calls = message.get("content"), message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) and _has_arguments(call) for call in calls):
+            raise ValueError(f"`tool_calls` of `messages[{place}]` is {calls!r}; expected a list of calls, each with a `function`")
+        if content is None and "tool_calls" not in message:
+            raise ValueError(f"`messages[{place}]` has no `content`; expected a string or a list of parts")
+        if not isinstance(content, list):
+            if not isinstance(content, str | None):
+                raise ValueError(f"`content` of `messages[{place}]` is {content!r}; expected a string or a list of parts")
+            continue
+        for part in content:
+            _check_part(part, f"`messages[{place}]`", images)
+
+
+def _has_arguments(call: dict) -> bool:
+    function = call.get("function") or call
+    return isinstance(function, dict) and isinstance(function.get("arguments"), str | dict)
+
+
+def _check_part(part, where: str, images: bool) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in IMAGE_PARTS and not images:
+        raise ValueError(f"{where} holds an image; expected text alone: this checkpoint has no image processor")
+    known = (*CONTENT_PARTS, *IMAGE_PARTS) if images else CONTENT_PARTS
+    if kind not in known:
+        raise ValueError(f"{where} holds a part of type {kind!r}; expected one of {known}")
+    if kind in CONTENT_PARTS and not isinstance(part.get("text"), str):
+        raise ValueError(f"{where} holds a part whose `text` is {part.get('text')!r}; expected a string")
+    if kind in IMAGE_PARTS:
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not isinstance(url, str) or not url.startswith(IMAGE_SOURCES):  # transformers would open a path
+            raise ValueError(f"{where} holds an image at {str(url)[:60]!r}; expected a URL that begins with one of {IMAGE_SOURCES}")
+
+
+__all__ = ["Door", "MAX_CHARACTERS", "check_chat", "error_body"]
