@@ -9,6 +9,7 @@ The model cards' numbers come from the first two.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -18,16 +19,25 @@ from modeling_diffusiongemma import default_checkpoint
 from recipes import RECIPES
 
 
+def positive(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected an integer >= 1")
+    return int(given)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--checkpoint", help="folder to load (default: the shipped one)")
-    parser.add_argument("--cases", type=int, default=200, help="unseen inputs, of every job")
+    parser.add_argument("--cases", type=positive, default=200, help="unseen inputs, of every job")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs and of generation")
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=positive, default=50)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a generation setting; repeatable")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"`--json` is {str(args.json)!r}; expected a file in a folder that exists")
+    return args
 
 
 def settings(pairs: list[str]) -> dict:
@@ -64,4 +74,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

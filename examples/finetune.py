@@ -8,6 +8,7 @@ A minute or two on two CPU cores. The checkpoint it writes loads like any other.
 import argparse
 import datetime
 import random
+import sys
 
 import torch
 from datasets import Dataset
@@ -43,13 +44,14 @@ def main() -> None:
     path = default_checkpoint()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     model.config.canvas_length = 16  # train on a canvas as short as the answers, then go back
+    print("measuring on 50 unseen dates, then training; the first steps are the slowest", file=sys.stderr, flush=True)
     unseen = [example(rng, "test") for _ in range(50)]
     before = accuracy(model, tokenizer, unseen)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.out, max_steps=args.steps, per_device_train_batch_size=32, learning_rate=1e-3, lr_scheduler_type="cosine",
-            warmup_steps=10, logging_steps=25, save_strategy="no", report_to="none", remove_unused_columns=False,
+            warmup_steps=10, logging_steps=10, save_strategy="no", report_to="none", remove_unused_columns=False,
             use_cpu=not torch.cuda.is_available(), seed=args.seed,
         ),
         train_dataset=Dataset.from_list([example(rng, "train") for _ in range(32 * args.steps)]),

@@ -5,11 +5,13 @@ A recipe knows its data; `train.py` knows how to train. Sources: FACTS of the pu
 """
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
 from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from jobs import TEXT_JOBS, sudoku
@@ -21,6 +23,11 @@ TINY_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
     "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 64,
 }  # fmt: skip
+
+
+def progress(total: int, unit: str, what: str, **kwargs) -> tqdm:
+    """A bar on standard error; where that is no terminal, a line about every half minute."""
+    return tqdm(total=total, unit=unit, desc=what, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30, **kwargs)
 
 
 def small_config(vocab_size: int, hidden_size: int, layers: int, canvas_length: int, rope_theta: float, **ids) -> DiffusionGemmaConfig:
@@ -100,7 +107,7 @@ class TextRecipe:
     ) -> dict[str, dict[str, float]]:
         """Exact answers by each job's own checker on `count` unseen inputs a job; input i is generated with the seed `seed + i`,
         so that a result does not depend on the batch size."""
-        rng, results = random.Random(seed), {}
+        rng, results, bar = random.Random(seed), {}, progress(count * len(TEXT_JOBS), "case", "evaluating")
         for name, job in TEXT_JOBS.items():
             prompts = [job.sample(rng, split)[0] for _ in range(count)]
             answers, steps, passes = [], [], []
@@ -112,6 +119,7 @@ class TextRecipe:
                 answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
                 steps += output.denoising_steps.tolist()
                 passes += output.tokens_per_forward.tolist()
+                bar.update(len(seeds))
             right = sum(job.check(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
             results[name] = {
                 "exact": right / count,
@@ -119,6 +127,7 @@ class TextRecipe:
                 "steps": np.mean(steps).item(),
                 "tokens_per_forward": np.mean(passes).item(),
             }
+        bar.close()
         return results
 
 
@@ -180,7 +189,12 @@ class SudokuRecipe:
     def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
         """Solved puzzles out of `count` newly generated ones with 26 to 36 clues, by the real checker, and by difficulty."""
         rng, groups = random.Random(1_000_003 + seed), {}
-        puzzles = np.stack([sudoku.generate(rng, rng.randint(26, 36))[0] for _ in range(count)])
+        puzzles = []
+        with progress(count, "puzzle", "making puzzles") as bar:
+            while len(puzzles) < count:
+                puzzles.append(sudoku.generate(rng, rng.randint(26, 36))[0])
+                bar.update()
+        puzzles, bar = np.stack(puzzles), progress(count, "puzzle", "solving them")
         for first in range(0, count, batch_size):
             part = puzzles[first : first + batch_size]
             prompts = torch.cat((torch.full((len(part), 1), 2), self.encode(part)), dim=1)
@@ -193,6 +207,8 @@ class SudokuRecipe:
                 row = (right, output.denoising_steps[place].item(), output.tokens_per_forward[place].item())
                 for group in ("all", level):
                     groups.setdefault(group, []).append(row)
+            bar.update(len(part))
+        bar.close()
         means = {group: np.mean(rows, axis=0).tolist() for group, rows in groups.items()}
         return {
             group: {"exact": exact, "cases": len(groups[group]), "steps": steps, "tokens_per_forward": per_forward}
@@ -202,4 +218,4 @@ class SudokuRecipe:
 
 RECIPES = {recipe.name: recipe for recipe in (TextRecipe, SudokuRecipe)}
 
-__all__ = ["RECIPES", "SudokuRecipe", "TextRecipe", "small_config"]
+__all__ = ["RECIPES", "SudokuRecipe", "TextRecipe", "progress", "small_config"]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from evaluate import print_table
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss
 from modeling_diffusiongemma.saving import finish, replacing
-from recipes import RECIPES
+from recipes import RECIPES, progress
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -142,7 +142,9 @@ def train(args: argparse.Namespace) -> None:
     rollout, (rollouts_from, rollout_share) = Rollout(model, batch_size), recipe.rollouts or (1.0, 0.0)
     examples, started, saved = 0, time.time(), time.time()
     sums: dict[str, list[float]] = {}
-    bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=5, disable=not sys.stderr.isatty())
+    if args.compile and step < args.steps:
+        print("compiling the layers: the first steps take minutes (--no-compile: none, and slower steps)", file=sys.stderr, flush=True)
+    bar = progress(args.steps, "step", "training", initial=step)
     while step < args.steps:
         rolled = step / args.steps >= rollouts_from and rng.random() < rollout_share
         if rolled:

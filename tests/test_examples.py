@@ -40,7 +40,15 @@ def test_demo_says_what_is_wrong_with_a_puzzle(puzzle, reason):
     assert done.returncode == 1 and reason in done.stderr and "Traceback" not in done.stderr
 
 
-def test_evaluate_writes_what_it_prints(tmp_path):
+def test_evaluate_shows_its_progress_and_writes_what_it_prints(tmp_path):
     done = run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length=64", "--json", str(tmp_path / "r.json"))
     assert done.returncode == 0 and "note_to_json" in done.stdout and (tmp_path / "r.json").is_file(), done.stderr
-    assert run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length").returncode != 0
+    assert "evaluating:   0%" in done.stderr and "12/12" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, reason", [("--set canvas_length", "expected NAME=VALUE"), ("--cases 0", "integer >= 1"), ("--json nowhere/r.json", "`--json`")]
+)
+def test_evaluate_names_what_is_wrong_before_it_measures(line, reason):
+    done = run("examples/evaluate.py", "text", "--cases", "2", *line.split())
+    assert done.returncode != 0 and reason in done.stderr and "Traceback" not in done.stderr and "evaluating" not in done.stderr
