@@ -1,10 +1,31 @@
 """Installs two import packages, `modeling_diffusiongemma` and `generation`, and the checkpoints shipped inside the first."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-readme = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+CARDS = ("text", "sudoku")  # of the checkpoints that are shipped
+
+
+def package_page(text: str) -> str:
+    """A document where none of the files beside it are: without its picture and without links to them."""
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
+class BuildWithCards(build_py):
+    """Puts each shipped checkpoint's card beside its weights, where a model's card is looked for."""
+
+    def run(self) -> None:
+        super().run()
+        for name in () if self.editable_mode else CARDS:
+            target = Path(self.build_lib, "modeling_diffusiongemma", "checkpoints", name, "README.md")
+            card = (HERE / "model_cards" / f"{name}.md").read_text(encoding="utf-8")
+            target.write_text(package_page(card), encoding="utf-8")
+
 
 images = ["pillow", "torchvision"]  # transformers' Gemma4Processor needs torchvision for its video part
 train = ["datasets", "tqdm"]
@@ -17,20 +38,22 @@ setup(
     name="modeling-diffusiongemma",
     version="0.1.0",
     description="DiffusionGemma for Hugging Face Transformers: model, training loss and block-diffusion generation",
-    long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
+    long_description=package_page((HERE / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["modeling_diffusiongemma", "generation"],
     package_data={
-        "modeling_diffusiongemma": [f"checkpoints/*/*.{suffix}" for suffix in ("json", "safetensors", "jinja", "md")],
+        "generation": ["README.md"],
+        "modeling_diffusiongemma": [f"checkpoints/*/*.{suffix}" for suffix in ("json", "safetensors", "jinja")],
     },
     entry_points={"console_scripts": ["diffusiongemma = modeling_diffusiongemma.console:main"]},
+    cmdclass={"build_py": BuildWithCards},
     zip_safe=False,
-    install_requires=[
-        "torch>=2.11",
-        "transformers>=5.17,<6",
+    install_requires=[  # upper bounds: what was tested
+        "torch>=2.11,<2.16",
+        "transformers>=5.17,<5.25",
         "accelerate>=1.0",
         "huggingface_hub",
         "safetensors",

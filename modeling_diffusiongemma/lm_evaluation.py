@@ -30,7 +30,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError('lm-eval is not installed; expected: pip install "modeling-diffusiongemma[lm-eval]"') from error
+    raise ImportError('lm-eval is not installed; expected: pip install -e ".[lm-eval]" in a checkout of this project') from error
 
 logger = logging.getLogger(__name__)
 

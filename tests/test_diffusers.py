@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DiffusionGemmaForB
 
 from modeling_diffusiongemma import default_checkpoint
 
-NEEDS = 'needs pip install "modeling-diffusiongemma[diffusers]"'
+NEEDS = 'needs pip install -e ".[diffusers]"'
 SCHEDULERS = {
     "EntropyBoundScheduler": {},
     "BlockRefinementScheduler": {"threshold": 0.6},

@@ -15,7 +15,7 @@ from small_models import small_model
 
 from modeling_diffusiongemma import default_checkpoint
 
-NEEDS = 'needs pip install "modeling-diffusiongemma[lm-eval]"'
+NEEDS = 'needs pip install -e ".[lm-eval]"'
 ROOT = Path(__file__).parents[1]
 WRONG = 3  # of the documents below, so many have a target that no model writes
 DATES = 12
@@ -279,5 +279,5 @@ def test_missing_extra_is_named_in_one_line(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "modeling_diffusiongemma.lm_evaluation", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=r'^lm-eval is not installed; expected: pip install "modeling-diffusiongemma\[lm-eval\]"$'):
+    with pytest.raises(ImportError, match=r'^lm-eval is not installed; expected: pip install -e "\.\[lm-eval\]"'):
         import modeling_diffusiongemma.lm_evaluation  # noqa: F401
