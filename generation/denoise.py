@@ -67,7 +67,7 @@ def denoise_canvas(
     live = torch.arange(first.shape[0], device=first.device)
     state = done = start_canvas(first, plan.stopping)
     view = _view(model, plan, context, first.shape)
-    filters = _streamed_by(model, plan, context, streamer)
+    filters = _streamed_by(plan, context, streamer)
     stream = None if filters is None else partial(streamed_step, model, plan, filters)
     if recording is not None and filters is not None and filters.hidden_before == 0:  # what changes from canvas to canvas is not recorded
         stream = recording.of(stream, view)
@@ -141,11 +141,11 @@ def _advance(plan: Plan, state: CanvasState, step: torch.Tensor, statistics: Row
     )
 
 
-def _streamed_by(model, plan: Plan, context: CanvasContext, streamer) -> Filters | None:
+def _streamed_by(plan: Plan, context: CanvasContext, streamer) -> Filters | None:
     """The filters to walk the vocabulary with; None where only whole logits will do."""
-    if not plan.stream_vocabulary or getattr(streamer, "_takes_logits", False) or not hasattr(model, "vocabulary_head"):
+    if not plan.stream_vocabulary or getattr(streamer, "_takes_logits", False):
         return None
-    return plan.shaping.streamable(context.generated) if model.can_walk_head(context.real.device) else None
+    return plan.shaping.streamable(context.generated)
 
 
 def _view(model, plan: Plan, context: CanvasContext, shape: tuple[int, int]):

@@ -33,6 +33,31 @@ from .plan import make_plan
 from .written import Written
 
 
+def mixes_adapters(module: torch.nn.Module) -> bool:
+    """Whether peft has been told an adapter for each row of the batch (`adapter_names`): rows then stay where they are.
+
+    Raises:
+        ValueError: activated LoRA, which begins at a token of the prompt and is told so by its distance from the end of a pass.
+    """
+    hooks = (hook for each in module.modules() for hook in each._forward_pre_hooks.values())
+    told = {name for hook in hooks for name in getattr(hook, "keywords", ())}
+    if "alora_offsets" in told:
+        raise ValueError("`alora_invocation_tokens` are set in an adapter; expected plain LoRA: a canvas has no place at which one begins")
+    return "adapter_names" in told
+
+
+def check_preparation(model: GenerationMixin) -> None:
+    """Refuses a `prepare_inputs_for_generation` that is not transformers' own, since no pass here calls it. It is how peft gives virtual
+    tokens to a model that generates."""
+    method = model.prepare_inputs_for_generation
+    if getattr(method, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
+        owner = type(getattr(method, "__self__", model)).__name__
+        raise ValueError(
+            f"`prepare_inputs_for_generation` is that of {owner}, and block diffusion does not call it; expected the model's own. Prompt "
+            "tuning, prefix tuning and p-tuning need it: train adapters of weights instead, such as LoRA"
+        )
+
+
 class DiffusionGenerationMixin(GenerationMixin):
     """Gives a model `generate` by block diffusion."""
 
@@ -110,8 +135,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             end-of-sequence token of each row (then padded); or `DiffusionGenerationOutput` if `return_dict_in_generate`.
 
         Raises:
-            ValueError: an argument that is unknown, out of range, or not honoured, by name; NaN logits.
+            ValueError: an argument that is unknown, out of range, or not honoured, by name; virtual tokens of peft; NaN logits.
         """
+        check_preparation(self)
         config, use_max_length = resolve_config(generation_config, self.generation_config, kwargs)
         if (given := sum(value is not None for value in (inputs, input_ids, inputs_embeds))) != 1:
             found = "the prompt is empty: none is given" if given == 0 else f"{given} are given"
@@ -137,7 +163,12 @@ class DiffusionGenerationMixin(GenerationMixin):
             ids = torch.zeros((inputs_embeds.shape[0], 0), dtype=torch.int64, device=inputs_embeds.device)
             prompt = {"inputs_embeds": inputs_embeds}
         prompts, device, copies = ids.shape[0], ids.device, config.num_return_sequences or 1
-        plan = make_plan(config, use_max_length, self.config, real.shape[1], device, logits_processor, ids.shape[0] * copies, cache is None)
+        whole = config.backend == "reference" or config.output_logits or not hasattr(self, "vocabulary_head")
+        stays = cache is not None or (hasattr(self, "peft_config") and mixes_adapters(self))
+        plan = make_plan(
+            config, use_max_length, self.config, real.shape[1], device, logits_processor, prompts * copies,
+            owns_cache=not stays, walks=not whole and self.can_walk_head(device),
+        )  # fmt: skip
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
         prompt |= {name: value for name, value in images.items() if value is not None}
         ids, real, decoder_input_ids, prompt = repeat_rows(copies, ids, real, decoder_input_ids, prompt, cache)

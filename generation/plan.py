@@ -90,9 +90,10 @@ def records(device: torch.device) -> bool:
 
 def make_plan(
     config: DiffusionGenerationConfig, use_max_length: bool, model_config, prompt_length: int, device: torch.device,
-    logits_processor: LogitsProcessorList | None, rows: int, owns_cache: bool,
+    logits_processor: LogitsProcessorList | None, rows: int, owns_cache: bool, walks: bool = True,
 ) -> Plan:  # fmt: skip
-    """Args: `prompt_length` counts cached tokens; `rows`: of the batch; `owns_cache`: no caller holds the cache, so rows may leave it.
+    """Args: `prompt_length` counts cached tokens; `rows`: of the batch; `owns_cache`: nobody else counts on its rows, so they may leave it;
+    `walks`: the model's vocabulary can be walked in pieces.
 
     Raises:
         ValueError: lengths that leave no room, or arguments that do not go together.
@@ -113,7 +114,7 @@ def make_plan(
         "predictor_corrector": lambda: PredictorCorrectorSampler(vocab_size, config.corrector_steps, config.corrector_positions),
     }[config.sampler]()
     stays = config.cache_implementation not in (None, "dynamic") or not owns_cache  # rows cannot leave such a cache
-    streams = not reference and not config.output_logits
+    streams = walks and not reference and not config.output_logits
     record = streams and (stays or rows == 1) and not config.disable_compile and config.decoding == "diffusion" and records(device)
     return Plan(
         canvas_length=config.canvas_length or model_config.canvas_length,

@@ -1,8 +1,8 @@
 """The statistics of a denoising step from a walk over the vocabulary, without any tensor of the vocabulary's size.
 
-From the last hidden states and the tied embedding, piece by piece with running sums: argmax, a sample, the entropy, the
-argmax's log-probability, and the soft embedding for self-conditioning. The dense way writes and reads about ten float32
-tensors of `(canvas, vocabulary)` a step; here the largest is `(canvas, PIECE)`. `statistics.dense_statistics` followed by
+From the last hidden states, the head and the embedding, which are mostly one matrix, piece by piece with running sums: argmax, a
+sample, the entropy, the argmax's log-probability, and the soft embedding for self-conditioning. The dense way writes and reads about
+ten float32 tensors of `(canvas, vocabulary)` a step; here the largest is `(canvas, PIECE)`. `statistics.dense_statistics` followed by
 `soft_embed` is the reference (tests/test_vocabulary.py, tests/test_filters.py).
 
 One walk gives all of it; filters that are thresholds need walks before (`filters.find_threshold`). What a piece adds is
@@ -29,11 +29,13 @@ NUMBERS = 2**23  # of a piece's logits on a GPU: 16 MiB in bf16, and as much of 
 
 
 class VocabularyHead(NamedTuple):
-    """A tied head: `weight` (V, D), the soft cap of its logits, and the scale (in the weight's dtype) of an embedding."""
+    """A head: `weight` (V, D), the soft cap of its logits, and the scale (in the weight's dtype) of an embedding; `embedding` (V, D) in
+    the weight's dtype, None where it is the weight."""
 
     weight: torch.Tensor
     softcap: float
     embed_scale: torch.Tensor
+    embedding: torch.Tensor | None = None
 
 
 def streamed_statistics(
@@ -44,7 +46,7 @@ def streamed_statistics(
 
     Args:
         hidden (`(B, C, D)`): normed output of the canvas pass.
-        head: the tied head.
+        head: the head, and the embedding.
         temperature: divides the soft-capped logits.
         draws: two uniform numbers for each position and each `PIECE` ids (with the kernel: `TILE` ids), four with `current`; none if
             `greedy`, which takes the most probable tokens.
@@ -96,17 +98,19 @@ def _one_pass(
     """`streamed_statistics` of rows that are computed together: `current` (N,), `chance` (N, parts, 2 or 4), `part` ids for each; in `room`
     for them and a piece, or more."""
     batch_size, length, size = hidden.shape
+    table = head.weight if head.embedding is None else head.embedding
     rows = hidden.reshape(-1, size)  # (N, D)
     if shape.divided:
         rows = rows / head.softcap
 
     def walk() -> Iterator[tuple[int, torch.Tensor, Room, torch.Tensor | None]]:
-        """The pieces: first id, weights (W, D), room with their products with the hidden states (N, W), and which ids are left."""
-        for number, weight in enumerate(head.weight.split(piece)):
+        """The pieces: first id, embedding (W, D), room with the products of weights and hidden states (N, W), and which ids are left."""
+        pieces = zip(head.weight.split(piece), table.split(piece), strict=True)
+        for number, (weight, embedded) in enumerate(pieces):
             kept = None if filters is None else listed(filters, number * piece, len(weight), batch_size, length)
             used = room.narrow(len(rows), len(weight))
             torch.mm(rows, weight.t(), out=used.products)
-            yield number * piece, weight, used, kept
+            yield number * piece, embedded, used, kept
 
     threshold = None
     if filters is not None and filters.need_threshold():
@@ -117,12 +121,12 @@ def _one_pass(
         threshold = find_threshold(filters, logits, len(head.weight))
     running = start_running(len(rows), hidden.device, current)
     soft, seen = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0
-    for start, weight, used, kept in walk():
+    for start, embedded, used, kept in walk():
         if threshold is not None:
             kept, seen = threshold.keep(shape.logits(used.products, kept), seen)
-        numbers = None if chance is None else chance[:, start // part : -(-(start + len(weight)) // part)]
+        numbers = None if chance is None else chance[:, start // part : -(-(start + len(embedded)) // part)]
         running, exponentials, shrink = absorb(running, used, start, shape, kept, numbers)
-        soft.mul_(shrink[:, None]).add_(exponentials @ weight)
+        soft.mul_(shrink[:, None]).add_(exponentials @ embedded)
     soft = (soft / running.mass[:, None]).to(head.weight.dtype) * head.embed_scale
     return _summary(running, (batch_size, length)), soft.view(batch_size, length, size)
 

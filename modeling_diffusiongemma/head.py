@@ -10,6 +10,7 @@ from transformers import (
     CompileConfig,
     PreTrainedModel,  # noqa: F401  by it Diffusers knows how to load a saved pipeline's model
 )
+from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache
 from generation.configuration import DiffusionGenerationConfig
@@ -20,18 +21,16 @@ from generation.vocabulary import VocabularyHead
 from .checks import check_shape
 from .compiling import compiled_layers
 from .configuration import DiffusionGemmaConfig
+from .layers import ScaledEmbedding
 from .loss import block_diffusion_loss
 from .model import DiffusionGemmaBlockModel
 from .outputs import MaskedBlockOutput
+from .plain import brought_in, expected_embedding, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .score import Score, score_responses
 from .stack import View
 
-
-def _execution_device(hook) -> torch.device | None:
-    """Where a module with this hook of Accelerate's runs; None where the hook does not say."""
-    devices = (getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,)))
-    return next((torch.device(device) for device in devices if device is not None), None)
+logger = logging.get_logger(__name__)
 
 
 class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, DiffusionGenerationMixin):
@@ -80,29 +79,38 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
     def soft_embed(self, logits: torch.Tensor) -> torch.Tensor:
         """Expected embedding `(B, C, D)` under softmax(logits) `(B, C, V)`: the self-conditioning of the next step."""
-        return self.get_input_embeddings()(logits.softmax(dim=-1, dtype=torch.float32))
+        return expected_embedding(self.model.decoder.embed_tokens, logits.softmax(dim=-1, dtype=torch.float32))
+
+    def why_dense(self, device: torch.device) -> str | None:
+        """What keeps generation from walking the vocabulary in pieces on `device`; None where nothing does, since head and embedding are
+        the plain matrices they were built as."""
+        for name, built in WALKED.items():
+            if getattr(getattr(self, name), "__func__", None) is not built:
+                return f"`{name}` is overridden"
+        head, embedding = self.lm_head, self.model.decoder.embed_tokens
+        for name, module, kind in (("lm_head", head, nn.Linear), ("embed_tokens", embedding, ScaledEmbedding)):
+            if (why := why_not_plain(module, kind)) is not None:
+                return f"`{name}` {why}"
+            if runs_on(module) != device:
+                return f"`{name}` runs on {runs_on(module)}, and the prompt is on {device}"
+        if head.weight.shape != embedding.weight.shape or head.weight.dtype != embedding.weight.dtype:
+            return "`lm_head` and `embed_tokens` differ in shape or dtype"
+        return None
 
     def can_walk_head(self, device: torch.device) -> bool:
-        """Whether the head is a plain matrix that is, or that Accelerate brings, on `device`."""
-        weight, hook = self.lm_head.weight, getattr(self.lm_head, "_hf_hook", None)
-        if type(self.lm_head) is not nn.Linear or not weight.is_floating_point():
-            return False
-        return (weight.device if hook is None else _execution_device(hook)) == device
+        """Whether generation may walk the vocabulary in pieces on `device`. Where not, `why_dense` is told once."""
+        if (why := self.why_dense(device)) is not None:
+            logger.warning_once(f"Denoising steps compute whole logits, which is slower than walking the vocabulary in pieces: {why}.")
+        return why is None
 
     @contextlib.contextmanager
     def vocabulary_head(self) -> Iterator[VocabularyHead]:
-        """The head as one matrix, for generation that walks the vocabulary in pieces; an offloaded one is there for the length of the
-        block."""
-        hook = getattr(self.lm_head, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self.lm_head)
-        try:
-            weight = self.lm_head.weight
-            scale = torch.full((), weight.shape[1] ** 0.5, dtype=weight.dtype, device=weight.device)  # no copy from the host
-            yield VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale)
-        finally:
-            if hook is not None:
-                hook.post_forward(self.lm_head, None)
+        """Head and embedding as matrices, for generation that walks the vocabulary in pieces; offloaded ones are there for the length of
+        the block."""
+        embedding = self.model.decoder.embed_tokens
+        with brought_in(self.lm_head) as weight, brought_in(embedding) as rows:
+            scale = torch.full((), embedding.scales[rows.dtype], dtype=rows.dtype, device=rows.device)  # no copy from the host
+            yield VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale, rows)
 
     def compiling(self, compile_config: CompileConfig) -> contextlib.AbstractContextManager[None]:
         """A context in which both passes run their layers compiled: `compiling.compiled_layers`."""
@@ -176,7 +184,11 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
                       "self_conditioning_logits": self_conditioning_logits}  # fmt: skip
             if given := [name for name, value in unused.items() if value is not None]:
-                raise ValueError(f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}")
+                virtual = {"cache", "past_key_values", "inputs_embeds"}.intersection(given)
+                hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
+                raise ValueError(
+                    f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
+                )
             if input_ids is None:
                 raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
             trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
@@ -213,6 +225,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             attentions=denoised.attentions, encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
+
+
+# What a walk over the vocabulary does without calling them: as they are written here, before anybody overrides one.
+WALKED = {name: vars(DiffusionGemmaForMaskedBlockLM)[name] for name in ("compute_logits", "soft_embed")}
 
 
 __all__ = ["DiffusionGemmaForMaskedBlockLM"]

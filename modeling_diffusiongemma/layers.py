@@ -81,24 +81,31 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 class ScaledEmbedding(nn.Embedding):
-    """The tied embedding times sqrt(hidden_size), for token ids and for distributions over the vocabulary.
-
-    The scale is rounded to the weights' dtype first, as Gemma does. Both uses go through `forward`, so that a hook
-    which brings offloaded weights in (Accelerate) serves both.
-    """
+    """The embedding times `embed_scale`, sqrt(hidden_size), which is rounded to the weights' dtype first, as Gemma does."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Numbers of the host: a tensor made in `forward` would be copied to the device, which waits for it, at every step.
-        size = torch.tensor(self.embedding_dim**0.5, dtype=torch.float64, device="cpu")
-        self.scales = {dtype: size.to(dtype).item() for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+        self.embed_scale = self.embedding_dim**0.5
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Args: integer ids `(B, L)`, or probabilities `(B, L, V)` in a floating dtype. Returns `(B, L, D)`."""
-        scale = self.scales[self.weight.dtype]
-        if inputs.is_floating_point():
-            return torch.matmul(inputs.to(self.weight.dtype), self.weight) * scale
-        return super().forward(inputs) * scale
+    @property
+    def embed_scale(self) -> float:
+        """Under this name adapters look for what multiplies their own rows too."""
+        return self.scales[torch.float64]
+
+    @embed_scale.setter
+    def embed_scale(self, scale: float) -> None:
+        # Numbers of the host: a tensor made in `forward` would be copied to the device, which waits for it, at every step.
+        scale = torch.tensor(float(scale), dtype=torch.float64, device="cpu")
+        self.scales = {dtype: scale.to(dtype).item() for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Args: integer ids `(B, L)`. Returns `(B, L, D)`."""
+        return super().forward(input_ids) * self.scales[self.weight.dtype]
+
+    def expect(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The mean row under distributions `(B, L, V)`, `(B, L, D)`. By way of `plain.expected_embedding`, which knows what may stand
+        in the place of this module."""
+        return torch.matmul(probabilities.to(self.weight.dtype), self.weight) * self.scales[self.weight.dtype]
 
 
 class GatedMLP(nn.Module):

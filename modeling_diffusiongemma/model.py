@@ -232,8 +232,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         Args:
             canvas_ids (`int64 (B, C)`): the canvas, of any length.
             cache (*optional*): the prompt's cache, from `prefill`.
-            soft_embeds (`(B, C, D)`, *optional*): soft embedding of the previous step's distribution, from
-                `embed_tokens(probabilities)`. Default: zero, as at the first step.
+            soft_embeds (`(B, C, D)`, *optional*): soft embedding of the previous step's distribution, as
+                `plain.expected_embedding` makes it. Default: zero, as at the first step.
             attention_mask (`(B, L + C)`, *optional*): 0 at padding.
             position_ids (`int64 (B or 1, C)`, *optional*): default: on from each row's real tokens.
             view (*optional*): what `prepare_canvas` made of these three, once for all steps of a canvas. A step with a view
@@ -294,7 +294,9 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         seen = cached_length(cache)
         padding = check_mask("decoder_attention_mask", attention_mask, (batch_size, seen + length))
         check_shape("decoder_position_ids", position_ids, (batch_size, length), (1, length))
-        device = next((layer.device for layer in cache.layers if layer.is_initialized), self.decoder.norm.weight.device)
+        filled = next((layer for layer in cache.layers if layer.is_initialized), None)
+        device = self.decoder.norm.weight.device if filled is None else filled.device
+        dtype = self._embed_dtype if filled is None else filled.keys.dtype
         padding = None if padding is None else padding.to(device)
         if position_ids is None:
             position_ids = self._positions(padding, seen, length, device)
@@ -308,8 +310,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 masks[layer_type] = None  # everything is visible
                 continue
             visible = canvas_mask(slot_tokens(laid_out[layer_idx], seen, length, device), length, prefix, window, padding)
-            masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, self._embed_dtype)
-        return View((batch_size, length), masks, self.decoder.rotary(position_ids.to(device), self._embed_dtype), stored)
+            masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, dtype)
+        return View((batch_size, length), masks, self.decoder.rotary(position_ids.to(device), dtype), stored)
 
     def _prompt_view(self, cache, seen, embeds, position_ids, padding, images) -> View:
         config, (batch_size, length) = self.config.text_config, embeds.shape[:2]
@@ -329,8 +331,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
 
     @property
     def _embed_dtype(self) -> torch.dtype:
-        """Of the hidden states: also where the other weights are quantized."""
-        return self.decoder.embed_tokens.weight.dtype
+        """Of the hidden states: also where the other weights are quantized, and whatever wraps the embedding."""
+        return next(self.decoder.embed_tokens.parameters(), self.decoder.norm.weight).dtype
 
     def _stored(self, cache: Cache, seen: int, padded: bool, later: bool = False) -> StoredLayers:
         """The layers of `cache`, of which sliding ones are read no further back than the window reaches.

@@ -1,0 +1,104 @@
+"""The head and the embedding as they are: whether each is still the plain matrix it was built as, and the soft embedding where not.
+
+What walks the vocabulary in pieces reads weights and calls no module, so it would walk past whatever a user attached to one: a bias,
+a hook, another `forward`, a parametrisation, a wrapper, an adapter. `why_not_plain` is the one question that decides, asked once a call
+of `generate` and answered from the modules (tests/test_head_as_it_is.py).
+
+The hooks by which Accelerate brings offloaded weights in are known here, and the weights are brought in. Hooks on the embedding see
+token ids alone, as in transformers' model; what changes its rows (adapters, parametrisations, wrappers) changes soft embeddings too.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks_of_all_modules
+
+from generation.mixin import mixes_adapters
+
+from .layers import ScaledEmbedding
+
+FORWARDS = {kind: kind.forward for kind in (nn.Linear, ScaledEmbedding)}  # before anybody replaces one
+BRINGING = ("AlignDevicesHook", "CpuOffload")  # Accelerate's hooks that move weights and leave values as they are
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ROWS = 2**16  # of an embedding that are asked for at a time: 369 MB in bfloat16 at 2,816 numbers each
+
+
+def _bringing_hooks(module: nn.Module) -> list | None:
+    """Accelerate's hooks of a module; None where one of them may do more than bring weights in."""
+    hook = getattr(module, "_hf_hook", None)
+    found = [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+    return found if all(type(each).__name__ in BRINGING for each in found) else None
+
+
+def _replaced_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether another `forward` than that of `kind` runs; Accelerate's wrapper of it is none."""
+    forward = module.forward
+    if hasattr(module, "_hf_hook") and getattr(forward, "__wrapped__", None) == vars(module).get("_old_forward"):
+        forward = module._old_forward
+    return getattr(forward, "__func__", None) is not FORWARDS[kind] or forward.__self__ is not module
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Linear] | type[ScaledEmbedding]) -> str | None:
+    """What makes a module more than a product with, or a look into, its `weight`; None where nothing does.
+
+    Args: `kind`: the class it was built as.
+    """
+    if type(module) is not kind:
+        return f"is a {type(module).__module__}.{type(module).__qualname__}"
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight) not in (nn.Parameter, torch.Tensor) or weight.layout != torch.strided or weight.dtype not in DTYPES:
+        return "holds no plain weight"
+    if _bringing_hooks(module) is None or _replaced_forward(module, kind):
+        return "has another `forward`"
+    if kind is ScaledEmbedding:
+        whole = tuple(weight.shape) == (module.num_embeddings, module.embedding_dim)
+        return "has a `max_norm`" if module.max_norm is not None else None if whole else "holds a part of its rows"
+    if module.bias is not None:
+        return "has a bias"
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if any(hooks) or hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks:
+        return "has hooks"
+    return None
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """Where a plain module's product is computed: where its weight lies, or where Accelerate brings it."""
+    devices = (getattr(each, "execution_device", None) for each in _bringing_hooks(module) or ())
+    return next((torch.device(device) for device in devices if device is not None), module.weight.device)
+
+
+@contextlib.contextmanager
+def brought_in(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The weight of a plain module; an offloaded one is there for the length of the block."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield module.weight
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)
+
+
+def expected_embedding(embedding: nn.Module, probabilities: torch.Tensor) -> torch.Tensor:
+    """The mean of the embedding's rows under `probabilities` `(B, C, V)`: `(B, C, D)` in the embedding's dtype.
+
+    A plain embedding is one product with its weight. Any other is asked for the rows of all ids, a part at a time, so that whatever
+    makes them is seen, and takes its gradient.
+    """
+    if why_not_plain(embedding, ScaledEmbedding) is None:
+        with brought_in(embedding) as weight:
+            return embedding.expect(probabilities.to(weight.device)).to(probabilities.device)
+    total = None
+    copies = len(probabilities) if mixes_adapters(embedding) else 1  # each row of the batch has rows of its own then
+    ids = torch.arange(probabilities.shape[-1], dtype=torch.int64, device=probabilities.device)
+    for own, part in zip(ids.split(ROWS), probabilities.split(ROWS, dim=-1), strict=True):
+        rows = embedding(own.expand(copies, -1))  # (1 or B, W, D)
+        mean = torch.matmul(part.to(rows), rows if copies > 1 else rows[0])
+        total = mean if total is None else total + mean
+    return total.to(probabilities.device)
+
+
+__all__ = ["brought_in", "expected_embedding", "runs_on", "why_not_plain"]
