@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
+from .fp8 import FixedDtypes
 from .quantizer_registry import register
 
 METHOD = f"{__name__}"
@@ -63,12 +64,13 @@ class FourBitConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD, "block_size": self.block_size}
 
 
-class FourBitExperts(Experts):
+class FourBitExperts(FixedDtypes, Experts):
     """`Experts` whose two tensors are dequantised at every use; each is a uint8 parameter and a float32 one of its scales.
 
     Args:
         experts: whose sizes and activation to take; its weights are not read.
-        dtype: of the parameters until they are quantised, and of what they are dequantised to.
+        dtype: of the parameters until they are quantised, of what they are dequantised to, and of the arithmetic, in whatever dtype
+            the hidden states come (peft's `prepare_model_for_kbit_training` makes all else float32).
         block_size: as `FourBitConfig`.
     """
 
@@ -83,6 +85,10 @@ class FourBitExperts(Experts):
             blocks = -(-torch.Size(self.shapes[name]).numel() // block_size)
             self.register_parameter(packed, nn.Parameter(torch.empty(self.shapes[name], dtype=dtype), requires_grad=False))
             self.register_parameter(f"{packed}_scale", nn.Parameter(torch.empty(blocks), requires_grad=False))
+
+    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Args and Returns as `Experts.forward`."""
+        return super().forward(hidden_states.to(self.dtype), chosen, weights).to(hidden_states.dtype)
 
     def quantized(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 `(numbers / 2, 1)` and float32 scales `(blocks,)` of a stacked weight."""

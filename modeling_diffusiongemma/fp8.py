@@ -4,10 +4,13 @@ Weights are e4m3 with one float32 scale an output channel and never train; gradi
 adapters can be trained on top. What is computed: `fp8_math`. How the modules get into a model: `fp8_quantizer`.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .experts import Experts
+from .experts import Experts, eager_experts
 from .fp8_math import E4M3, dequantize, fp8_grouped_product, fp8_product
 
 
@@ -66,6 +69,9 @@ class FP8Experts(FixedDtypes, nn.Module):
     """`Experts` in FP8: `gate_up_proj` e4m3 (E, 2 * I, D) and `down_proj` e4m3 (E, D, I), with float32
     `gate_up_scale` and `down_scale` (E, rows, 1). Rows are sorted by expert and go through one grouped product a projection.
 
+    A parametrisation of a weight, as peft puts one there for `target_parameters`, acts on the numbers that the weight stands for: they
+    are dequantised in front of it, and the experts computed in the hidden states' dtype.
+
     Args:
         experts: whose sizes and activation to take; its weights are not read.
         dtype: as in `FP8Linear`.
@@ -83,6 +89,11 @@ class FP8Experts(FixedDtypes, nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Args: `hidden_states` (N, D), `chosen` int64 (N, A), `weights` (N, A). Returns `(N, D)`."""
+        if is_parametrized(self):
+            dtype = hidden_states.dtype
+            # One after the other: indexing would give each expert a gradient as large as all of them.
+            own = {name: self._parametrized(name).to(dtype).unbind() for name in ("gate_up_proj", "down_proj")}
+            return eager_experts(SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **own), hidden_states, chosen, weights)
         tokens, active = chosen.shape
         experts, order = chosen.flatten().sort(stable=True)  # (N * A)
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True).to(torch.int32)
@@ -92,6 +103,14 @@ class FP8Experts(FixedDtypes, nn.Module):
         partial = fp8_grouped_product(self.act_fn(gate) * up, places, self.down_proj, self.down_scale, ends)
         partial = partial[torch.empty_like(order).scatter(0, order, places)].view(tokens, active, -1)
         return torch.bmm(weights.to(partial.dtype).unsqueeze(1), partial).squeeze(1)
+
+    def _parametrized(self, name: str) -> torch.Tensor:
+        """A stacked weight in float32, its parametrisations applied."""
+        steps = self.parametrizations[name] if is_parametrized(self, name) else None
+        weight = dequantize(getattr(self, name) if steps is None else steps.original, getattr(self, scale_name(name)), torch.float32)
+        for step in steps or ():
+            weight = step(weight)
+        return weight
 
     def dequantized(self, dtype: torch.dtype, like: Experts) -> Experts:
         """`like` with these weights in `dtype`, dequantised expert by expert."""
