@@ -30,8 +30,6 @@ def check_config(config: DiffusionGemmaConfig) -> None:
         raise ValueError("`attention_bias` is True; expected False: the released layout stores no biases")
     if text.hidden_activation not in ACT2FN:
         raise ValueError(f"`hidden_activation` is {text.hidden_activation!r}; expected a name in transformers' ACT2FN")
-    if not config.tie_word_embeddings:
-        raise ValueError("`tie_word_embeddings` is False; expected True: the released layout stores no lm_head")
     if text.final_logit_softcapping is None or text.final_logit_softcapping <= 0:
         raise ValueError(f"`final_logit_softcapping` is {text.final_logit_softcapping!r}; expected a positive number")
     for layer_idx in range(text.num_hidden_layers):
