@@ -17,6 +17,7 @@ from generation.noise import Noise, UniformNoise
 
 from .checks import check_mask, check_shape
 from .outputs import PassOutput
+from .ranks import gathering_groups
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
@@ -71,7 +72,7 @@ def cut_canvas(input_ids: torch.Tensor, labels: torch.Tensor, number: torch.Tens
 def choose_canvas(input_ids: torch.Tensor, labels: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
     """Cuts one canvas out of each row's response, all of its canvases being equally likely."""
     canvases = canvases_in(labels, canvas_length)
-    chosen = (torch.rand(canvases.shape, device=canvases.device) * canvases).long().clamp(max=canvases - 1)
+    chosen = (torch.rand(canvases.shape, dtype=torch.float32, device=canvases.device) * canvases).long().clamp(max=canvases - 1)
     return cut_canvas(input_ids, labels, chosen, canvas_length, fill)
 
 
@@ -88,13 +89,13 @@ def canvas_inputs(model, cache: Cache, clean: CleanCanvas, real: torch.Tensor) -
 
 def noise_proportions(batch_size: int, device: torch.device) -> torch.Tensor:
     """t of each row, float32 `(B,)`, uniform in `[1e-4, 1 - 1e-4]`; stratified, so that a batch covers the whole range."""
-    strata = torch.randperm(batch_size, device=device) + torch.rand(batch_size, device=device)
+    strata = torch.randperm(batch_size, device=device) + torch.rand(batch_size, dtype=torch.float32, device=device)
     return NOISE_MARGIN + (1 - 2 * NOISE_MARGIN) * strata / batch_size
 
 
 def corrupt(clean: torch.Tensor, proportion: torch.Tensor, noise: Noise) -> torch.Tensor:
     """Replaces each token of `clean` (B, C) by noise with its row's probability `proportion` (B,)."""
-    noised = torch.rand(clean.shape, device=clean.device) < proportion[:, None]
+    noised = torch.rand(clean.shape, dtype=torch.float32, device=clean.device) < proportion[:, None]
     return torch.where(noised, noise.draw(clean.shape, clean.device), clean)
 
 
@@ -167,6 +168,7 @@ def block_diffusion_loss(
         noise = UniformNoise(config.vocab_size) if noise is None else noise
         noised = corrupt(clean.ids, noise_proportions(batch_size, clean.ids.device), noise)
 
+    together = bool(gathering_groups(model))  # asked before a pass leaves weights gathered
     length = input_ids.shape[1] if causal else int(clean.start.max())
     prefilled = model.prefill(input_ids[:, :length], real[:, :length], cache=DynamicCache(), **images)
     causal_loss = None
@@ -177,8 +179,10 @@ def block_diffusion_loss(
 
     inputs = canvas_inputs(model, prefilled.cache, clean, real[:, :length])
     if self_conditioning_mask is None and soft_embeds is None:
-        self_conditioning_mask = torch.rand(batch_size, device=noised.device) < SELF_CONDITIONING_PROBABILITY
-    if soft_embeds is None and bool(self_conditioning_mask.any()):
+        chance = torch.rand(batch_size, dtype=torch.float32, device=noised.device)
+        self_conditioning_mask = chance < SELF_CONDITIONING_PROBABILITY
+    # Rows that are not conditioned get zeros, as without this pass: one process may save it, ranks of which others drew a row may not.
+    if soft_embeds is None and (together or bool(self_conditioning_mask.any())):
         with torch.no_grad():
             first = model.compute_logits(model.denoise(noised, **inputs).last_hidden_state)
             soft_embeds = model.soft_embed(first)

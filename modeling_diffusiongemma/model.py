@@ -22,6 +22,7 @@ from .configuration import DiffusionGemmaConfig, check_config
 from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
 from .outputs import BlockModelOutput, PassOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
+from .ranks import gathering_groups
 from .stack import BlockStack, View
 from .views import PromptPassView
 
@@ -141,7 +142,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
             chunk_length (*optional*): without gradients, a longer prompt goes through in chunks of at most so many tokens, which
                 bounds the memory and gives the same; an image is never cut. Default: 2,048, and everything at once with gradients or
-                where `hidden_states` or `attentions` are asked for.
+                where `hidden_states` or `attentions` are asked for, or weights are gathered from other ranks (`ranks.py`).
             last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
 
         Returns:
@@ -181,7 +182,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                     f"sliding_window={self.config.text_config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
                 )
         if cache is None:
-            cache = DynamicCache(config=self.config.text_config)
+            with torch.device("cpu"):  # where a cache begins, whatever torch's default device is
+                cache = DynamicCache(config=self.config.text_config)
         if pixel_values is not None:
             if inputs_embeds is not None:
                 raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
@@ -196,6 +198,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             images = image_numbers(mm_token_type_ids.to(new.device))
 
         whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
+        whole = whole or (chunk_length is None and bool(gathering_groups(self)))
         last_states = length if last_states is None else last_states
         scalars = [layer() for layer in self.encoder.language_model.layers]
         kept = []
@@ -300,7 +303,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         padding = None if padding is None else padding.to(device)
         if position_ids is None:
             position_ids = self._positions(padding, seen, length, device)
-        prefix = torch.full((1,), seen, device=device) if prefix_length is None else prefix_length.to(device)
+        prefix = torch.full((1,), seen, dtype=torch.int64, device=device) if prefix_length is None else prefix_length.to(device)
         stored = self._stored(cache, seen, padding is not None, prefix_length is not None)
         laid_out, masks = self._slots(stored, slots), {}
         for layer_type in sorted(set(config.layer_types)):
@@ -424,7 +427,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             if prompt is None:
                 raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
             size = (prompt.shape[0], config.canvas_length)
-            canvas_ids = torch.randint(config.text_config.vocab_size, size, device=prompt.device)
+            canvas_ids = torch.randint(config.text_config.vocab_size, size, dtype=torch.int64, device=prompt.device)
         check_ids("decoder_input_ids", canvas_ids, config.text_config.vocab_size)
         rows, length = canvas_ids.shape
         if length == 0 or (prompt is not None and prompt.dim() > 1 and prompt.shape[0] != rows):

@@ -9,6 +9,7 @@ from generation.noise import UniformNoise
 
 from .checks import check_mask
 from .loss import IGNORED, canvas_inputs, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions
+from .ranks import gathering_groups, largest
 
 MODES = ("diffusion", "autoregressive")
 PIECE = 256  # response tokens whose logits are held at a time: 268 MB at 262,144 ids
@@ -57,12 +58,14 @@ def score_responses(
     target = labels != IGNORED
     tokens = target.sum(dim=1)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    groups, device = gathering_groups(model), input_ids.device
     prefilled = model.prefill(input_ids, real, cache=DynamicCache())
     if mode == "autoregressive":
         rows, places = target[:, 1:].nonzero(as_tuple=True)  # of the response tokens, as they are predicted
-        total = torch.zeros(input_ids.shape[0], device=input_ids.device)
+        total = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=device)
         greedy = torch.ones_like(tokens, dtype=torch.bool)
-        for row, place in zip(rows.split(PIECE), places.split(PIECE), strict=True):
+        pieces = largest(-(-len(rows) // PIECE), groups, device)
+        for row, place in zip(rows.tensor_split(pieces), places.tensor_split(pieces), strict=True):
             logits = model.compute_logits(prefilled.last_hidden_state[row, place])  # (piece, V)
             ids = input_ids[row, place + 1]
             total = total.index_add(0, row, _log_probs(logits, ids))
@@ -73,9 +76,9 @@ def score_responses(
     length = config.canvas_length if canvas_length is None else canvas_length
     canvases = canvases_in(labels, length)
     noise = UniformNoise(config.text_config.vocab_size)
-    proportions = torch.stack([noise_proportions(samples, input_ids.device) for _ in range(rows)], dim=1)  # (samples, B)
-    sums = torch.zeros((samples, rows), device=input_ids.device)
-    for number in range(int(canvases.max())):
+    proportions = torch.stack([noise_proportions(samples, device) for _ in range(rows)], dim=1)  # (samples, B)
+    sums = torch.zeros((samples, rows), dtype=torch.float32, device=device)
+    for number in range(largest(int(canvases.max()), groups, device)):
         clean = cut_canvas(
             input_ids, labels, torch.full_like(canvases, number).clamp(max=canvases - 1), length, config.text_config.pad_token_id
         )

@@ -1,0 +1,80 @@
+"""One rank of tests/test_ranks.py: `python ranks_worker.py WAY FILE`, with torchrun's variables. Writes what it found to FILE."""
+
+import os
+import sys
+
+import torch
+from small_models import PAD, small_model
+from torch import distributed
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from modeling_diffusiongemma import BlockDiffusionCollator, block_diffusion_loss
+
+STEPS, LEARNING_RATE = 4, 1e-2
+CHUNKS = 2100  # prompt tokens: more than go through at once in evaluation
+
+
+def batch(rank, step, evaluation=False):
+    """One row, of another length on each rank and step; in evaluation rank 0's goes through in chunks, and takes more canvases."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    prompt = 3 + 4 * rank + step if not evaluation else CHUNKS if rank == 0 else 5
+    response = (4 + 11 * rank + 3 * step) if not evaluation else 23 if rank == 0 else 6
+    ids = torch.randint(5, 90, (prompt + response,), generator=generator).tolist()
+    return BlockDiffusionCollator(pad_token_id=PAD)([(ids[:prompt], ids[prompt:])])
+
+
+def drawn_rows(rank, step):
+    """The seed of a step: rank and step decide which rows are conditioned, so that ranks differ."""
+    torch.manual_seed(100 * step + rank)
+
+
+def evaluate(model, rank):
+    model.eval()
+    found = {}
+    with torch.no_grad():
+        inputs = batch(rank, 9, evaluation=True)
+        drawn_rows(rank, 9)
+        found["eval loss"] = model(**inputs).loss
+        for mode in ("diffusion", "autoregressive"):
+            drawn_rows(rank, 8)
+            found[f"score {mode}"] = model.score(**inputs, mode=mode, samples=2).log_prob
+    return found
+
+
+def sharded(model):
+    for layer in model.model.decoder.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "score")
+    register_fsdp_forward_method(model, "diffusion_alone")
+    return model
+
+
+def diffusion_alone(model):
+    """The loss without its causal part, whose prompt pass is as long as the canvases chosen demand."""
+    return lambda inputs: block_diffusion_loss(model, **inputs, causal=False).diffusion
+
+
+def fsdp(rank):
+    model = small_model().train()
+    model.diffusion_alone = diffusion_alone(model)
+    sharded(model)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), []
+    for step in range(STEPS):
+        drawn_rows(rank, step)
+        inputs = batch(rank, step)
+        loss = model(**inputs).loss if step % 2 == 0 else model.diffusion_alone(inputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    weights = {name: p.full_tensor() for name, p in model.state_dict().items() if hasattr(p, "full_tensor")}
+    return {"losses": torch.stack(losses), "weights": weights, **evaluate(model, rank)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    torch.save({"fsdp": fsdp}[sys.argv[1]](rank), sys.argv[2])
+    distributed.destroy_process_group()

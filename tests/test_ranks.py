@@ -1,0 +1,80 @@
+"""Several processes that share one model's weights do the same passes, whatever their rows and random numbers: two of them, on a CPU."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks_worker
+import torch
+from small_models import small_model
+
+ROOT = Path(__file__).parents[1]
+WORLD = 2
+
+
+def run_ranks(way, folder):
+    """What each rank found. A rank that waits for a pass the other does not do is ended by the timeout."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
+    ranks = []
+    for rank in range(WORLD):
+        environment = {**os.environ, **{name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}}
+        command = [sys.executable, str(ROOT / "tests" / "ranks_worker.py"), way, str(folder / f"{rank}.pt")]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        said = [process.communicate(timeout=120)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0] * WORLD, "\n".join(said)[-6000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One process that does every rank's batches in turn and takes the mean of their gradients."""
+    model = small_model().train()
+    loss_alone = ranks_worker.diffusion_alone(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=ranks_worker.LEARNING_RATE)
+    losses = [[] for _ in range(WORLD)]
+    for step in range(ranks_worker.STEPS):
+        for rank in range(WORLD):
+            ranks_worker.drawn_rows(rank, step)
+            inputs = ranks_worker.batch(rank, step)
+            loss = model(**inputs).loss if step % 2 == 0 else loss_alone(inputs)
+            (loss / WORLD).backward()
+            losses[rank].append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = model.state_dict()
+    return [{"losses": torch.stack(losses[rank]), "weights": weights, **ranks_worker.evaluate(model, rank)} for rank in range(WORLD)]
+
+
+def test_ranks_draw_differently():
+    """Or the tests below would show nothing: on some step one rank's row is conditioned and the other's is not."""
+    drawn = []
+    for rank in range(WORLD):
+        model = small_model().train()
+        passes = []
+        model.model.decoder.self_conditioning.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        for step in range(ranks_worker.STEPS):
+            ranks_worker.drawn_rows(rank, step)
+            model(**ranks_worker.batch(rank, step))
+            passes.append(0)
+        drawn.append("".join(map(str, passes)))
+    assert drawn[0] != drawn[1]
+
+
+def test_sharded_training_and_evaluation_are_those_of_one_process(alone, tmp_path):
+    """FSDP2: before, ranks gathered different things where one drew self-conditioning, had a longer prompt, or more canvases."""
+    for found, expected in zip(run_ranks("fsdp", tmp_path), alone, strict=True):
+        weights, ours = found.pop("weights"), expected["weights"]
+        for name, value in found.items():  # gradients are summed in another order, and four steps make more of it
+            torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        for name, value in weights.items():
+            torch.testing.assert_close(value, ours[name], atol=1e-4, rtol=1e-4)
