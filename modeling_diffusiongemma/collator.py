@@ -7,6 +7,24 @@ import torch
 from .loss import IGNORED
 
 
+class TrainingBatch(dict):
+    """What the collator makes: a dict that the model gets whole. `transformers.Trainer` takes the labels out for losses of its own, and
+    would compare those of whole examples with the logits of one random canvas."""
+
+    def pop(self, key: str, *default):
+        """As of a dict, but for the labels.
+
+        Raises:
+            ValueError: `labels` are taken out.
+        """
+        if key == "labels":
+            raise ValueError(
+                "`labels` are taken out of the batch, as Trainer does for `label_smoothing_factor` and `compute_loss_func`; expected "
+                "neither: the model draws the canvas its loss is of, and needs the labels for it (in a loop of your own: `dict(batch)`)"
+            )
+        return super().pop(key, *default)
+
+
 class BlockDiffusionCollator:
     """Turns examples into right-padded `input_ids`, `attention_mask` and `labels`.
 
@@ -40,28 +58,31 @@ class BlockDiffusionCollator:
         inside = [place for place, flag in enumerate(whole["assistant_masks"]) if flag]
         return head, whole["input_ids"][inside[0] : inside[-1] + 1]
 
-    def __call__(self, examples: Sequence[tuple | Mapping]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[tuple | Mapping]) -> TrainingBatch:
         """Args: pairs, or mappings with the keys `prompt` and `response`. Returns int64 tensors `(B, longest example)`."""
         if not examples:
             raise ValueError("`examples` is empty; expected at least one pair of prompt and response")
         for place, example in enumerate(examples):
             if isinstance(example, Mapping) and (missing := {"prompt", "response"} - set(example)):
-                raise ValueError(f"example {place} has no {sorted(missing)}; expected the keys 'prompt' and 'response'")
+                raise ValueError(
+                    f"example {place} has no {sorted(missing)}; expected the keys 'prompt' and 'response', which Trainer drops unless "
+                    "`remove_unused_columns` is False"
+                )
         pairs = [self.encode(*((e["prompt"], e["response"]) if isinstance(e, Mapping) else e)) for e in examples]
         for place, (prompt, response) in enumerate(pairs):
             if not prompt or not response:
                 raise ValueError(f"example {place} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
         longest = max(len(prompt) + len(response) for prompt, response in pairs)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(pairs), length), self.pad_token_id)
-        labels = torch.full((len(pairs), length), IGNORED)
-        attention_mask = torch.zeros((len(pairs), length), dtype=torch.int64)
+        input_ids = torch.full((len(pairs), length), self.pad_token_id, dtype=torch.int64, device="cpu")
+        labels = torch.full_like(input_ids, IGNORED)
+        attention_mask = torch.zeros_like(input_ids)
         for row, (prompt, response) in enumerate(pairs):
             end = len(prompt) + len(response)
-            input_ids[row, :end] = torch.tensor([*prompt, *response])
-            labels[row, len(prompt) : end] = torch.tensor(response)
+            input_ids[row, :end] = torch.tensor([*prompt, *response], dtype=torch.int64, device="cpu")
+            labels[row, len(prompt) : end] = torch.tensor(response, dtype=torch.int64, device="cpu")
             attention_mask[row, :end] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return TrainingBatch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
-__all__ = ["BlockDiffusionCollator"]
+__all__ = ["BlockDiffusionCollator", "TrainingBatch"]

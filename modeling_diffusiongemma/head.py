@@ -150,6 +150,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool | None = None,
     ) -> MaskedBlockOutput | tuple:
         """One prompt pass over `input_ids` (if given) and one canvas pass; or, with `labels`, the training loss.
 
@@ -170,6 +171,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                 canvas and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
                 a position does not count; the loss is then the canvas's alone.
             output_hidden_states, output_attentions, return_dict (*optional*): as everywhere in transformers.
+            skip_logits (*optional*): leave `.logits` out beside a loss, as Trainer asks with `use_liger_kernel`.
 
         Returns:
             `MaskedBlockOutput`; `.logits` float32 `(B, C, V)`.
@@ -193,13 +195,17 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                 raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
             trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
             output = MaskedBlockOutput(
-                loss=trained.diffusion + trained.causal, logits=trained.logits,
-                **{FIELD: trained.prefilled.cache},
+                loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
                 encoder_last_hidden_state=trained.prefilled.last_hidden_state,
                 diffusion_loss=trained.diffusion, causal_loss=trained.causal,
             )  # fmt: skip
             return output.to_tuple() if return_dict is False else output
 
+        if labels is None and decoder_input_ids is None and self.training and torch.is_grad_enabled():
+            logger.warning_once(
+                "`labels` is None in training: the logits are of a canvas of noise. Trainer takes labels away for `label_smoothing_factor` "
+                "and `compute_loss_func`, which have no meaning with labels of whole examples."
+            )
         soft_embeds = None
         batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
         if batch is not None and batch.dim() > 1:
@@ -221,8 +227,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         output = MaskedBlockOutput(
-            loss=loss, logits=logits, **{FIELD: denoised.cache}, hidden_states=denoised.hidden_states,
-            attentions=denoised.attentions, encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
+            loss=loss, logits=None if skip_logits and loss is not None else logits, **{FIELD: denoised.cache},
+            hidden_states=denoised.hidden_states, attentions=denoised.attentions,
+            encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
 

@@ -69,7 +69,7 @@ class BlockLayer(GradientCheckpointingLayer):
         layer_scalar: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
         """Args and Returns as `Attention.forward`, for the whole layer; `layer_scalar` is the prompt pass's, None in the canvas pass."""
-        attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cached, is_causal)
+        attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask=mask, cached=cached, is_causal=is_causal)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
 
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_states)))
@@ -126,7 +126,12 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
                 states.append(hidden_states)
             scalar = None if layer_scalars is None else layer_scalars[layer_idx]
             hidden_states, new, weights = layer(
-                hidden_states, view.rotary[layer_type], view.masks[layer_type], cached, cache is not None, scalar
+                hidden_states,
+                view.rotary[layer_type],
+                mask=view.masks[layer_type],
+                cached=cached,
+                is_causal=cache is not None,
+                layer_scalar=scalar,
             )
             if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)

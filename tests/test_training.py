@@ -1,6 +1,7 @@
 """Training: a model learns, the collator, `transformers.Trainer`, and the training script as a user runs it."""
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import PAD, VOCAB, small_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_diffusiongemma import BlockDiffusionCollator, DiffusionGemmaForMaskedBlockLM
 
@@ -166,6 +167,156 @@ def test_trainer_evaluates(tmp_path):
     run.label_names = ["labels"]
     metrics = run.evaluate(run.train_dataset)
     assert math.isfinite(metrics["eval_loss"])
+
+
+# Its own switches
+
+
+def mean_logits(prediction):
+    """A metric: it makes Trainer gather what the model returns."""
+    logits, states, diffusion, causal = prediction.predictions
+    return {"shapes": [logits.shape, prediction.label_ids.shape], "losses": [float(diffusion.mean()), float(causal.mean())]}
+
+
+def switched(folder, model=None, callbacks=None, compute_loss_func=None, metrics=None, **switches):
+    """A real Trainer of two steps and an evaluation, on a list of examples."""
+    settings = {
+        "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1,
+        "use_cpu": True, "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True, "dataloader_pin_memory": False,
+        "save_strategy": "no", "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return Trainer(
+        model=small_model(seed=3, initializer_range=0.05) if model is None else model,
+        args=TrainingArguments(**{**settings, **switches}),
+        data_collator=BlockDiffusionCollator(pad_token_id=PAD),
+        train_dataset=examples(8), eval_dataset=examples(6), callbacks=callbacks, compute_loss_func=compute_loss_func,
+        compute_metrics=metrics,
+    )  # fmt: skip
+
+
+def trained_and_evaluated(folder, **switches):
+    """The losses of two steps, and the evaluation's."""
+    run = switched(folder, **switches)
+    run.train()
+    return [losses(run)[1], losses(run)[2], run.evaluate()["eval_loss"]]
+
+
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory):
+    return trained_and_evaluated(tmp_path_factory.mktemp("plain"))
+
+
+EQUAL = {  # switches that leave the arithmetic alone
+    "average_tokens_across_devices": {"average_tokens_across_devices": True},
+    "include_num_input_tokens_seen": {"include_num_input_tokens_seen": "non_padding"},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "torch_compile": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "auto_find_batch_size": {"auto_find_batch_size": True},
+    "dataloader_drop_last": {"dataloader_drop_last": True},
+    "dataloader_num_workers": {"dataloader_num_workers": 1},
+    "prediction_loss_only": {"prediction_loss_only": True},
+    "label_names": {"label_names": ["labels"]},
+    "metrics": {"metrics": mean_logits},
+    "split_batches": {"accelerator_config": {"split_batches": True}},
+    "dispatch_batches": {"accelerator_config": {"dispatch_batches": True}},
+    "debug": {"debug": "underflow_overflow"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "torch_compile" else name for name in EQUAL])
+def test_switch_of_trainer_changes_no_loss(name, plainly, tmp_path):
+    got = trained_and_evaluated(tmp_path, **EQUAL[name], **({"per_device_eval_batch_size": 6} if name == "dataloader_drop_last" else {}))
+    assert got == pytest.approx(plainly, abs=1e-5)
+
+
+@pytest.mark.parametrize("switches", [{"bf16": True}, {"bf16_full_eval": True}, {"fp16_full_eval": True}], ids=str)
+def test_switch_of_trainer_computes_in_fewer_bits(switches, plainly, tmp_path):
+    assert trained_and_evaluated(tmp_path, **switches) == pytest.approx(plainly, abs=0.05)
+
+
+def test_trainer_accumulates_gradients_to_their_mean(tmp_path):
+    """The loss is a mean over canvas positions: over the parts of a step it is averaged, and not summed."""
+    got = trained_and_evaluated(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    assert all(0.7 * 2 * math.log(VOCAB) < loss < 1.5 * 2 * math.log(VOCAB) for loss in got)
+
+
+def test_trainer_makes_training_deterministic(plainly, tmp_path):
+    try:
+        assert trained_and_evaluated(tmp_path, full_determinism=True) == pytest.approx(plainly, abs=1e-5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("switches", [{}, {"eval_accumulation_steps": 1}, {"eval_use_gather_object": True}], ids=str)
+def test_trainer_gathers_what_evaluation_finds(switches, tmp_path):
+    """Batches of different lengths; the cache, which no gathering takes, is not among what a loss comes with."""
+    metrics = switched(tmp_path, metrics=mean_logits, per_device_eval_batch_size=2, **switches).evaluate()
+    assert metrics["eval_shapes"][0] == (6, 10, VOCAB) and metrics["eval_shapes"][1][0] == 6
+    assert sum(metrics["eval_losses"]) == pytest.approx(metrics["eval_loss"], abs=1e-4)
+
+
+def test_neftune_adds_noise_in_training_alone(plainly, tmp_path):
+    """Its hook on the embedding sees prompt and canvas; while it hangs there, and afterwards, generation is as without."""
+    model, prompt, seen = small_model(seed=3, initializer_range=0.05), torch.tensor([[5, 6, 7]]), []
+
+    class Generate(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            embed = model.get_input_embeddings()
+            hooked, training = bool(embed._forward_hooks), model.training
+            model.eval()
+            seen.append((hooked, torch.equal(embed(prompt), torch.nn.functional.embedding(prompt, embed.weight) * 32**0.5)))
+            model.generate(prompt, max_new_tokens=3, seed=0)
+            model.train(training)
+
+    run = switched(tmp_path, model=model, callbacks=[Generate()], neftune_noise_alpha=5.0)
+    run.train()
+    assert seen == [(True, True)] * 2 and not model.get_input_embeddings()._forward_hooks
+    assert losses(run)[1] != pytest.approx(plainly[0], abs=1e-5)
+
+
+REFUSED = {
+    "label_smoothing_factor": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    "compute_loss_func": ({"compute_loss_func": lambda outputs, *_, **kwargs: outputs.logits.mean()}, "compute_loss_func"),
+    "remove_unused_columns": ({"remove_unused_columns": True}, "remove_unused_columns"),
+    "reentrant": ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_switch_of_trainer_is_refused_by_name(name, tmp_path):
+    """Label smoothing took the labels away and compared them with the logits of another canvas: a riddle, or nonsense in silence."""
+    switches, named = REFUSED[name]
+    run = switched(tmp_path, **switches)
+    with pytest.raises(ValueError, match=named):
+        run.train()
+    if name != "reentrant":
+        with pytest.raises(ValueError, match=named):
+            run.evaluate()
+
+
+def test_labels_taken_from_another_batch_are_warned_of(caplog):
+    """Whose collator it is the model does not see: it says what the logits are of."""
+    model = small_model().train()
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    model(torch.tensor([[5, 6, 7]]))
+    assert "label_smoothing_factor" in caplog.text
+
+
+def test_batch_keeps_its_labels():
+    batch = BlockDiffusionCollator(pad_token_id=PAD)([([1, 2], [3])])
+    assert type(batch)(batch) == batch and batch["labels"].tolist() == [[IGNORED, IGNORED, 3]]
+    batch.pop("attention_mask")
+    assert batch.pop("missing", 1) == 1 and dict(batch).pop("labels") is not None
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        batch.pop("labels")
+
+
+def test_logits_may_be_left_out_beside_a_loss():
+    """As Trainer asks in evaluation with `use_liger_kernel`."""
+    model, batch = small_model(), BlockDiffusionCollator(pad_token_id=PAD)(examples(2))
+    output = model(**batch, skip_logits=True)
+    assert output.logits is None and bool(output.loss.isfinite())
+    assert model(torch.tensor([[5, 6]]), skip_logits=True).logits is not None
 
 
 # The script
