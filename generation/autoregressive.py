@@ -23,8 +23,9 @@ def decode_autoregressively(model, plan: Plan, written: Written, real: torch.Ten
     Args:
         prompt: what `prefill` takes for the prompt: `input_ids` or `inputs_embeds`, and images.
     """
-    cache, inputs = DynamicCache(config=model.config.get_text_config()), prompt
-    length = real.shape[1]
+    with torch.device("cpu"):  # where a cache begins, whatever torch's default device is
+        cache = DynamicCache(config=model.config.get_text_config())
+    inputs, length = prompt, real.shape[1]
     while not bool(written.ended.all()) and not plan.out_of_time():
         positions = plan.positions(real, length)
         prefilled = model.prefill(**inputs, attention_mask=real, position_ids=positions, cache=cache, last_states=1)

@@ -44,7 +44,7 @@ class BatchDraws:
 
     def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Uniform numbers in [0, 1), float32 `(B, *shape)`."""
-        return torch.rand((batch_size, *shape), device=device, generator=self.generator)
+        return torch.rand((batch_size, *shape), dtype=torch.float32, device=device, generator=self.generator)
 
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         return noise.draw(shape, device, self.generator)
@@ -71,7 +71,8 @@ class RowDraws:
         return torch.stack([torch.multinomial(row, num_samples=1, generator=generator).squeeze(-1) for row, generator in pairs])
 
     def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        return torch.stack([torch.rand(shape, device=device, generator=one) for one in self._generators("uniforms", device)])
+        generators = self._generators("uniforms", device)
+        return torch.stack([torch.rand(shape, dtype=torch.float32, device=device, generator=one) for one in generators])
 
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         return torch.cat([noise.draw((1, shape[1]), device, generator) for generator in self._generators("noise", device)])

@@ -31,7 +31,7 @@ class FlagReader:
             return StepFlags(*flags.cpu())
         known = self.last()
         if flags.is_cuda:
-            host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
             host.copy_(flags, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

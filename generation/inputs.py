@@ -180,11 +180,12 @@ def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int,
     kind = config.cache_implementation or "dynamic"
     if kind.startswith("offloaded") and device.type != "cuda":
         raise ValueError(f"`cache_implementation` is {kind!r} and the prompt is on {device}; expected a CUDA device to offload from")
-    if kind == "quantized":
-        return quantized_cache(model_config, **(config.cache_config or {}))
-    if kind.endswith("static"):
-        return StaticCache(config=model_config, max_cache_len=max_length, offloading=kind.startswith("offloaded"))
-    return DynamicCache(config=model_config, offloading=kind == "offloaded")
+    with torch.device("cpu"):  # where a cache begins, whatever torch's default device is
+        if kind == "quantized":
+            return quantized_cache(model_config, **(config.cache_config or {}))
+        if kind.endswith("static"):
+            return StaticCache(config=model_config, max_cache_len=max_length, offloading=kind.startswith("offloaded"))
+        return DynamicCache(config=model_config, offloading=kind == "offloaded")
 
 
 __all__ = [

@@ -206,7 +206,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             return sequences
         return DiffusionGenerationOutput(
             sequences=sequences,
-            tokens_per_forward=counts / written.passes.clamp(min=1),
+            tokens_per_forward=counts.float() / written.passes.clamp(min=1),
             denoising_steps=written.passes,
             **{FIELD: cache},
             scores=written.scores() if config.output_scores else None,

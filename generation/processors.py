@@ -11,6 +11,8 @@
 `Shaping.streamable` is the same for a pass over pieces of the vocabulary, where that can be.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +33,17 @@ from transformers import (
 
 from .configuration import DiffusionGenerationConfig
 from .filters import MOST_TOP_K, Filters
+
+
+@contextlib.contextmanager
+def float32_made() -> Iterator[None]:
+    """For the length of the block: torch's default dtype, which transformers' processors give to biases and cutoffs, is float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -93,9 +106,10 @@ class Shaping:
 
     def _in_context(self, logits: torch.Tensor, committed: torch.Tensor, guess: torch.Tensor | None) -> torch.Tensor:
         shaped = []
-        for place in range(logits.shape[1]):
-            context = committed if guess is None else torch.cat((committed, guess[:, :place]), dim=1)
-            shaped.append(self.contextual(context, logits[:, place].clone()))
+        with float32_made():
+            for place in range(logits.shape[1]):
+                context = committed if guess is None else torch.cat((committed, guess[:, :place]), dim=1)
+                shaped.append(self.contextual(context, logits[:, place].clone()))
         return torch.stack(shaped, dim=1)
 
 
@@ -133,11 +147,12 @@ def build_shaping(
         after.append(warpers[name][0](value))
     filters = None
     if config.eta_cutoff not in (None, 0.0):
-        after.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
+        with float32_made():
+            after.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
     elif active.keys() <= {"top_k", "top_p", "min_p"} and min(active.get("top_k", 0), vocab_size) <= MOST_TOP_K:
         allowed = None
         if config.suppress_tokens:
-            suppressed = torch.tensor(config.suppress_tokens, device=device)
+            suppressed = torch.tensor(config.suppress_tokens, dtype=torch.int64, device=device)
             allowed = torch.ones(vocab_size, dtype=torch.bool, device=device).index_fill(0, suppressed, False)
         filters = Filters(allowed, hidden=eos if len(eos) else None, **active)
     least = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)

@@ -26,6 +26,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 MASKED = -1e30  # the logit of an id that cannot be: exp gives 0 beside any real logit, and 0 * MASKED is 0, where -inf gives NaN
+TINY = torch.finfo(torch.float32).tiny  # of what is above 0 also where denormal numbers are flushed
 TILE = 2048  # ids of a part in the kernel
 WARPS = 8
 
@@ -101,7 +102,7 @@ def start_running(count: int, device: torch.device, current: torch.Tensor | None
     """Before the first piece; `current` int64 (N,) or None."""
 
     def filled(value: float) -> torch.Tensor:
-        return torch.full((count,), value, device=device)
+        return torch.full((count,), value, dtype=torch.float32, device=device)
 
     first = (filled(MASKED), filled(0.0), filled(0.0), filled(0).long(), filled(0).long())
     return Running(*first, *((None,) * 5 if current is None else (current, filled(MASKED), filled(MASKED), filled(0.0), current.clone())))
@@ -179,8 +180,8 @@ def _draw(
 
     def pick(rows: torch.Tensor | slice) -> torch.Tensor:
         cumulative = exponentials[rows].cumsum(dim=-1)
-        wanted = (1 - chance[rows, 1:]) * cumulative[:, -1:]  # in (0, total], so that an id of no mass is never hit
-        return torch.searchsorted(cumulative, wanted.clamp(min=1e-45)).squeeze(-1) + start
+        wanted = ((1 - chance[rows, 1:]) * cumulative[:, -1:]).clamp(min=TINY)  # above 0, so that an id of no mass is never hit
+        return torch.searchsorted(cumulative, torch.minimum(wanted, cumulative[:, -1:])).squeeze(-1) + start
 
     return _update(sample, chance[:, 0] * mass < piece_mass, pick)
 
@@ -289,7 +290,7 @@ def absorb_triton(
     exponentials = room.exponentials if room.exponentials.is_contiguous() else torch.empty_like(products)
     temperature = shape.temperature
     if not isinstance(temperature, torch.Tensor):
-        temperature = torch.full((1,), temperature, device=products.device)
+        temperature = torch.full((1,), temperature, dtype=torch.float32, device=products.device)
     unused = running.top
     kept = None if kept is None else kept.contiguous().view(torch.uint8)
     with_current = running.current is not None

@@ -146,6 +146,7 @@ class PredictorCorrectorSampler:
     def propose(self, canvas, statistics, noise, uniform, step, max_denoising_steps) -> Proposal:
         cycle = 1 + self.corrector_steps
         levels, level = -(-max_denoising_steps // cycle), step // cycle
+        level = level.float() if isinstance(level, torch.Tensor) else level  # two integers would divide in torch's default dtype
         following = 1 - (level + 1) / levels  # the noise proportion after this level's predictor
         predicted = self._predict(canvas, statistics, noise, uniform, 1 - level / levels, following)
         corrected = self._correct(canvas, statistics, noise, uniform, following)

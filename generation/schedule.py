@@ -17,7 +17,7 @@ class TemperatureSchedule:
     def temperatures(self) -> torch.Tensor:
         """Of every step, float32 `(max_denoising_steps,)`. In float32 from the start, as transformers computes it: the last bit of a
         temperature grows tenfold a step through self-conditioning and changes tokens after about eight."""
-        remaining = torch.arange(self.max_denoising_steps, 0, -1, dtype=torch.int32)
+        remaining = torch.arange(self.max_denoising_steps, 0, -1, dtype=torch.float32, device="cpu")
         return self.t_min + (self.t_max - self.t_min) * (remaining / self.max_denoising_steps)
 
 

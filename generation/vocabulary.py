@@ -9,6 +9,8 @@ One walk gives all of it; filters that are thresholds need walks before (`filter
 `running.absorb`, or its kernel. Nothing here waits for the device. `torch.compile` is not used: over the operations of a
 piece it saved a fifth of the CPU time in float32 and none in bf16, before pieces were computed in one `Room`, and took a minute
 to begin (256 positions, 262,144 ids, one thread of an Intel Xeon, torch 2.13).
+
+Under autocast both products are in its dtype, as those of the dense way are.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,7 +63,9 @@ def streamed_statistics(
     Raises:
         ValueError: a piece the kernel cannot take.
     """
-    batch_size, length, _ = hidden.shape
+    kind, (batch_size, length, _) = hidden.device.type, hidden.shape
+    if torch.is_autocast_enabled(kind) and head.weight.dtype != torch.float64:  # which autocast leaves alone
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
     absorb, group = choose_absorb(hidden.device, hidden.dtype), batch_size
     if absorb is absorb_triton:
         piece = max(NUMBERS // (batch_size * length) // TILE, 1) * TILE if piece is None else piece
@@ -70,7 +74,7 @@ def streamed_statistics(
         part = TILE
     else:
         part = piece = PIECE if piece is None else piece
-    if hidden.device.type == "cpu":
+    if kind == "cpu":
         group = max(POSITIONS // length, 1)  # rows at a time, so that a row is computed alike in any batch
     chance = None
     if not greedy:
@@ -88,7 +92,8 @@ def streamed_statistics(
         return found[0]
     fields = zip(*(statistics for statistics, _ in found), strict=True)
     statistics = RowStatistics(*(None if field[0] is None else torch.cat(field) for field in fields))
-    return statistics, torch.cat([soft for _, soft in found])
+    with torch.autocast(kind, enabled=False):  # which joins nothing but float32 and its own dtype
+        return statistics, torch.cat([soft for _, soft in found])
 
 
 def _one_pass(
@@ -109,6 +114,7 @@ def _one_pass(
         for number, (weight, embedded) in enumerate(pieces):
             kept = None if filters is None else listed(filters, number * piece, len(weight), batch_size, length)
             used = room.narrow(len(rows), len(weight))
+            weight = weight.to(rows.dtype)
             torch.mm(rows, weight.t(), out=used.products)
             yield number * piece, embedded, used, kept
 

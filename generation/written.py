@@ -90,7 +90,7 @@ class Written:
             if self._holds_stop(earlier + new):
                 found = next(count for count in range(len(new) + 1) if self._holds_stop(earlier + new[:count]))
             places.append(found)
-        return torch.tensor(places, device=tokens.device)
+        return torch.tensor(places, dtype=torch.int64, device=tokens.device)
 
     def _holds_stop(self, ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -108,7 +108,7 @@ class Attention(nn.Module):
         key = rotate(self.k_norm(projected), *rotary).transpose(1, 2)  # (B, K, L, head_dim)
         value = self.v_norm(value).transpose(1, 2)
         new = LayerCache(key, value)
-        key, value, _ = join(cached, new)
+        key, value = (states.to(query.dtype) for states in join(cached, new)[:2])  # a cache of an autocast call may be in other bits
         implementation = self.config._attn_implementation
         own = sdpa_attention if implementation == "sdpa" else None
         attend = own or ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)

@@ -111,7 +111,8 @@ def _missing_units(device: torch.device) -> str | None:
     if capability < (9, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
     try:
-        rows, scale = torch.zeros(MULTIPLE, MULTIPLE, device=device).to(E4M3), torch.ones(MULTIPLE, 1, device=device)
+        rows = torch.zeros(MULTIPLE, MULTIPLE, dtype=torch.float32, device=device).to(E4M3)
+        scale = torch.ones(MULTIPLE, 1, dtype=torch.float32, device=device)
         scaled_product(rows, scale, rows, scale)
         scaled_grouped_product(rows, scale, rows[None], scale[None], torch.full((1,), MULTIPLE, dtype=torch.int32, device=device))
     except (RuntimeError, ValueError, NotImplementedError) as error:

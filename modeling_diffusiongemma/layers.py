@@ -36,7 +36,8 @@ def rotary_frequencies(config: DiffusionGemmaTextConfig, layer_type: str) -> tor
     """
     layer_config, parameters = config.per_layer_config[layer_type], config.rope_parameters[layer_type]
     if parameters["rope_type"] != "default":
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](layer_config, "cpu", layer_type=layer_type)
+        with torch.device("cpu"):  # what they begin with would be on torch's default device
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](layer_config, "cpu", layer_type=layer_type)
         if scaling != 1.0:
             raise ValueError(f"`rope_parameters[{layer_type!r}]` scales attention by {scaling}; expected a type that does not")
         return frequencies.float()
@@ -75,9 +76,10 @@ class RotaryPositions(nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + head_dim / 2) of `states` `(B, L, heads, head_dim)` by the position's angles."""
+    """Rotates the pairs (i, i + head_dim / 2) of `states` `(B, L, heads, head_dim)` by the position's angles. Returns their dtype, which
+    under autocast is not the angles'."""
     first, second = states.chunk(2, dim=-1)
-    return (states * cos).add_(torch.cat((-second, first), dim=-1) * sin)
+    return (states * cos).add_(torch.cat((-second, first), dim=-1) * sin).to(states.dtype)
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -232,8 +232,9 @@ class DiffusionGemmaEvaluation(TemplateLM):
     def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> torch.Tensor:
         """New tokens `(B, N)`, padded behind each row's end."""
         longest = max(map(len, contexts))
-        ids = torch.tensor([[self.pad_token_id] * (longest - len(context)) + context for context in contexts], device=self.device)
-        real = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts], device=self.device)
+        made = {"dtype": torch.int64, "device": self.device}
+        ids = torch.tensor([[self.pad_token_id] * (longest - len(context)) + context for context in contexts], **made)
+        real = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts], **made)
         return self.model.generate(ids, attention_mask=real, seed=seeds, **{**self.settings, **settings})[:, longest:]
 
 

@@ -43,7 +43,7 @@ def dequantize_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: to
 
     Args: uint8 `(rows, K / 2)`, e4m3 `(rows, K / 16)`, float32 `()`. Returns `(rows, K)`.
     """
-    table = torch.tensor([*CODES, *(-code for code in CODES)], device=packed.device)
+    table = torch.tensor([*CODES, *(-code for code in CODES)], dtype=torch.float32, device=packed.device)
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)  # (rows, K)
     scales = (scale.float() * global_scale.float().reshape(())).repeat_interleave(GROUP, dim=-1)
     return (table[codes.int()] * scales).to(dtype)

@@ -76,7 +76,7 @@ class Rollout:
             The inputs, tensors `(rows, P)`; the canvases, int64 `(rows, C)`; and their self-conditioning, `(rows, C, D)`, zero where a
             row has not taken a step.
         """
-        ended = torch.arange(self.rows) if self.state is None else self._ended()
+        ended = torch.arange(self.rows, device="cpu") if self.state is None else self._ended()
         if len(ended):
             fresh = draw(len(ended))
             device = fresh["input_ids"].device
@@ -88,7 +88,7 @@ class Rollout:
             else:
                 rows = ended.to(device)
                 self.inputs = {name: value.index_copy(0, rows, fresh[name]) for name, value in self.inputs.items()}
-                soft_embeds = self.state.soft_embeds.index_copy(0, rows, state.soft_embeds)
+                soft_embeds = self.state.soft_embeds.index_fill(0, rows, 0.0)
                 self.state = self.state.place(rows, state)._replace(soft_embeds=soft_embeds)
         return self.inputs, self.state.canvas, self.state.soft_embeds
 
@@ -102,7 +102,8 @@ class Rollout:
         noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
         # Rows are at different steps. Neither entropy-bound nor confidence sampling asks for the number.
         stepped = denoising_step(state, 0, len(self.temperatures), statistics, noise, self.sampler, self.stopping)
-        self.state = condition(stepped, state.finished, self.model.soft_embed(shaped.to(self.model.dtype)))
+        soft_embeds = self.model.soft_embed(shaped.to(self.model.dtype)).to(self.model.dtype)  # under autocast it comes in other bits
+        self.state = condition(stepped, state.finished, soft_embeds)
 
     def _ended(self) -> torch.Tensor:
         """Places of the rows that are finished or have taken `max_steps`, int64."""
