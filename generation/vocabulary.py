@@ -64,7 +64,8 @@ def streamed_statistics(
         ValueError: a piece the kernel cannot take.
     """
     kind, (batch_size, length, _) = hidden.device.type, hidden.shape
-    if torch.is_autocast_enabled(kind) and head.weight.dtype != torch.float64:  # which autocast leaves alone
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if casts and head.weight.dtype != torch.float64:  # which autocast leaves alone
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     absorb, group = choose_absorb(hidden.device, hidden.dtype), batch_size
     if absorb is absorb_triton:

@@ -7,6 +7,7 @@ import torch
 from small_models import PAD, small_model
 from torch import distributed
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from transformers import Trainer, TrainingArguments
 
 from modeling_diffusiongemma import BlockDiffusionCollator, block_diffusion_loss
 
@@ -72,9 +73,28 @@ def fsdp(rank):
     return {"losses": torch.stack(losses), "weights": weights, **evaluate(model, rank)}
 
 
+def trainer(rank):
+    """The Trainer with a copy of the model on each rank, evaluating rows of different lengths while it trains."""
+    rows = [([7] * CHUNKS, [8] * 25), *(([5, 6] * n, [9] * (3 * n)) for n in range(1, 6))]
+    arguments = TrainingArguments(
+        output_dir=f"{sys.argv[2]}.folder", max_steps=2, per_device_train_batch_size=1, per_device_eval_batch_size=1, logging_steps=1,
+        eval_strategy="steps", eval_steps=1, save_strategy="no", use_cpu=True, ddp_backend="gloo", report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    collator = BlockDiffusionCollator(pad_token_id=PAD)
+    run = Trainer(
+        model=small_model(), args=arguments, data_collator=collator, train_dataset=rows, eval_dataset=rows,
+        compute_metrics=lambda prediction: {"shape": prediction.predictions[0].shape},
+    )  # fmt: skip
+    run.train()
+    log = run.state.log_history
+    found = [entry[name] for name in ("loss", "eval_loss") for entry in log if name in entry]
+    return {"losses": torch.tensor(found), "shapes": [tuple(entry["eval_shape"]) for entry in log if "eval_shape" in entry]}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = int(os.environ["RANK"])
-    torch.save({"fsdp": fsdp}[sys.argv[1]](rank), sys.argv[2])
+    torch.save({"fsdp": fsdp, "trainer": trainer}[sys.argv[1]](rank), sys.argv[2])
     distributed.destroy_process_group()

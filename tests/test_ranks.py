@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ranks_worker
 import torch
-from small_models import small_model
+from small_models import CANVAS, VOCAB, small_model
 
 ROOT = Path(__file__).parents[1]
 WORLD = 2
@@ -78,3 +78,10 @@ def test_sharded_training_and_evaluation_are_those_of_one_process(alone, tmp_pat
             torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         for name, value in weights.items():
             torch.testing.assert_close(value, ours[name], atol=1e-4, rtol=1e-4)
+
+
+def test_trainer_trains_and_evaluates_on_two_ranks(tmp_path):
+    """Every rank has all weights; what it gathers are losses, gradients, and logits of rows of different lengths."""
+    found = run_ranks("trainer", tmp_path)
+    assert torch.equal(found[0]["losses"], found[1]["losses"]) and bool(found[0]["losses"].isfinite().all())
+    assert found[0]["losses"].shape == (4,) and found[0]["shapes"] == [(6, CANVAS, VOCAB)] * 2
