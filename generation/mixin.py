@@ -78,6 +78,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         if generation_config is not None:
             self.generation_config = DiffusionGenerationConfig.from_generation_config(generation_config)
             return
+        if name is None:  # a state dict was given instead of a checkpoint
+            return
         try:
             self.generation_config = DiffusionGenerationConfig.from_pretrained(name, **kwargs)
         except OSError:  # no such file: the released defaults apply in `generate`

@@ -1,7 +1,18 @@
 """Checks of what a caller hands in: each raises a ValueError that names the argument, what it got and what it expects."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from transformers import Cache
+
+
+def plain_mask(name: str, mask: torch.Tensor | Mapping | None) -> torch.Tensor | None:
+    """`mask`, or None for a mapping that holds None for every layer type, which is how transformers' class says that nothing is hidden."""
+    if not isinstance(mask, Mapping):
+        return mask
+    if given := [layer_type for layer_type, value in mask.items() if value is not None]:
+        raise ValueError(f"`{name}` holds a mask for {given}; expected one 2-D mask, from which every layer's is made, or None for each")
+    return None
 
 
 def check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
@@ -21,6 +32,21 @@ def check_shape(name: str, tensor: torch.Tensor | None, *shapes: tuple[int, ...]
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; expected {' or '.join(map(str, dict.fromkeys(shapes)))}")
 
 
+def chosen_states(chosen: bool | int | Iterable[int] | None, count: int) -> frozenset[int]:
+    """Which of `count` hidden states `output_hidden_states` asks for: all, none, or those with the given indices, negative ones from the
+    end, as in transformers.
+
+    Raises:
+        ValueError: what is no index of them.
+    """
+    if chosen is None or chosen is True or (isinstance(chosen, int) and not chosen):
+        return frozenset(range(count) if chosen else ())
+    indices = (chosen,) if isinstance(chosen, int) else tuple(chosen) if isinstance(chosen, Iterable) else (chosen,)
+    if wrong := [index for index in indices if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count]:
+        raise ValueError(f"`output_hidden_states` holds {wrong}; expected a bool, or indices from {-count} to {count - 1}")
+    return frozenset(index % count for index in indices)
+
+
 def check_cache(cache: Cache, batch_size: int, seen: int, length: int) -> None:
     """`cache`, which holds `seen` tokens, must hold rows for `batch_size` and have room for `length` more tokens; sliding layers
     always have room."""
@@ -36,4 +62,4 @@ def check_cache(cache: Cache, batch_size: int, seen: int, length: int) -> None:
             )
 
 
-__all__ = ["check_cache", "check_mask", "check_shape"]
+__all__ = ["check_cache", "check_mask", "check_shape", "chosen_states", "plain_mask"]

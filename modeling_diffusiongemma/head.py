@@ -18,7 +18,7 @@ from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary import VocabularyHead
 
-from .checks import check_shape
+from .checks import check_shape, plain_mask
 from .compiling import compiled_layers
 from .configuration import DiffusionGemmaConfig
 from .layers import ScaledEmbedding
@@ -147,8 +147,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         mm_token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        use_cache: bool | None = None,
         return_dict: bool | None = None,
         skip_logits: bool | None = None,
     ) -> MaskedBlockOutput | tuple:
@@ -170,7 +171,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             labels (`int64`, *optional*): `(B, P)`, the response's ids and -100 elsewhere: the whole training objective, with
                 canvas and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
                 a position does not count; the loss is then the canvas's alone.
-            output_hidden_states, output_attentions, return_dict (*optional*): as everywhere in transformers.
+            output_hidden_states, output_attentions, return_dict (*optional*): as everywhere in transformers; `output_hidden_states` takes
+                indices, too.
+            use_cache (*optional*): the canvas reads the prompt from a cache in any case; False: one made here is not returned.
             skip_logits (*optional*): leave `.logits` out beside a loss, as Trainer asks with `use_liger_kernel`.
 
         Returns:
@@ -184,7 +187,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if labels is not None and decoder_input_ids is None:
             unused = {"cache": cache, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
-                      "self_conditioning_logits": self_conditioning_logits}  # fmt: skip
+                      "self_conditioning_logits": self_conditioning_logits, "output_hidden_states": output_hidden_states or None,
+                      "output_attentions": output_attentions or None}  # fmt: skip
             if given := [name for name, value in unused.items() if value is not None]:
                 virtual = {"cache", "past_key_values", "inputs_embeds"}.intersection(given)
                 hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
@@ -193,6 +197,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                 )
             if input_ids is None:
                 raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
+            attention_mask = plain_mask("attention_mask", attention_mask)
             trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
             output = MaskedBlockOutput(
                 loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
@@ -220,7 +225,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         denoised = self.model(
             input_ids, attention_mask, cache, position_ids, decoder_input_ids, soft_embeds,
             decoder_attention_mask, decoder_position_ids, **images, inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions, use_cache=use_cache,
         )  # fmt: skip
         logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
         loss = None

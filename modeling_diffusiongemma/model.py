@@ -11,13 +11,15 @@ from itertools import pairwise
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
+from transformers.utils.generic import can_return_tuple
 
 from generation.cache_names import FIELD, takes_cache
 from generation.inputs import check_ids
 
 from .caches import StoredLayers, cached_length
-from .checks import check_cache, check_mask, check_shape
+from .checks import check_cache, check_mask, check_shape, chosen_states, plain_mask
 from .configuration import DiffusionGemmaConfig, check_config
 from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
 from .outputs import BlockModelOutput, PassOutput
@@ -67,6 +69,23 @@ class PromptSide(PromptPassView):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.embed_vision = Gemma4MultimodalEmbedder(config.vision_config, config.text_config)
 
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_position_ids: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """The vision tower's output for patches as the Gemma 4 image processor makes them; its `pooler_output` are the images' soft tokens,
+        `(number of soft tokens, D)`.
+
+        Args: `kwargs` as the tower takes them, and `return_dict`.
+        """
+        vision = self.vision_tower(pixel_values=pixel_values, pixel_position_ids=image_position_ids, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision.last_hidden_state,
+            pooler_output=self.embed_vision(vision.last_hidden_state),
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+        )
+
 
 class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
     """The model without its head: `prefill`, `denoise`, and both in one call."""
@@ -91,10 +110,9 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.embed_tokens = value
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Soft tokens of the images, `(number of soft tokens, D)`, from patches as the Gemma 4 image processor makes them."""
-        vision = self.encoder.vision_tower(pixel_values=pixel_values, pixel_position_ids=image_position_ids)
-        return self.encoder.embed_vision(vision.last_hidden_state)
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling | tuple:
+        """`PromptSide.get_image_features`."""
+        return self.encoder.get_image_features(*args, **kwargs)
 
     def embed_prompt(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_position_ids: torch.Tensor | None
@@ -104,7 +122,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if pixel_values is None:
             return embeds
         places = input_ids == self.config.image_token_id
-        features = self.get_image_features(pixel_values, image_position_ids).to(embeds)
+        features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(embeds)
         if int(places.sum()) != features.shape[0]:
             raise ValueError(
                 f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
@@ -123,7 +141,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | int | list[int] = False,
         output_attentions: bool = False,
         chunk_length: int | None = None,
         last_states: int | None = None,
@@ -170,7 +188,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         seen = cached_length(cache)
         if cache is not None:
             check_cache(cache, batch_size, seen, length)
-        padding = check_mask("attention_mask", attention_mask, (batch_size, seen + length))
+        padding = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
         if padding is not None:
             padding = padding.to(new.device)
             padded_left = bool((padding.int().diff(dim=1) >= 0).all())
@@ -227,7 +245,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         view: View | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | int | list[int] = False,
         output_attentions: bool = False,
     ) -> PassOutput:
         """Runs a canvas bidirectionally over itself and the cache, to which nothing is appended.
@@ -295,6 +313,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """The view without room: every layer is read from the cache when it is its turn."""
         config, (batch_size, length) = self.config.text_config, shape
         seen = cached_length(cache)
+        attention_mask = plain_mask("decoder_attention_mask", attention_mask)
         padding = check_mask("decoder_attention_mask", attention_mask, (batch_size, seen + length))
         check_shape("decoder_position_ids", position_ids, (batch_size, length), (1, length))
         filled = next((layer for layer in cache.layers if layer.is_initialized), None)
@@ -378,16 +397,19 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         image_position_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        use_cache: bool | None = None,
         return_dict: bool | None = None,
     ) -> BlockModelOutput | tuple:
         """`prefill` on the prompt, if one is given, then `denoise` on the canvas. Arguments as there.
 
         Without `decoder_input_ids` the canvas is `canvas_length` uniform random tokens. `decoder_attention_mask` defaults
-        to `attention_mask` followed by an unpadded canvas.
+        to `attention_mask` followed by an unpadded canvas. `use_cache=False`: a cache that the call made itself is not returned.
         """
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_states = chosen_states(keep_states, self.config.text_config.num_hidden_layers + 1)
+        given = cache
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
         prompt, prompt_states = input_ids if inputs_embeds is None else inputs_embeds, None
         # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
@@ -411,7 +433,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         )
         output = BlockModelOutput(
             last_hidden_state=denoised.last_hidden_state,
-            **{FIELD: cache},
+            **{FIELD: given if use_cache is False else cache},
             hidden_states=denoised.hidden_states,
             attentions=denoised.attentions,
             encoder_last_hidden_state=prompt_states,
@@ -436,9 +458,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         total = seen + (0 if prompt is None or prompt.dim() < 2 else prompt.shape[1])
         if prompt is None:
             check_cache(cache, rows, seen, 0)
+        canvas_attention_mask = plain_mask("decoder_attention_mask", canvas_attention_mask)
+        attention_mask = plain_mask("attention_mask", attention_mask)
         if canvas_attention_mask is None and attention_mask is not None:
-            check_mask("attention_mask", attention_mask, (rows, total))
-            canvas_attention_mask = torch.cat((attention_mask.bool(), torch.ones_like(canvas_ids, dtype=torch.bool)), dim=1)
+            real = check_mask("attention_mask", attention_mask, (rows, total))
+            if real is not None:
+                canvas_attention_mask = torch.cat((real.to(canvas_ids.device), torch.ones_like(canvas_ids, dtype=torch.bool)), dim=1)
         check_mask("decoder_attention_mask", canvas_attention_mask, (rows, total + length))
         check_shape("decoder_position_ids", canvas_position_ids, (rows, length), (1, length))
         check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))

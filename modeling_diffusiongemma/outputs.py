@@ -29,7 +29,7 @@ class BlockModelOutput(CacheOutput):
     Args:
         last_hidden_state (`(B, C, D)`): normed output of the canvas pass.
         cache: the prompt's cache.
-        hidden_states (*optional*): `num_hidden_layers + 1` tensors `(B, C, D)` of the canvas pass.
+        hidden_states (*optional*): `num_hidden_layers + 1` tensors `(B, C, D)` of the canvas pass; None for those not asked for.
         attentions (*optional*): `num_hidden_layers` tensors `(B, H, C, slots + C)` of the canvas pass, eager attention.
         encoder_last_hidden_state (`(B, P, D)`, *optional*): normed output of the prompt pass, if there was one.
     """

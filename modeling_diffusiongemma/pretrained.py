@@ -38,6 +38,15 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
         """As in transformers; `"auto"` (`experts.choose_experts`) where nothing is requested."""
         return super().get_correct_experts_implementation("auto" if requested_experts is None else requested_experts)
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """As in transformers, without kernels that take no mask, those from the Hub included: images and padding would go unseen."""
+        if any(kind in str(attn_implementation) for kind in ("flash", "paged")):
+            raise ValueError(
+                f"`attn_implementation` is {attn_implementation!r}; expected 'sdpa', 'eager' or 'flex_attention': "
+                "it takes no mask, and images and padding need one"
+            )
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
     # One method under its two names in transformers 5 (the second is the newer).
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """As in transformers, without the reentrant kind."""

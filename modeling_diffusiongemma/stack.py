@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attention
 from .caches import LayerCache, StoredLayers
+from .checks import chosen_states
 from .experts import Experts, Router
 from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
@@ -104,7 +105,7 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         view: View,
         layer_scalars: list[torch.Tensor] | None,
         cache: Cache | None = None,
-        keep_states: bool = False,
+        keep_states: bool | int | list[int] | None = False,
         keep_weights: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
         """Runs the layers over new tokens.
@@ -114,16 +115,17 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
             view: what they see.
             layer_scalars: the prompt pass's, one tensor a layer. None: the layers' own, which are the canvas pass's.
             cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
-            keep_states, keep_weights: whether to return what every layer put out.
+            keep_states, keep_weights: whether to return what every layer put out; or which of the states, by index.
 
         Returns:
-            The normed output `(B, L, D)`; the layers' inputs and the normed output, or None; attention weights, or None.
+            The normed output `(B, L, D)`; the layers' inputs and the normed output, None for those not asked for, or None; attention
+            weights, or None.
         """
         states, all_weights = [], []
+        chosen = chosen_states(keep_states, len(self.layers) + 1)
         for layer_idx, (layer, cached) in enumerate(zip(self.layers, view.cached, strict=True)):
             layer_type = self.config.layer_types[layer_idx]
-            if keep_states:
-                states.append(hidden_states)
+            states.append(hidden_states if layer_idx in chosen else None)
             scalar = None if layer_scalars is None else layer_scalars[layer_idx]
             hidden_states, new, weights = layer(
                 hidden_states,
@@ -140,7 +142,7 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return (
             hidden_states,
-            (*states, hidden_states) if keep_states else None,
+            (*states, hidden_states if len(self.layers) in chosen else None) if chosen else None,
             tuple(all_weights) if keep_weights else None,
         )
 
