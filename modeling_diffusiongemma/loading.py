@@ -207,6 +207,7 @@ class LoadingMixin:
     def _save_config_and_code(self, folder: str | os.PathLike, remote_code: bool, card: bool) -> None:
         """config.json with or without an `auto_map` of ours, whatever the config in memory was loaded with; and the code."""
         config = copy.deepcopy(self.config)
+        config.tie_word_embeddings = self._is_tied()
         mapped = {name: value for name, value in (getattr(config, "auto_map", None) or {}).items() if name not in REGISTERED}
         config.auto_map = mapped | (auto_map() if remote_code else {})
         if not config.auto_map:
@@ -216,6 +217,14 @@ class LoadingMixin:
             write_code(folder)
         if remote_code and card:
             write_card(folder, remote_code)
+
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not."""
+        modules = (self.get_output_embeddings(), self.get_input_embeddings())
+        head, embedding = (getattr(module, "weight", None) for module in modules)
+        if head is None or embedding is None or head.is_meta or embedding.is_meta:  # no head; or offloaded, where nothing tells
+            return self.config.tie_word_embeddings
+        return head is embedding
 
     def push_to_hub(
         self, repo_id: str, *, remote_code: bool | None = None, commit_message: str = "Upload model",

@@ -47,6 +47,20 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
             )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        """As in transformers, whose class ties its two stacks by `tie_word_embeddings`, too: what it saves without is two models in one.
+
+        Raises:
+            ValueError: the checkpoint holds weights of the prompt pass's own beside those of the canvas pass.
+        """
+        second = sorted(name for name in loading_info.unexpected_keys if "encoder.language_model." in name)
+        if second and not getattr(self.config, "tie_word_embeddings", True):
+            raise ValueError(
+                f"the checkpoint holds a second stack for the prompt pass ({second[0]} and {len(second) - 1} more), and "
+                "`tie_word_embeddings` is False in its config; expected one stack, which both passes share"
+            )
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+
     # One method under its two names in transformers 5 (the second is the newer).
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """As in transformers, without the reentrant kind."""
