@@ -123,8 +123,10 @@ def check_canvas(canvas: torch.Tensor | None, shape: tuple[int, int], vocab_size
 
 
 def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, image_token_id: int | None) -> None:
-    """Raises ValueError for image tokens in a prompt that comes without its images."""
-    if input_ids is not None and pixel_values is None and image_token_id is not None and bool((input_ids == image_token_id).any()):
+    """Raises ValueError for image tokens in a prompt that comes without its images. Reads values back, so not while a graph is traced."""
+    if input_ids is None or pixel_values is not None or image_token_id is None or torch.compiler.is_compiling():
+        return
+    if bool((input_ids == image_token_id).any()):
         raise ValueError(
             f"`input_ids` holds image tokens (id {image_token_id}) but `pixel_values` is None; "
             "expected the images: let the processor return a dict and pass all of it"

@@ -44,7 +44,9 @@ def join(cached: LayerCache | None, new: LayerCache) -> LayerCache:
 def cached_length(cache: Cache | None) -> int:
     """How many tokens the cache has seen. Static full-attention layers count on the device, the others on the host."""
     lengths = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
-    return int(next((length for length in lengths if isinstance(length, int)), lengths[0] if lengths else 0))
+    if on_host := [length for length in lengths if not isinstance(length, torch.Tensor)]:  # a symbol while a graph is traced
+        return on_host[0]
+    return int(lengths[0]) if lengths else 0
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ def plain_mask(name: str, mask: torch.Tensor | Mapping | None) -> torch.Tensor |
 
 
 def check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """Returns a 2-D mask as booleans, or None where it hides nothing."""
+    """Returns a 2-D mask as booleans, or None where it hides nothing. While a graph is traced a mask counts as one that hides something:
+    what it holds is not known then."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != tuple(shape):
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"`{name}` has shape {got}; expected {tuple(shape)}: one column a token, cached tokens included")
     mask = mask.bool()
-    return None if bool(mask.all()) else mask
+    return mask if torch.compiler.is_compiling() or not bool(mask.all()) else None
 
 
 def check_shape(name: str, tensor: torch.Tensor | None, *shapes: tuple[int, ...]) -> None:

@@ -155,6 +155,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     ) -> MaskedBlockOutput | tuple:
         """One prompt pass over `input_ids` (if given) and one canvas pass; or, with `labels`, the training loss.
 
+        `torch.compile(model, fullgraph=True)` takes all of it but the whole training objective, which breaks the graph. `torch.export`
+        takes it with `use_cache=False`, prompts of any length with an `attention_mask`; a cache that goes in or out needs a pytree
+        registered for it. What is traced checks shapes and no values: no ids, image tokens, or the side of the padding.
+
         Args:
             input_ids (`int64 (B, P)`): prompt tokens not yet in the cache. For training: prompt and response.
             attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included; either side.

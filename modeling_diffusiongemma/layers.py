@@ -59,9 +59,12 @@ class RotaryPositions(nn.Module):
         self._frequencies: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     def frequencies(self, layer_type: str, device: torch.device) -> torch.Tensor:
-        if (layer_type, device) not in self._frequencies:
-            self._frequencies[layer_type, device] = rotary_frequencies(self.config, layer_type).to(device)
-        return self._frequencies[layer_type, device]
+        frequencies = self._frequencies.get((layer_type, device))
+        if frequencies is None:
+            frequencies = rotary_frequencies(self.config, layer_type).to(device)
+            if not torch.compiler.is_compiling():  # what is traced belongs to the graph
+                self._frequencies[layer_type, device] = frequencies
+        return frequencies
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -123,7 +123,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             return embeds
         places = input_ids == self.config.image_token_id
         features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(embeds)
-        if int(places.sum()) != features.shape[0]:
+        if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0]:
             raise ValueError(
                 f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
                 f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
@@ -191,10 +191,11 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         padding = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
         if padding is not None:
             padding = padding.to(new.device)
-            padded_left = bool((padding.int().diff(dim=1) >= 0).all())
+            traced = torch.compiler.is_compiling()  # the side is not known then: a cache made here is right for both
+            padded_left = not traced and bool((padding.int().diff(dim=1) >= 0).all())
             if cache is None and not padded_left:
                 cache = DynamicCache()
-            elif not padded_left and any(cache.is_sliding) and seen + length >= self.config.text_config.sliding_window:
+            elif not (padded_left or traced) and any(cache.is_sliding) and seen + length >= self.config.text_config.sliding_window:
                 raise ValueError(
                     f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
                     f"sliding_window={self.config.text_config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
