@@ -6,13 +6,14 @@ vision tower, its projection, and one `layer_scalar` a layer.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
+from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear, Gemma4MultimodalEmbedder
 from transformers.utils.generic import can_return_tuple
 
 from generation.cache_names import FIELD, takes_cache
@@ -68,6 +69,13 @@ class PromptSide(PromptPassView):
         self.language_model.layers = nn.ModuleList(PromptScalars() for _ in range(config.text_config.num_hidden_layers))
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.embed_vision = Gemma4MultimodalEmbedder(config.vision_config, config.text_config)
+
+    def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
+        """Without the vision tower's wrappers of linear layers that clip nothing and so hold nothing themselves. PEFT takes its targets
+        by the ends of their names: `q_proj` then means the stack's layers, and no wrapper that it cannot adapt."""
+        for name, module in super().named_modules(*args, **kwargs):
+            if not isinstance(module, Gemma4ClippableLinear) or module._buffers:
+                yield name, module
 
     @can_return_tuple
     def get_image_features(
