@@ -22,6 +22,19 @@ def without_gradients():
         yield
 
 
+@pytest.fixture
+def adapters_of_transformers():
+    """`add_adapter` and its kin. Skips where this transformers demands a newer PEFT than is installed (5.24: newer than any there was)."""
+    pytest.importorskip("peft")
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils import check_peft_version
+
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def oracle_checkpoint(tmp_path_factory):
     """Folder of a checkpoint that transformers' own model saved; read only."""

@@ -56,15 +56,30 @@ def written(diffusers, model, scheduler, tokenizer, seed=0, prompt=REQUESTS, **s
     return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **settings)
 
 
+def written_by_transformers_class(diffusers, oracle, *args, **settings):
+    """As `written`. Skips where this Diffusers calls the class as this transformers no longer lets it be called."""
+    try:
+        return written(diffusers, oracle, *args, **settings)
+    except (AttributeError, TypeError) as error:
+        pytest.skip(f"diffusers {diffusers.__version__} does not run transformers' own class: {error}")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_generator_decides_what_is_written(diffusers, random_pair, tokenizer, scheduler, temperature):
+    settings = {"gen_length": 20, "num_inference_steps": 3, "temperature": temperature, "eos_early_stop": False}
+    got, same, other = (written(diffusers, random_pair[1], scheduler, tokenizer, seed=seed, **settings) for seed in (0, 0, 1))
+    assert got.sequences.shape == (2, 20)
+    assert torch.equal(got.sequences, same.sequences) and not torch.equal(got.sequences, other.sequences)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_tokens_equal_those_with_transformers_class(diffusers, random_pair, tokenizer, scheduler, temperature):
     """Two canvases: the second one is denoised over the first one's commit."""
     settings = {"gen_length": 20, "num_inference_steps": 3, "temperature": temperature, "eos_early_stop": False}
-    expected, got = (written(diffusers, model, scheduler, tokenizer, **settings) for model in random_pair)
-    assert got.sequences.shape == (2, 20) and torch.equal(got.sequences, expected.sequences)
-    other = written(diffusers, random_pair[1], scheduler, tokenizer, seed=1, **settings)
-    assert not torch.equal(got.sequences, other.sequences), "the generator is what decides"
+    expected = written_by_transformers_class(diffusers, random_pair[0], scheduler, tokenizer, **settings)
+    assert torch.equal(written(diffusers, random_pair[1], scheduler, tokenizer, **settings).sequences, expected.sequences)
 
 
 def test_static_cache_writes_the_same(diffusers, random_pair, tokenizer):
@@ -78,12 +93,14 @@ def test_static_cache_writes_the_same(diffusers, random_pair, tokenizer):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_shipped_checkpoint_writes_what_it_writes_in_transformers_class(diffusers, shipped, tokenizer, scheduler):
     settings = {"num_inference_steps": 6, "gen_length": 256, "prompt": REQUESTS[0]}
-    expected, got = (written(diffusers, model, scheduler, tokenizer, **settings) for model in shipped)
+    expected = written_by_transformers_class(diffusers, shipped[0], scheduler, tokenizer, **settings)
+    got = written(diffusers, shipped[1], scheduler, tokenizer, **settings)
     assert torch.equal(got.sequences, expected.sequences) and got.texts == expected.texts
 
 
-def test_shipped_checkpoint_answers_right(diffusers, shipped, tokenizer):
-    got = written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, num_inference_steps=24)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_shipped_checkpoint_answers_right(diffusers, shipped, tokenizer, scheduler):
+    got = written(diffusers, shipped[1], scheduler, tokenizer, num_inference_steps=24)
     assert [text.split("<turn|>")[0] for text in got.texts] == ["2052-10-02", "2052-10-03"]
 
 

@@ -324,7 +324,7 @@ def test_remote_code_that_is_no_boolean_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_folder_of_adapters_loads_over_the_base_model(tmp_path):
+def test_folder_of_adapters_loads_over_the_base_model(tmp_path, adapters_of_transformers):
     """A config.json among them made transformers look for the whole weights there."""
     peft = pytest.importorskip("peft")
     model = DiffusionGemmaForMaskedBlockLM.from_pretrained(default_checkpoint())
