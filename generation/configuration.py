@@ -1,15 +1,22 @@
 """`DiffusionGenerationConfig`: transformers' `GenerationConfig` with the fields of block diffusion.
 
-It reads the released generation_config.json and, as long as only fields that transformers' own class for this model
-knows are set, writes a file which that class reads in turn.
+It reads the released generation_config.json and writes a file which transformers' own class for this model reads in turn. That
+class refuses fields it does not know, so these go to a second file beside it (`OWN_FILE` before its name), written only where there are
+any.
 """
 
 import copy
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
+from transformers.utils import cached_file
 
+from .arguments import FIELDS, read, shown
 from .presets import PRESETS
 
 DIFFUSION_FIELDS = {  # field: its value in the released checkpoint
@@ -34,24 +41,18 @@ OWN_FIELDS = {  # fields no released file holds: default
     "backend": "auto",
 }
 RELEASED_DEFAULTS = {"max_new_tokens": 256, **DIFFUSION_FIELDS, **OWN_FIELDS}
-BACKENDS = ("auto", "reference")
-SAMPLERS = ("entropy_bound", "confidence", "fixed_steps", "predictor_corrector")
-DECODINGS = ("diffusion", "autoregressive", "verified")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-NOISES = ("uniform", "mask")
-CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 SAMPLER_NAME = "EntropyBoundSamplerConfig"  # the name in the released file
-
-# Fields of GenerationConfig that `generate` honours beyond those above; what they mean here stands in generation/README.md.
-HONOURED = frozenset(
+PUBLISHED = frozenset(  # what transformers' class for this model reads, and it refuses all else
     {
-        *RELEASED_DEFAULTS, *SPECIAL_TOKENS, "max_length", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample",
-        "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
-        "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias", "num_return_sequences", "cache_implementation",
-        "cache_config", "output_scores", "output_logits", "return_dict_in_generate", "compile_config", "disable_compile",
-        "transformers_version",
+        *DIFFUSION_FIELDS, *SPECIAL_TOKENS, "max_new_tokens", "max_length", "return_dict_in_generate", "cache_implementation",
+        "cache_config", "disable_compile", "transformers_version",
     }
 )  # fmt: skip
+OWN_FILE = "diffusion_"  # diffusion_generation_config.json
+DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+HONOURED = frozenset(FIELDS)  # what each means here stands in generation/README.md
 # Values of refused fields that ask for what happens anyway.
 NEUTRAL: dict[str, tuple] = {
     "num_beams": (1,), "use_cache": (True,), "output_attentions": (False,), "output_hidden_states": (False,),
@@ -115,67 +116,100 @@ class DiffusionGenerationConfig(GenerationConfig):
         known = set(GenerationConfig().__dict__) | {"_commit_hash", "_from_model_config", "generation_kwargs"}
         if not kwargs.get("_from_model_config") and (unknown := sorted(set(kwargs) - known)):
             raise ValueError(f"unknown generation arguments {unknown}; expected fields of GenerationConfig or {sorted(RELEASED_DEFAULTS)}")
+        marking = kwargs.pop("watermarking_config", None)  # refused in `generate`, and no error before
         super().__init__(**kwargs)
+        self.watermarking_config = marking
 
     def validate(self, *args, **kwargs) -> None:
-        for name in ("max_new_tokens", "max_length", "max_denoising_steps", "canvas_length", "patience", "num_return_sequences",
-                     "corrector_positions"):  # fmt: skip
-            _expect(name, getattr(self, name), lambda v: _is_int(v) and v > 0, "a positive integer")
-        for name in ("stability_threshold", "min_new_tokens", "corrector_steps"):
-            _expect(name, getattr(self, name), lambda v: _is_int(v) and v >= 0, "an integer >= 0")
-        for name in ("entropy_bound", "confidence_threshold"):
-            _expect(name, getattr(self, name), lambda v: _is_number(v) and v > 0, "a number > 0, in nats")
-        for name in ("t_min", "t_max"):
-            _expect(name, getattr(self, name), lambda v: _is_number(v) and v > 0, "a temperature > 0")
+        """Reads every field as its kind in `FIELDS` says. transformers' own checks are about decoding token by token."""
+        for name, kind in FIELDS.items():
+            setattr(self, name, read(name, getattr(self, name), kind))
         if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
             raise ValueError(f"`t_min` is {self.t_min}; expected at most `t_max`, {self.t_max}")
-        _expect("temperature", self.temperature, lambda v: _is_number(v) and v >= 0, "a number >= 0")
-        _expect("max_time", self.max_time, lambda v: _is_number(v) and v > 0, "seconds > 0")
-        for name in ("bos_token_id", "pad_token_id", "mask_token_id"):
-            _expect(name, getattr(self, name), lambda v: _is_int(v) and v >= 0, "a token id")
-        _expect("eos_token_id", self.eos_token_id, _are_ids, "a token id, or a list of them")
-        _expect("stop_strings", self.stop_strings, _are_strings, "a string that is not empty, or a list of them")
-        _expect("confidence", self.confidence, lambda v: _is_number(v) and 0 < v <= 1, "a probability above 0, at most 1")
-        _expect("sampler", self.sampler, SAMPLERS.__contains__, f"one of {SAMPLERS}")
-        _expect("decoding", self.decoding, DECODINGS.__contains__, f"one of {DECODINGS}")
-        for name in ("ignore_after_eos", "do_sample"):
-            _expect(name, getattr(self, name), lambda v: isinstance(v, bool), "True or False")
-        _expect("noise", self.noise, NOISES.__contains__, f"one of {NOISES}")
-        _expect("backend", self.backend, BACKENDS.__contains__, f"one of {BACKENDS}")
-        _expect("cache_implementation", self.cache_implementation, CACHES.__contains__, f"one of {CACHES}")
-        # GenerationConfig.validate warns of sampling arguments while `do_sample` is unset, which here means sampling.
-        unset, self.do_sample = self.do_sample, True if self.do_sample is None else self.do_sample
-        try:
-            super().validate(*args, **kwargs)
-        finally:
-            self.do_sample = unset
+        if self.do_sample is False and (self.num_return_sequences or 1) > 1:
+            raise ValueError(f"`num_return_sequences` is {self.num_return_sequences}; expected 1 with `do_sample=False`")
 
     def refused(self) -> list[str]:
         """Names, values and reasons of the fields that are set and that `generate` does not honour."""
-        return [
-            f"{name}={value!r}" + (f" ({WHY_REFUSED[name]})" if name in WHY_REFUSED else "")
-            for name, value in self.__dict__.items()
-            if name not in HONOURED and not name.startswith("_") and value is not None and value not in NEUTRAL.get(name, ())
-        ]
+        return refusals(self.__dict__)
 
     def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
         if (sampler := kwargs.pop("sampler_config", None)) is not None:
             kwargs["entropy_bound"] = _entropy_bound(sampler, kwargs.get("entropy_bound"))
-        return super().update(defaults_only, allow_custom_entries, **kwargs)
+        before = dict(self.__dict__)
+        try:
+            return super().update(defaults_only, allow_custom_entries, **kwargs)
+        except Exception:
+            self.__dict__ = before  # a refused value changes nothing
+            raise
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: fields that are set, with the entropy bound in the released file's form."""
-        fields = super().to_diff_dict()
-        fields = {name: value for name, value in fields.items() if value is not None and value is not False and name[0] != "_"}
-        if fields.get("temperature") == 1.0:
-            del fields["temperature"]  # what it is anyway
+        """The fields that are set, with the entropy bound in the released file's form."""
+        fields = {name: value for name, value in self.to_dict().items() if value is not None and name[0] != "_"}
+        if isinstance(self.compile_config, CompileConfig):
+            fields["compile_config"] = self.compile_config.to_dict()
         if "entropy_bound" in fields:
             fields["sampler_config"] = {"_cls_name": SAMPLER_NAME, "entropy_bound": float(fields.pop("entropy_bound"))}
         return fields
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, config_file_name: str | None = None, push_to_hub: bool = False, **kwargs
+    ) -> None:
+        """Writes the file that transformers' class reads, and beside it, where there are any, the fields which that class does not know.
+
+        Raises:
+            ValueError: a field out of range, or one that JSON cannot hold; `push_to_hub=True`. Nothing is written then.
+        """
+        if push_to_hub or kwargs:
+            raise ValueError(
+                f"`push_to_hub` is {push_to_hub!r}, with {sorted(kwargs)}; expected False: call `push_to_hub(repo_id)` instead"
+            )
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
+        self.validate()
+        fields = self.to_diff_dict()
+        for name, value in fields.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(f"`{name}` is {shown(value)}; expected a value that JSON can hold: {error}") from error
+        published = {name: value for name, value in fields.items() if name in {*PUBLISHED, "sampler_config"}}
+        own = {name: value for name, value in fields.items() if name not in published}
+        # transformers' class wants a float here, and t_max above t_min.
+        if "confidence_threshold" in published:
+            published["confidence_threshold"] = float(published["confidence_threshold"])
+        if "t_max" in published and published["t_max"] == published.get("t_min"):
+            own["t_max"] = published["t_max"]
+            published["t_max"] = math.nextafter(published["t_max"], math.inf)
+        folder, name = Path(save_directory), config_file_name or "generation_config.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / name, published)
+        _replace((folder / name).with_name(f"{OWN_FILE}{Path(name).name}"), own)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike, config_file_name: str | None = None, **kwargs: Any
+    ) -> "DiffusionGenerationConfig":
+        """As transformers does, and with the fields of the second file."""
+        name = Path(config_file_name or "generation_config.json")
+        download = {argument: kwargs[argument] for argument in DOWNLOAD if kwargs.get(argument) is not None}
+        file = cached_file(
+            pretrained_model_name, str(name.with_name(f"{OWN_FILE}{name.name}")), **download, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        own = {}
+        if file is not None:
+            try:
+                own = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise OSError(f"the config file at {file!r} is not a valid JSON file: {error}") from error
+        return super().from_pretrained(pretrained_model_name, config_file_name, **{**own, **kwargs})
+
     def filled(self) -> "DiffusionGenerationConfig":
-        """A copy whose six diffusion fields hold the released values where they were unset: what a checkpoint's file should say."""
+        """A copy whose six diffusion fields hold the released values where they were unset, and without the temperature that loading
+        sets: what a checkpoint's file should say."""
         whole = copy.deepcopy(self)
+        whole.temperature = None if whole.temperature == 1.0 else whole.temperature
         whole.update(defaults_only=True, **DIFFUSION_FIELDS)
         return whole
 
@@ -199,9 +233,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         return cls(**{name: outer if outer is not None else inner for name, (outer, inner) in found.items()})
 
     @classmethod
-    def from_generation_config(cls, config: GenerationConfig) -> "DiffusionGenerationConfig":
-        """A copy of a plain `GenerationConfig`, or of transformers' own config for this model."""
-        return cls(**{name: value for name, value in config.__dict__.items() if value is not None and not name.startswith("_")})
+    def from_generation_config(cls, config: GenerationConfig | Mapping[str, Any]) -> "DiffusionGenerationConfig":
+        """A copy of a plain `GenerationConfig`, of transformers' own config for this model, or of a mapping of fields."""
+        fields = config if isinstance(config, Mapping) else config.__dict__
+        return cls(**{name: value for name, value in fields.items() if value is not None and not name.startswith("_")})
 
 
 def _entropy_bound(sampler: Any, given: float | None) -> float:
@@ -215,27 +250,24 @@ def _entropy_bound(sampler: Any, given: float | None) -> float:
     return fields["entropy_bound"]
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def refusals(fields: Mapping[str, Any]) -> list[str]:
+    """Names, values and reasons of fields of `GenerationConfig` that are set and that `generate` does not honour."""
+    return [
+        f"{name}={shown(value)}" + (f" ({WHY_REFUSED[name]})" if name in WHY_REFUSED else "")
+        for name, value in fields.items()
+        if name not in HONOURED and not name.startswith("_") and value is not None
+        and not (isinstance(value, int | float | str) and value in NEUTRAL.get(name, ()))
+    ]  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _are_ids(value: Any) -> bool:
-    ids = value.flatten().tolist() if isinstance(value, torch.Tensor) else value if isinstance(value, (list, tuple)) else [value]
-    return all(_is_int(token) and token >= 0 for token in ids)
-
-
-def _are_strings(value: Any) -> bool:
-    strings = value if isinstance(value, (list, tuple)) else [value]
-    return all(isinstance(string, str) and string for string in strings)
-
-
-def _expect(name: str, value: Any, holds, expectation: str) -> None:
-    if value is not None and not holds(value):
-        raise ValueError(f"`{name}` is {value!r}; expected {expectation}")
+def _replace(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a JSON file at once, in the place of what was there; without fields it leaves none."""
+    if not fields:
+        path.unlink(missing_ok=True)
+        return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 __all__ = ["DIFFUSION_FIELDS", "HONOURED", "NEUTRAL", "PRESETS", "RELEASED_DEFAULTS", "DiffusionGenerationConfig"]

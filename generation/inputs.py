@@ -1,11 +1,16 @@
 """From what a caller of `generate` hands in to what the loop needs: configuration, prompt, lengths, cache."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, StaticCache, cache_utils
+from transformers.utils import logging
 
-from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig
+from .arguments import shown
+from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
+
+logger = logging.get_logger(__name__)
 
 # Arguments of GenerationMixin.generate that mean nothing here: refused by name unless they are None or False.
 FOREIGN_ARGUMENTS = (
@@ -15,7 +20,7 @@ FOREIGN_ARGUMENTS = (
 
 
 def resolve_config(
-    given: GenerationConfig | None, model_default: GenerationConfig, kwargs: dict[str, Any]
+    given: GenerationConfig | Mapping[str, Any] | None, model_default: GenerationConfig, kwargs: dict[str, Any]
 ) -> tuple[DiffusionGenerationConfig, bool]:
     """The configuration of one call: keyword arguments, over the given config, over the model's, over the released values.
 
@@ -30,25 +35,24 @@ def resolve_config(
         value = kwargs.pop(name, None)
         if value is not None and value is not False:
             why = WHY_REFUSED.get(name, "block diffusion gives it no meaning")
-            raise ValueError(f"`{name}` is {value!r}; expected None: {why}")
+            raise ValueError(f"`{name}` is {shown(value)}; expected None: {why}")
     if "eos_token_id" in kwargs and kwargs["eos_token_id"] is None:
         kwargs["eos_token_id"] = []  # None asks for no end, and must not fall back on the model's
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     config = DiffusionGenerationConfig.from_generation_config(GenerationConfig() if given is None else given)
-    if unknown := sorted(name for name in kwargs if name != "sampler_config" and name not in config.__dict__):
+    if unknown := sorted(name for name in kwargs if name != "sampler_config" and (name[0] == "_" or name not in config.__dict__)):
         raise ValueError(f"`generate` got the unknown arguments {unknown}; expected model inputs or fields of DiffusionGenerationConfig")
-    if "max_length" in kwargs and "max_new_tokens" in kwargs:
-        raise ValueError(
-            f"`max_length` ({kwargs['max_length']}) and `max_new_tokens` ({kwargs['max_new_tokens']}) are both set; expected one"
-        )
+    _refuse(refusals({name: value for name, value in kwargs.items() if name != "sampler_config"}))
+    both = "max_length" in kwargs and "max_new_tokens" in kwargs
+    if both:  # a pipeline hands the tokenizer's `max_length` on to here
+        logger.warning_once("`max_new_tokens` and `max_length` are both set; `max_new_tokens` counts, as elsewhere in transformers.")
     config.update(**kwargs)
-    use_max_length = config.max_length is not None and (config.max_new_tokens is None or "max_length" in kwargs)
+    use_max_length = config.max_length is not None and (config.max_new_tokens is None or ("max_length" in kwargs and not both))
     models = DiffusionGenerationConfig.from_generation_config(model_default).__dict__
     config.update(defaults_only=True, **{name: value for name, value in models.items() if value is not None and name[0] != "_"})
     use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)
     config.update(defaults_only=True, **RELEASED_DEFAULTS)
-    if refused := config.refused():
-        raise ValueError(f"block diffusion does not support {', '.join(refused)}; expected these arguments unset")
+    _refuse(config.refused())
     if config.decoding == "verified" and not (config.do_sample is False or config.temperature == 0):
         raise ValueError(f"`do_sample` is {config.do_sample!r}; expected False with `decoding='verified'`, which verifies greedy tokens")
     if config.decoding != "diffusion" and config.backend == "reference":
@@ -64,13 +68,13 @@ def resolve_config(
     return config, use_max_length
 
 
-def check_prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
+def _refuse(refused: list[str]) -> None:
+    if refused:
+        raise ValueError(f"block diffusion does not support {', '.join(refused)}; expected these arguments unset")
+
+
+def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
     """Checks shapes and padding. Returns the mask over cached and new tokens, bool `(B, seen + P)`."""
-    if input_ids is None:
-        raise ValueError("`input_ids` is None; expected the prompt's token ids of shape (batch, length)")
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-        got = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"`input_ids` is {got}; expected an integer tensor of shape (batch, length)")
     if input_ids.numel() == 0:
         raise ValueError(f"the prompt is empty: `input_ids` has shape {tuple(input_ids.shape)}; expected at least one token")
     return _real_tokens(attention_mask, (input_ids.shape[0], seen + input_ids.shape[1]), input_ids.device)
@@ -80,9 +84,8 @@ def check_embeds(
     embeds: torch.Tensor, attention_mask: torch.Tensor | None, seen: int, hidden_size: int, pixel_values: torch.Tensor | None
 ) -> torch.Tensor:
     """`check_prompt` for a prompt of embeddings `(B, P, D)`."""
-    if not isinstance(embeds, torch.Tensor) or embeds.dim() != 3 or embeds.shape[-1] != hidden_size or not embeds.is_floating_point():
-        got = f"{embeds.dtype} {tuple(embeds.shape)}" if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-        raise ValueError(f"`inputs_embeds` is {got}; expected a floating tensor of shape (batch, length, {hidden_size})")
+    if embeds.shape[-1] != hidden_size:
+        raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}; expected (batch, length, {hidden_size})")
     if embeds.numel() == 0:
         raise ValueError(f"the prompt is empty: `inputs_embeds` has shape {tuple(embeds.shape)}; expected at least one token")
     if pixel_values is not None:
@@ -93,19 +96,43 @@ def check_embeds(
 def _real_tokens(attention_mask: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != shape:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
-        raise ValueError(f"`attention_mask` has shape {got}; expected a tensor of shape {shape}, cached tokens included")
+    if tuple(attention_mask.shape) != shape:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected a tensor of shape {shape}, cached tokens included"
+        )
     real = attention_mask.to(device).bool()
     if not bool(real[:, -1].all()):
         raise ValueError("`attention_mask` ends in padding; expected padding on the left (`tokenizer.padding_side = 'left'`)")
     return real
 
 
+def infer_mask(input_ids: torch.Tensor, config: DiffusionGenerationConfig, seen: int) -> torch.Tensor | None:
+    """The mask of a batch that comes without one: `pad_token_id` at the beginning of a row is padding. None where there is none.
+
+    With a warning, once, what may be padding stays text: where the pad token is an end of sequence too, which a prompt may hold; behind
+    cached tokens; at the end of a row; and with the reference backend, which does as transformers' class does.
+    """
+    pad, ends = config.pad_token_id, config.eos_token_id
+    if pad is None or input_ids.numel() == 0:
+        return None
+    padding = input_ids == pad
+    first, last = padding[:, 0].any().item(), padding[:, -1].any().item()
+    clear = pad not in (ends if isinstance(ends, list) else [ends]) and seen == 0 and config.backend != "reference"
+    if last or (first and not clear):
+        logger.warning_once(
+            f"`input_ids` holds `pad_token_id` ({pad}) at the {'end' if last else 'beginning'} of a row and `attention_mask` is None: "
+            "it is read as text. Pad on the left and pass `attention_mask`."
+        )
+    if not first or not clear:
+        return None
+    real = ~padding.long().cumprod(dim=1).bool()
+    return real | ~real.any(dim=1, keepdim=True)  # of a row of nothing else all is text
+
+
 def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
     """`ids` must be integers `(B, L)` in `[0, vocab_size)`. The range is read back from the device, so not in a hot loop."""
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"`{name}` is {ids.dtype} of shape {tuple(ids.shape)}; expected integer ids of shape (batch, length)")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`{name}` is {shown(ids)}; expected ids of shape (batch, length), int64 or int32")
     if ids.numel() == 0 or torch.compiler.is_compiling() or ids.is_meta:
         return
     low, high = (int(value) for value in ids.aminmax())
@@ -196,6 +223,7 @@ __all__ = [
     "check_ids",
     "check_images",
     "check_prompt",
+    "infer_mask",
     "make_cache",
     "quantized_cache",
     "repeat_rows",

@@ -8,29 +8,32 @@
     soft_embed(logits) -> (B, C, D)
 
 and may offer more: where its head is one tied matrix that can be walked in pieces, `can_walk_head(device) -> bool` and the context
-`vocabulary_head() -> VocabularyHead`; and `compiling(compile_config)`, a context in which it runs compiled.
+`vocabulary_head() -> VocabularyHead`; `compiling(compile_config)`, a context in which it runs compiled; and `check_prompt`, with
+arguments of `prefill`, which raises what `prefill` would, before anything is drawn, streamed or cached.
 
 The outer loop is autoregressive over canvases: prefill, denoise a canvas, commit it (a causal pass over it), denoise the
 next. The inner loop, one canvas, is `denoise.denoise_canvas`. Nothing here knows how the model works inside.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
+from .arguments import reads_arguments, shown
 from .autoregressive import decode_autoregressively, decode_verified
 from .cache_names import FIELD, takes_cache
 from .capture import Recording
 from .configuration import DiffusionGenerationConfig
 from .denoise import CanvasContext, can_select, denoise_canvas
 from .draws import BatchDraws, row_draws
-from .inputs import check_canvas, check_embeds, check_images, check_prompt, make_cache, repeat_rows, resolve_config
-from .output import DiffusionGenerationOutput, join_rows
+from .inputs import check_canvas, check_embeds, check_images, check_prompt, infer_mask, make_cache, repeat_rows, resolve_config
+from .output import DiffusionGenerationOutput, TokenScores, join_rows
 from .plan import make_plan
-from .written import Written
+from .written import Criteria, Written
 
 
 def mixes_adapters(module: torch.nn.Module) -> bool:
@@ -87,12 +90,13 @@ class DiffusionGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     @takes_cache
+    @reads_arguments
     def generate(
         self,
         inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        logits_processor: Sequence[Callable] | None = None,
+        stopping_criteria: Sequence[Callable] | None = None,
         streamer: BaseStreamer | None = None,
         *,
         input_ids: torch.Tensor | None = None,
@@ -113,15 +117,18 @@ class DiffusionGenerationMixin(GenerationMixin):
         Args:
             inputs, input_ids (`int64 (B, P)`): the prompts, padded on the left; the two names mean the same. With
                 `cache`: the tokens that are not in the cache yet.
-            generation_config (*optional*): a `DiffusionGenerationConfig`, or any `GenerationConfig`. Default: the model's.
-            logits_processor (*optional*): applied to the raw logits `(B, C, V)`, first of all. Processors with a `cur_step`
-                argument get the remaining steps, as transformers' model gives them.
-            stopping_criteria (*optional*): asked after each canvas, with everything committed so far of the rows that are still
+            generation_config (*optional*): a `DiffusionGenerationConfig`, any `GenerationConfig`, or a mapping of fields. Default: the
+                model's.
+            logits_processor (*optional*): a list, applied to the raw logits `(B, C, V)`, first of all. Processors with a `cur_step`
+                argument get the remaining steps, as transformers' model gives them. transformers' own classes, written for
+                `(rows, V)`, are applied position by position, or refused by name (generation/README.md).
+            stopping_criteria (*optional*): a list, asked after each canvas, with everything committed so far of the rows that are still
                 written; a row that has ended is no longer among them.
             streamer (*optional*): gets the prompt `(B, P)` and finished canvases, `(n,)` of one row and `(B, n)` of several, by
                 `put`, the argmax canvas of each step by `put_draft` and the whole `CanvasState` by `put_state`, where it has these.
                 It is ended where generation is: as elsewhere in transformers, a failure does not read as a finished answer.
-            attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included.
+            attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included. Default: `pad_token_id` at the beginning of a
+                row is padding, where that is no end of sequence too.
             inputs_embeds (`(B, P, D)`, *optional*): embeddings of the prompts instead of their ids, scaled as `get_input_embeddings()`
                 scales them. The sequences that are returned then hold the new tokens alone.
             cache (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
@@ -157,6 +164,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         seen = 0 if cache is None else int(cache.get_seq_length())
         if inputs_embeds is None:
             ids = inputs if input_ids is None else input_ids
+            attention_mask = infer_mask(ids, config, seen) if attention_mask is None else attention_mask
             real = check_prompt(ids, attention_mask, seen)  # (B, tokens so far), False at padding
             check_images(ids, pixel_values, getattr(self.config, "image_token_id", None))
             prompt = {"input_ids": ids}
@@ -174,8 +182,12 @@ class DiffusionGenerationMixin(GenerationMixin):
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
         prompt |= {name: value for name, value in images.items() if value is not None}
         ids, real, decoder_input_ids, prompt = repeat_rows(copies, ids, real, decoder_input_ids, prompt, cache)
-        shape = (ids.shape[0], plan.canvas_length)
+        criteria, shape = Criteria.of(stopping_criteria), (ids.shape[0], plan.canvas_length)
         check_canvas(decoder_input_ids, shape, self.config.get_text_config().vocab_size)
+        if hasattr(self, "check_prompt"):
+            self.check_prompt(**prompt, attention_mask=real, cache=cache)
+        if config.decoding == "diffusion" and cache is None:
+            cache = make_cache(config, self.config.get_text_config(), plan.cache_length, device)
         if config.backend == "reference":
             if seed is not None or isinstance(generator, Sequence):
                 raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
@@ -192,11 +204,11 @@ class DiffusionGenerationMixin(GenerationMixin):
                 own = {"attention_mask": real[row : row + 1]} | {name: value[row : row + 1] for name, value in prompt.items()}
                 rows.append(self.generate(generation_config=config, seed=own_seed, **rules, **own))
             return join_rows(rows, plan.pad)
-        written = Written(plan, ids, config.stop_strings, tokenizer, stopping_criteria, streamer)
+        written = Written(plan, ids, config.stop_strings, tokenizer, criteria, streamer)
         compiles = config.compile_config is not None and not config.disable_compile
         with self.compiling(config.compile_config) if compiles else contextlib.nullcontext():
             if config.decoding == "diffusion":
-                cache = self._write_canvases(plan, written, real, cache, config, draws, decoder_input_ids, prompt)
+                cache = self._write_canvases(plan, written, real, cache, draws, decoder_input_ids, prompt)
             else:
                 decode = decode_verified if config.decoding == "verified" else decode_autoregressively
                 decode(self, plan, written, real, draws, prompt)
@@ -215,6 +227,22 @@ class DiffusionGenerationMixin(GenerationMixin):
             logits=written.logits(),
         )
 
+    def compute_transition_scores(
+        self, sequences: torch.Tensor, scores, beam_indices: torch.Tensor | None = None, normalize_logits: bool = False
+    ) -> torch.Tensor:
+        """Log-probabilities of the new tokens, `(B, N)`, from the `scores` of an output, which hold them already.
+
+        Raises:
+            ValueError: `scores` of another kind, beams, or `normalize_logits=False`: what is kept is normalised.
+        """
+        if not isinstance(scores, TokenScores):
+            raise ValueError(f"`scores` is {shown(scores)}; expected the `scores` of an output with `output_scores=True`")
+        if beam_indices is not None:
+            raise ValueError(f"`beam_indices` is {shown(beam_indices)}; expected None: a canvas has no beams")
+        if not normalize_logits:
+            raise ValueError(f"`normalize_logits` is {normalize_logits!r}; expected True: log-probabilities are kept, not logits")
+        return scores.log_probs
+
     @property
     def init_continuous_batching(self):
         """Absent: transformers' server asks for it, and without it calls `generate`."""
@@ -224,11 +252,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         """Refused: transformers' continuous batching schedules single tokens."""
         raise ValueError("`generate_batch` schedules single tokens, and a canvas is written as a whole; expected a call of `generate`")
 
-    def _write_canvases(self, plan, written: Written, real, cache, config, draws, first, prompt: dict) -> Cache | None:
+    def _write_canvases(self, plan, written: Written, real, cache: Cache, draws, first, prompt: dict) -> Cache | None:
         """The outer loop. `prompt`: what `prefill` takes for it. Returns the cache, or None once rows have left it."""
         length = plan.canvas_length
-        if cache is None:
-            cache = make_cache(config, self.config.get_text_config(), plan.cache_length, real.device)
         pending, new, whole = prompt, real.shape[1] - int(cache.get_seq_length()), True
         # Not where Accelerate moves weights, which no graph holds.
         records = plan.record and not any(hasattr(module, "_hf_hook") for module in self.modules())

@@ -1,10 +1,10 @@
 """Everything that is fixed for one call of `generate`: the rules, built once from the configuration."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList
 
 from .configuration import DiffusionGenerationConfig
 from .noise import MaskNoise, Noise, UniformNoise
@@ -90,7 +90,7 @@ def records(device: torch.device) -> bool:
 
 def make_plan(
     config: DiffusionGenerationConfig, use_max_length: bool, model_config, prompt_length: int, device: torch.device,
-    logits_processor: LogitsProcessorList | None, rows: int, owns_cache: bool, walks: bool = True,
+    logits_processor: Sequence[Callable] | None, rows: int, owns_cache: bool, walks: bool = True,
 ) -> Plan:  # fmt: skip
     """Args: `prompt_length` counts cached tokens; `rows`: of the batch; `owns_cache`: nobody else counts on its rows, so they may leave it;
     `walks`: the model's vocabulary can be walked in pieces.
@@ -105,7 +105,10 @@ def make_plan(
     vocab_size = model_config.get_text_config().vocab_size
     if config.noise == "mask" and config.mask_token_id >= vocab_size:
         raise ValueError(f"`mask_token_id` is {config.mask_token_id}; expected a token id from 0 to {vocab_size - 1}")
+    if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
+        raise ValueError(f"`pad_token_id` is {config.pad_token_id}; expected a token id from 0 to {vocab_size - 1}")
     eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.int64, device=device).flatten()
+    eos = eos[eos < vocab_size]  # the released ids, on a small vocabulary: others are never predicted
     scale = 1.0 if config.temperature in (None, 0) else config.temperature
     sampler = {
         "entropy_bound": lambda: EntropyBoundSampler(config.entropy_bound),
@@ -123,7 +126,8 @@ def make_plan(
         temperature=scale,
         schedule=TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps),
         sampler=sampler,
-        stopping=StableAndConfident(config.stability_threshold, config.confidence_threshold),
+        # As many steps as there are equal none: a longer history would only take memory.
+        stopping=StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold),
         noise=MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size),
         shaping=build_shaping(config, logits_processor, eos, prompt_length, vocab_size),
         eos=eos,

@@ -8,17 +8,20 @@
   from left to right. They run position by position: exact, and slow;
 - min_new_tokens hides the end-of-sequence ids at the positions it concerns.
 
+The caller's own processors come first (`OwnProcessor`): transformers' classes in the same three ways, all others with whole canvases.
 `Shaping.streamable` is the same for a pass over pieces of the vocabulary, where that can be.
 """
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
@@ -31,8 +34,97 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from .arguments import shown
 from .configuration import DiffusionGenerationConfig
 from .filters import MOST_TOP_K, Filters
+
+# transformers' classes for `(rows, V)` by what they look at: the distribution alone; how many tokens come before, too; which ones. Those of
+# arguments that `generate` refuses are refused as the arguments are, and so are those that keep a state from token to token.
+DISTRIBUTION, LENGTH, TOKENS = "distribution", "length", "tokens"
+LOOKS_AT = {
+    **dict.fromkeys(
+        ("EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor", "LogitNormalization", "MinPLogitsWarper",
+         "SuppressTokensLogitsProcessor", "TemperatureLogitsWarper", "TopHLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper",
+         "TypicalLogitsWarper"),
+        DISTRIBUTION,
+    ),
+    **dict.fromkeys(("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"), LENGTH),
+    **dict.fromkeys(
+        ("NoBadWordsLogitsProcessor", "NoRepeatNGramLogitsProcessor", "RepetitionPenaltyLogitsProcessor", "SequenceBiasLogitsProcessor"),
+        TOKENS,
+    ),
+}  # fmt: skip
+CANVAS_CLASSES = "transformers.models.diffusion_gemma."  # modules of classes that are written for `(B, C, V)`
+
+
+@dataclass(frozen=True)
+class OwnProcessor:
+    """A processor of the caller's.
+
+    Args:
+        function: `(input_ids, scores) -> scores`.
+        looks_at: what it looks at if it takes `(rows, V)`; None: it takes whole canvases `(B, C, V)`.
+        takes_step: whether it takes `cur_step`, too.
+    """
+
+    function: Callable
+    looks_at: str | None
+    takes_step: bool
+
+    @classmethod
+    def of(cls, function: Callable) -> "OwnProcessor":
+        """Tells transformers' classes, and what is derived from them, from processors written for a canvas, which may take `cur_step`.
+
+        Raises:
+            ValueError: one of transformers' that has no meaning here, or one with arguments that nobody gives it.
+        """
+        call = function if inspect.isroutine(function) else type(function).__call__
+        try:
+            parameters = list(inspect.signature(call).parameters.values())
+        except ValueError:  # a builtin that does not say
+            parameters = []
+        if call is not function:
+            parameters = parameters[1:]  # self
+        takes_step = any(parameter.name == "cur_step" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters[2:])
+        unknown = [
+            parameter.name
+            for parameter in parameters[2:]
+            if parameter.name != "cur_step" and parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        ]  # fmt: skip
+        if unknown:
+            raise ValueError(
+                f"`logits_processor` holds {shown(function)}, which takes {unknown}; expected at most `cur_step` beside the logits"
+            )
+        own = [base for base in type(function).__mro__ if base.__module__.startswith("transformers.") and base is not LogitsProcessor]
+        if not own or takes_step or own[0].__module__.startswith(CANVAS_CLASSES):
+            return cls(function, None, takes_step)
+        name = own[0].__name__
+        if name not in LOOKS_AT or isinstance(getattr(function, "prompt_ignore_length", None), torch.Tensor):
+            raise ValueError(
+                f"`logits_processor` holds a {name}; expected one of {sorted(LOOKS_AT)}, with settings that are the same for all rows, "
+                "or a processor for logits of shape (batch, canvas_length, vocab_size)"
+            )
+        return cls(function, LOOKS_AT[name], False)
+
+    def __call__(self, logits: torch.Tensor, committed: torch.Tensor, guess: torch.Tensor | None, remaining: int) -> torch.Tensor:
+        """As `Shaping.__call__`."""
+        if self.looks_at == DISTRIBUTION:
+            return _each(self._checked, logits)
+        if self.looks_at == LENGTH and guess is None:
+            guess = committed.new_zeros(logits.shape[:2])  # only how many they are is looked at
+        if self.looks_at is not None:
+            return _in_context(self._checked, logits, committed, guess)
+        return self._checked(committed, logits, **({"cur_step": remaining} if self.takes_step else {}))
+
+    def _checked(self, input_ids: torch.Tensor, scores: torch.Tensor, **step: int) -> torch.Tensor:
+        shape = tuple(scores.shape)
+        found = self.function(input_ids, scores, **step)
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
+            raise ValueError(
+                f"`logits_processor` holds {shown(self.function)}, which returned {shown(found)}; expected logits of shape {shape}"
+            )
+        return found
 
 
 @contextlib.contextmanager
@@ -44,6 +136,22 @@ def float32_made() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _each(processor: Callable, logits: torch.Tensor) -> torch.Tensor:
+    """Every position as a row of its own."""
+    flat = logits.flatten(0, 1)
+    return processor(flat.new_zeros((flat.shape[0], 0), dtype=torch.int64), flat).view_as(logits)
+
+
+def _in_context(processor: Callable, logits: torch.Tensor, committed: torch.Tensor, guess: torch.Tensor | None) -> torch.Tensor:
+    """Position by position, each behind what is committed and the guess before it."""
+    shaped = []
+    with float32_made():
+        for place in range(logits.shape[1]):
+            context = committed if guess is None else torch.cat((committed, guess[:, :place]), dim=1)
+            shaped.append(processor(context, logits[:, place].clone()))
+    return torch.stack(shaped, dim=1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +167,7 @@ class Shaping:
         filters: the same as `before` and `after`, for a pass over pieces of the vocabulary; None where only whole logits will do.
     """
 
-    own: LogitsProcessorList
+    own: tuple[OwnProcessor, ...]
     before: LogitsProcessorList
     contextual: LogitsProcessorList
     after: LogitsProcessorList
@@ -80,17 +188,19 @@ class Shaping:
         argmax canvas, None at the first step; `generated`: tokens before this canvas; `remaining`: steps left, this one
         included. Returns float32 (B, C, V)."""
         if self.own:
-            logits = self.own(committed, logits, cur_step=remaining)
+            logits = logits.clone()  # the model's own are not theirs to change
+        for processor in self.own:
+            logits = processor(logits, committed, guess, remaining)
         if self.before:
-            logits = self._each(self.before, logits)
+            logits = _each(self.before, logits)
         if self.contextual:
-            logits = self._in_context(logits, committed, guess)
+            logits = _in_context(self.contextual, logits, committed, guess)
         if len(self.eos) and generated < self.min_new_tokens:
             early = torch.arange(generated, generated + logits.shape[1], device=logits.device) < self.min_new_tokens
             hidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device).scatter(0, self.eos, True)
             logits = logits.masked_fill(early[:, None] & hidden, -float("inf"))
         logits = logits / temperature
-        return self._each(self.after, logits) if self.after else logits
+        return _each(self.after, logits) if self.after else logits
 
     def streamable(self, generated: int) -> Filters | None:
         """What `__call__` does besides the temperature to a canvas that begins behind `generated` tokens, for `streamed_statistics`; None
@@ -99,37 +209,25 @@ class Shaping:
             return None
         return replace(self.filters, hidden_before=max(self.min_new_tokens - generated, 0))
 
-    @staticmethod
-    def _each(processors: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
-        flat = logits.flatten(0, 1)
-        return processors(flat.new_zeros((flat.shape[0], 0), dtype=torch.int64), flat).view_as(logits)
-
-    def _in_context(self, logits: torch.Tensor, committed: torch.Tensor, guess: torch.Tensor | None) -> torch.Tensor:
-        shaped = []
-        with float32_made():
-            for place in range(logits.shape[1]):
-                context = committed if guess is None else torch.cat((committed, guess[:, :place]), dim=1)
-                shaped.append(self.contextual(context, logits[:, place].clone()))
-        return torch.stack(shaped, dim=1)
-
 
 def build_shaping(
-    config: DiffusionGenerationConfig, own: LogitsProcessorList | None, eos: torch.Tensor, prompt_length: int, vocab_size: int
+    config: DiffusionGenerationConfig, own: Sequence[Callable] | None, eos: torch.Tensor, prompt_length: int, vocab_size: int
 ) -> Shaping:
     """The processors that `config` asks for.
 
     Raises:
-        ValueError: a value out of range (transformers' processors say which), a token id outside the vocabulary.
+        ValueError: a token id outside the vocabulary, no id left, a processor of the caller's that has no meaning here.
     """
     device = eos.device
     before, contextual, after = LogitsProcessorList(), LogitsProcessorList(), LogitsProcessorList()
     if config.suppress_tokens:
         before.append(SuppressTokensLogitsProcessor(_ids("suppress_tokens", config.suppress_tokens, vocab_size), device=device))
+        if len(set(config.suppress_tokens)) == vocab_size:
+            raise ValueError(f"`suppress_tokens` holds all of {vocab_size} token ids; expected one that is left at least")
     if config.sequence_bias is not None:
-        bias = config.sequence_bias
-        if isinstance(bias, dict):  # JSON has whole numbers, as OpenAI's logit_bias does; the processor takes floats alone
-            bias = {ids: float(value) if isinstance(value, int) else value for ids, value in bias.items()}
-        contextual.append(SequenceBiasLogitsProcessor(sequence_bias=bias))
+        for ids, _ in config.sequence_bias:
+            _ids("sequence_bias", ids, vocab_size)
+        contextual.append(SequenceBiasLogitsProcessor(sequence_bias=config.sequence_bias))
     if config.repetition_penalty not in (None, 1.0):
         contextual.append(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty))
     if config.no_repeat_ngram_size not in (None, 0):
@@ -137,7 +235,8 @@ def build_shaping(
     if config.bad_words_ids is not None:
         for words in config.bad_words_ids:
             _ids("bad_words_ids", words, vocab_size)
-        contextual.append(NoBadWordsLogitsProcessor(config.bad_words_ids, eos_token_id=eos if len(eos) else None))
+        if any(len(words) > 1 or words[0] not in eos.tolist() for words in config.bad_words_ids):  # an end of sequence is no word
+            contextual.append(NoBadWordsLogitsProcessor(config.bad_words_ids, eos_token_id=eos if len(eos) else None))
     warpers = {
         "top_k": (TopKLogitsWarper, 0), "top_p": (TopPLogitsWarper, 1.0), "min_p": (MinPLogitsWarper, 0.0),
         "typical_p": (TypicalLogitsWarper, 1.0), "epsilon_cutoff": (EpsilonLogitsWarper, 0.0),
@@ -156,7 +255,7 @@ def build_shaping(
             allowed = torch.ones(vocab_size, dtype=torch.bool, device=device).index_fill(0, suppressed, False)
         filters = Filters(allowed, hidden=eos if len(eos) else None, **active)
     least = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)
-    return Shaping(LogitsProcessorList() if own is None else own, before, contextual, after, eos, least, filters)
+    return Shaping(tuple(map(OwnProcessor.of, own or ())), before, contextual, after, eos, least, filters)
 
 
 def _ids(name: str, ids: list[int], vocab_size: int) -> list[int]:
@@ -165,4 +264,4 @@ def _ids(name: str, ids: list[int], vocab_size: int) -> list[int]:
     return ids
 
 
-__all__ = ["Shaping", "build_shaping"]
+__all__ = ["OwnProcessor", "Shaping", "build_shaping"]

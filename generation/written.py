@@ -1,16 +1,34 @@
 """What has been written so far: the finished canvases, which rows have ended, and where."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import ConfidenceCriteria, EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from .arguments import shown
 from .canvas import CanvasState
 from .output import TokenScores
 from .plan import Plan
 
 SCORE_FIELDS = ("log_probs", "entropy", "changed_at", "revisions")
+
+
+class Criteria(NamedTuple):
+    """Stopping criteria: those asked after each canvas, and those of transformers that look for a place, asked after each token."""
+
+    canvas: tuple[Callable, ...] = ()
+    token: tuple[Callable, ...] = ()
+
+    @classmethod
+    def of(cls, criteria: Sequence[Callable] | None) -> "Criteria":
+        """Raises ValueError for a criterion that reads the scores of single tokens."""
+        criteria = criteria or ()
+        if confident := [shown(one) for one in criteria if isinstance(one, ConfidenceCriteria)]:
+            raise ValueError(f"`stopping_criteria` holds {confident[0]}, which reads scores; expected criteria of `input_ids` alone")
+        token = tuple(one for one in criteria if isinstance(one, EosTokenCriteria | MaxLengthCriteria | StopStringCriteria))
+        return cls(tuple(one for one in criteria if one not in token), token)
 
 
 class Written:
@@ -22,7 +40,7 @@ class Written:
 
     def __init__(
         self, plan: Plan, prompt: torch.Tensor, stop_strings: str | Sequence[str] | None, tokenizer,
-        stopping_criteria: StoppingCriteriaList | None, streamer: BaseStreamer | None,
+        stopping_criteria: Criteria, streamer: BaseStreamer | None,
     ):  # fmt: skip
         self.plan, self.prompt, self.streamer = plan, prompt, streamer
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
@@ -55,6 +73,9 @@ class Written:
         if self.stop_strings:
             until = self._stop_places(tokens)
             stopped, kept = stopped | (until <= kept), torch.minimum(kept, until)
+        for criterion in self.stopping_criteria.token:
+            until = self._until(criterion, tokens)
+            stopped, kept = stopped | (until <= kept), torch.minimum(kept, until)
         kept = torch.where(self.ended, 0, kept).clamp(max=plan.new_tokens - self.generated)
         tokens = tokens.masked_fill(torch.arange(width, device=tokens.device) >= kept[:, None], plan.pad)
         whole = tokens.new_full((self.passes.shape[0], width), plan.pad)
@@ -70,8 +91,8 @@ class Written:
         if self.streamer is not None and int(kept.max()) > 0:
             new = self._tokens[-1][:, : int(kept.max())].cpu()
             self.streamer.put(new[0] if len(new) == 1 else new)  # one row as single tokens: who counts them counts right
-        if self.stopping_criteria is not None:
-            self.ended = self.ended | self.stopping_criteria(self.context, None).to(self.ended.device)
+        for criterion in self.stopping_criteria.canvas:
+            self.ended = self.ended | self._asked(criterion, self.context)
         if self.generated >= plan.new_tokens:
             self.ended = torch.ones_like(self.ended)
         return tokens
@@ -80,6 +101,24 @@ class Written:
         """Rows that have ended leave."""
         going = ~self.ended
         self.rows, self.context, self.ended = self.rows[going], self.context[going], self.ended[going]
+
+    def _until(self, criterion: Callable, tokens: torch.Tensor) -> torch.Tensor:
+        """How many of the new tokens a row keeps until `criterion` ends it, int64 (b,); more than it has: it does not."""
+        until = torch.full_like(self.ended, tokens.shape[1] + 1, dtype=torch.int64)
+        for count in range(tokens.shape[1], 0, -1):
+            until = torch.where(self._asked(criterion, torch.cat((self.context, tokens[:, :count]), dim=1)), count, until)
+        return until
+
+    @staticmethod
+    def _asked(criterion: Callable, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which rows a criterion ends, bool (b,)."""
+        found = criterion(input_ids, None)
+        answer = torch.tensor(found) if isinstance(found, bool) else found
+        if not isinstance(answer, torch.Tensor) or answer.dtype != torch.bool or tuple(answer.shape) not in ((), (len(input_ids),)):
+            raise ValueError(
+                f"`stopping_criteria` holds {shown(criterion)}, which returned {shown(found)}; expected bool of shape ({len(input_ids)},)"
+            )
+        return answer.to(input_ids.device).expand(len(input_ids))
 
     def _stop_places(self, tokens: torch.Tensor) -> torch.Tensor:
         """How many of the new tokens a row keeps for its first stop string to be whole, int64 (b,); more than it has: none found."""
@@ -117,4 +156,4 @@ class Written:
         return joined.masked_fill(outside.view(*outside.shape, *[1] * (joined.dim() - 2)), 0)
 
 
-__all__ = ["Written"]
+__all__ = ["Criteria", "Written"]

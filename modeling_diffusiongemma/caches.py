@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -43,6 +43,8 @@ def join(cached: LayerCache | None, new: LayerCache) -> LayerCache:
 
 def cached_length(cache: Cache | None) -> int:
     """How many tokens the cache has seen. Static full-attention layers count on the device, the others on the host."""
+    if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache)):
+        raise ValueError(f"`cache` is a {type(cache).__name__}; expected a `Cache` of transformers with layers, such as `DynamicCache()`")
     lengths = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
     if on_host := [length for length in lengths if not isinstance(length, torch.Tensor)]:  # a symbol while a graph is traced
         return on_host[0]

@@ -63,8 +63,21 @@ class FP8Config(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict:
-        """The `quantization_config` of a config.json, in the published words."""
-        return published_quantization(self.ignore or [])
+        """The `quantization_config` of a config.json, in the published words; without `ignore` while that is the default."""
+        quantization = published_quantization(self.ignore or [])
+        if self.ignore is None:
+            del quantization["ignore"]
+        return quantization
+
+    @classmethod
+    def from_argument(cls, given: dict) -> "FP8Config":
+        """From what `to_dict` gave, as an argument of `from_pretrained`.
+
+        Raises:
+            ValueError: it is not the published scheme.
+        """
+        check_quantization({"ignore": [], **given})
+        return cls(given.get("ignore"))
 
     def __iter__(self):
         yield from self.to_dict().items()

@@ -18,7 +18,7 @@ from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary import VocabularyHead
 
-from .checks import check_shape, plain_mask
+from .checks import check_shape, check_tensors, plain_mask
 from .compiling import compiled_layers
 from .configuration import DiffusionGemmaConfig
 from .layers import ScaledEmbedding
@@ -63,6 +63,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     def prefill(self, *args, **kwargs):
         """`DiffusionGemmaBlockModel.prefill`."""
         return self.model.prefill(*args, **kwargs)
+
+    def check_prompt(self, *args, **kwargs) -> None:
+        """`DiffusionGemmaBlockModel.check_prompt`."""
+        self.model.check_prompt(*args, **kwargs)
 
     def denoise(self, *args, **kwargs):
         """`DiffusionGemmaBlockModel.denoise`."""
@@ -117,13 +121,14 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         return compiled_layers(self.model.decoder.layers, compile_config)
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:
-        """How likely a response is: `score.score_responses`."""
+        """How likely a response is, prompts with images included: `score.score_responses`."""
         return score_responses(self, input_ids, labels, attention_mask, **kwargs)
 
     def save_pretrained(self, save_directory, *args, remote_code: bool | None = None, **kwargs):
         """`LoadingMixin.save_pretrained`; generation_config.json says every diffusion field, since vLLM takes them from there alone."""
         own = self.generation_config
         if isinstance(own, DiffusionGenerationConfig):
+            own.validate()
             self.generation_config = own.filled()
         try:
             return super().save_pretrained(save_directory, *args, remote_code=remote_code, **kwargs)
@@ -187,6 +192,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             ValueError: ids out of range, empty prompts, masks or labels of the wrong shape, images without image tokens.
         """
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
+        check_tensors(
+            input_ids=input_ids, decoder_input_ids=decoder_input_ids, inputs_embeds=inputs_embeds, labels=labels,
+            self_conditioning_logits=self_conditioning_logits, **images,
+        )  # fmt: skip
         check_images(input_ids, pixel_values, self.config.image_token_id)
         if labels is not None and decoder_input_ids is None:
             unused = {"cache": cache, "position_ids": position_ids, "inputs_embeds": inputs_embeds,

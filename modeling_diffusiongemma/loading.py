@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from .auto import REGISTERED, forget
 from .fp8_quantizer import METHOD as FP8
+from .fp8_quantizer import FP8Config
 from .nvfp4 import METHOD as NVFP4
 from .remote_code import auto_map, write_card, write_code
 from .safetensors_files import INDEX, indexed_files, inspect_header
@@ -80,7 +81,11 @@ def own_quantization(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
 
 def with_own_quantization(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
-    """Arguments of `from_pretrained` in which the config of a checkpoint that this package reads as quantised says so."""
+    """Arguments of `from_pretrained` in which the config of a checkpoint that this package reads as quantised says so, and a
+    `quantization_config` as a mapping in the published words is the one of this package."""
+    asked = arguments.get("quantization_config")
+    if isinstance(asked, dict) and asked.get("format") == "float-quantized":
+        arguments = arguments | {"quantization_config": FP8Config.from_argument(asked)}
     given = arguments.get("config")
     if isinstance(given, PreTrainedConfig):
         config = own_quantization(given)

@@ -60,6 +60,8 @@ def canvases_in(labels: torch.Tensor, canvas_length: int) -> torch.Tensor:
 
 def cut_canvas(input_ids: torch.Tensor, labels: torch.Tensor, number: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
     """Cuts canvas `number` (B,) out of each row's response; what lies behind the response is filled with `fill` (the pad token)."""
+    if fill is None:
+        raise ValueError("`pad_token_id` of the text config is None; expected the id that fills a canvas behind its response")
     target = labels != IGNORED
     begin, length = target.int().argmax(dim=1), target.sum(dim=1)  # (B,)
     start = begin + number * canvas_length

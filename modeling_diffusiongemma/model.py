@@ -20,7 +20,16 @@ from generation.cache_names import FIELD, takes_cache
 from generation.inputs import check_ids
 
 from .caches import StoredLayers, cached_length
-from .checks import check_cache, check_mask, check_shape, chosen_states, plain_mask
+from .checks import (
+    check_cache,
+    check_cached_shapes,
+    check_mask,
+    check_patches,
+    check_shape,
+    check_tensors,
+    chosen_states,
+    plain_mask,
+)
 from .configuration import DiffusionGemmaConfig, check_config
 from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
 from .outputs import BlockModelOutput, PassOutput
@@ -179,6 +188,10 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("prefill takes exactly one of `input_ids` and `inputs_embeds`")
+        check_tensors(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, pixel_values=pixel_values,
+            image_position_ids=image_position_ids, mm_token_type_ids=mm_token_type_ids,
+        )  # fmt: skip
         if input_ids is not None:
             check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
         new = input_ids if inputs_embeds is None else inputs_embeds
@@ -211,6 +224,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if cache is None:
             with torch.device("cpu"):  # where a cache begins, whatever torch's default device is
                 cache = DynamicCache(config=self.config.text_config)
+        check_patches(self.config, input_ids, pixel_values, image_position_ids)
         if pixel_values is not None:
             if inputs_embeds is not None:
                 raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
@@ -245,6 +259,28 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 kept.append(hidden_states[:, max(length - last_states - start, 0) :])
         return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
 
+    def check_prompt(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_position_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> None:
+        """Raises what `prefill` would for these, changing nothing."""
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        if input_ids is not None:
+            check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
+        elif inputs_embeds.dtype != self._embed_dtype:
+            raise ValueError(f"`inputs_embeds` is {inputs_embeds.dtype}; expected {self._embed_dtype}, as the model's embeddings are")
+        if cache is not None:
+            check_cache(cache, new.shape[0], cached_length(cache), new.shape[1])
+            check_cached_shapes(cache, self.config.text_config)
+        check_shape("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
+        check_patches(self.config, input_ids, pixel_values, image_position_ids)
+
     @takes_cache
     def denoise(
         self,
@@ -275,6 +311,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         Raises:
             ValueError: neither or both of `cache` and `view`, a view of another canvas, a mask of the wrong shape.
         """
+        check_tensors(canvas_ids=canvas_ids, soft_embeds=soft_embeds, position_ids=position_ids)
         if (view is None) == (cache is None):
             raise ValueError("`denoise` takes the cache as `cache` or inside a `view`; expected exactly one of them")
         if view is None:
@@ -421,6 +458,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         given = cache
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
         prompt, prompt_states = input_ids if inputs_embeds is None else inputs_embeds, None
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
         # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
         decoder_input_ids, decoder_attention_mask = self._prepare_canvas(
             prompt, attention_mask, cache, decoder_input_ids, decoder_attention_mask, decoder_position_ids, soft_embeds
@@ -451,6 +489,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
 
     def _prepare_canvas(self, prompt, attention_mask, cache, canvas_ids, canvas_attention_mask, canvas_position_ids, soft_embeds):
         """Checks what `forward` got for the canvas and fills in what it did not. Returns the canvas and its mask."""
+        check_tensors(decoder_input_ids=canvas_ids, soft_embeds=soft_embeds, decoder_position_ids=canvas_position_ids)
         config, seen = self.config, cached_length(cache)
         if prompt is None and seen == 0:
             raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `cache`")

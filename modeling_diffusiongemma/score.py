@@ -5,13 +5,16 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
+from generation.arguments import FIELDS, integer, read
+from generation.inputs import check_images
 from generation.noise import UniformNoise
 
-from .checks import check_mask
+from .checks import check_mask, check_tensors
 from .loss import IGNORED, canvas_inputs, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions
 from .ranks import gathering_groups, largest
 
 MODES = ("diffusion", "autoregressive")
+SAMPLES = integer(2, 2**20)  # two at least, for a standard error
 PIECE = 256  # response tokens whose logits are held at a time: 268 MB at 262,144 ids
 
 
@@ -35,6 +38,7 @@ def score_responses(
     mode: str = "diffusion",
     samples: int = 16,
     canvas_length: int | None = None,
+    **images: torch.Tensor | None,
 ) -> Score:
     """Mean log-probability of the responses' tokens given their prompts.
 
@@ -45,21 +49,24 @@ def score_responses(
             position weighted equally. Random numbers come from torch's global generator.
         samples: draws of t and of the noise, t stratified over them.
         canvas_length: default: the config's.
+        images: as `prefill` takes them.
 
     Raises:
-        ValueError: labels that are no response, an unknown mode, fewer than 2 samples.
+        ValueError: labels that are no response, an unknown mode, fewer than 2 samples, images that do not fit the tokens.
     """
     if mode not in MODES:
         raise ValueError(f"`mode` is {mode!r}; expected one of {MODES}")
-    if samples < 2:
-        raise ValueError(f"`samples` is {samples}; expected at least 2, for a standard error")
+    samples = read("samples", samples, SAMPLES)
+    canvas_length = read("canvas_length", canvas_length, FIELDS["canvas_length"])
+    check_tensors(input_ids=input_ids, labels=labels)
+    check_images(input_ids, images.get("pixel_values"), model.config.image_token_id)
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     check_labels(input_ids, labels, attention_mask)
     target = labels != IGNORED
     tokens = target.sum(dim=1)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     groups, device = gathering_groups(model), input_ids.device
-    prefilled = model.prefill(input_ids, real, cache=DynamicCache())
+    prefilled = model.prefill(input_ids, real, cache=DynamicCache(), **images)
     if mode == "autoregressive":
         rows, places = target[:, 1:].nonzero(as_tuple=True)  # of the response tokens, as they are predicted
         total = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=device)

@@ -19,11 +19,12 @@ class PromptPassView(nn.Module):
     """Makes a submodule callable as the prompt pass of the model it belongs to.
 
     The model is held weakly, so that deleting it frees it at once, and left out of copies and pickles: the copied model shows itself.
+    Shallow copies of a model share this submodule, and any of them that is left serves.
     """
 
     def show(self, model) -> None:
         """Says whose prompt pass this is: a `DiffusionGemmaBlockModel`."""
-        self.shown = weakref.ref(model)
+        self.shown = [*(one for one in getattr(self, "shown", ()) if one() is not None), weakref.ref(model)]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "shown"}
@@ -39,7 +40,8 @@ class PromptPassView(nn.Module):
     ) -> PassOutput:
         """`DiffusionGemmaBlockModel.prefill`, arguments and errors as there. Image tokens attend to each other inside their image;
         in transformers' model, called so, they attend causally."""
-        return self.shown().prefill(input_ids, attention_mask, position_ids, cache, **images)
+        model = next(model for one in self.shown if (model := one()) is not None)
+        return model.prefill(input_ids, attention_mask, position_ids, cache, **images)
 
 
 class CanvasMasksView:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import CANVAS, VOCAB, prompts, small_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, cache_utils
+from transformers.generation.streamers import BaseStreamer
 
 from generation import DiffusionGenerationConfig
 from generation.configuration import HONOURED, NEUTRAL, PRESETS
@@ -333,4 +334,4 @@ def test_several_prompts_verified_are_each_as_alone(model):
     assert torch.equal(several.sequences, plain.sequences) and several.scores is None
     assert several.denoising_steps.shape == several.tokens_per_forward.shape == (3,)
     with pytest.raises(ValueError, match="verified.*3 rows"):
-        model.generate(ids, decoding="verified", streamer=object(), **settings)
+        model.generate(ids, decoding="verified", streamer=BaseStreamer(), **settings)

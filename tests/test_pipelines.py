@@ -138,7 +138,15 @@ def test_long_lists_go_through_bit_by_bit_with_progress(generator):
 def test_pipelines_own_temperature_does_not_scale_the_schedule(generator):
     """transformers' text-generation pipeline sets 0.7 wherever a model's config leaves it open."""
     assert generator.model.generation_config.temperature == 1.0
-    assert "temperature" not in generator.model.generation_config.to_diff_dict(), "transformers' class does not know the field"
+    assert "temperature" not in generator.model.generation_config.filled().to_diff_dict(), "it is not saved"
+
+
+def test_truncation_shortens_the_prompt_and_not_the_answer(generator):
+    """The pipeline hands `max_length` to the tokenizer and to `generate`, beside the `max_new_tokens`."""
+    shortened = {"truncation": True, "max_length": 10, "max_new_tokens": 8, "canvas_length": 16, "seed": 0}
+    ids = generator(RENDERED, return_tensors=True, **shortened)[0]["generated_token_ids"]
+    prompt = generator.tokenizer(RENDERED, truncation=True, max_length=10, add_special_tokens=False)["input_ids"]
+    assert ids[:10] == prompt and 10 < len(ids) <= 18
 
 
 def test_model_is_not_called_unsupported(generator, log):
