@@ -152,6 +152,28 @@ class DiffusionGenerationConfig(GenerationConfig):
             fields["sampler_config"] = {"_cls_name": SAMPLER_NAME, "entropy_bound": float(fields.pop("entropy_bound"))}
         return fields
 
+    def published_and_own(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of the two files.
+
+        Raises:
+            ValueError: a field that JSON cannot hold.
+        """
+        fields = self.to_diff_dict()
+        for name, value in fields.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(f"`{name}` is {shown(value)}; expected a value that JSON can hold: {error}") from error
+        published = {name: value for name, value in fields.items() if name in {*PUBLISHED, "sampler_config"}}
+        own = {name: value for name, value in fields.items() if name not in published}
+        # transformers' class wants a float here, and t_max above t_min.
+        if "confidence_threshold" in published:
+            published["confidence_threshold"] = float(published["confidence_threshold"])
+        if "t_max" in published and published["t_max"] == published.get("t_min"):
+            own["t_max"] = published["t_max"]
+            published["t_max"] = math.nextafter(published["t_max"], math.inf)
+        return published, own
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, config_file_name: str | None = None, push_to_hub: bool = False, **kwargs
     ) -> None:
@@ -167,20 +189,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
         self.validate()
-        fields = self.to_diff_dict()
-        for name, value in fields.items():
-            try:
-                json.dumps(value)
-            except TypeError as error:
-                raise ValueError(f"`{name}` is {shown(value)}; expected a value that JSON can hold: {error}") from error
-        published = {name: value for name, value in fields.items() if name in {*PUBLISHED, "sampler_config"}}
-        own = {name: value for name, value in fields.items() if name not in published}
-        # transformers' class wants a float here, and t_max above t_min.
-        if "confidence_threshold" in published:
-            published["confidence_threshold"] = float(published["confidence_threshold"])
-        if "t_max" in published and published["t_max"] == published.get("t_min"):
-            own["t_max"] = published["t_max"]
-            published["t_max"] = math.nextafter(published["t_max"], math.inf)
+        published, own = self.published_and_own()
         folder, name = Path(save_directory), config_file_name or "generation_config.json"
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / name, published)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from transformers import (
 from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache
-from generation.configuration import DiffusionGenerationConfig
+from generation.configuration import OWN_FILE, DiffusionGenerationConfig
 from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary import VocabularyHead
@@ -131,7 +132,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             own.validate()
             self.generation_config = own.filled()
         try:
-            return super().save_pretrained(save_directory, *args, remote_code=remote_code, **kwargs)
+            super().save_pretrained(save_directory, *args, remote_code=remote_code, **kwargs)
+            if isinstance(own, DiffusionGenerationConfig) and not self.generation_config.published_and_own()[1]:
+                # Of a checkpoint that stood here before: files of names that are not written stay.
+                (Path(save_directory) / f"{OWN_FILE}generation_config.json").unlink(missing_ok=True)
         finally:
             self.generation_config = own
 

@@ -54,12 +54,15 @@ def filled_cache(model, rows, length=4):
 
 
 numbers = st.one_of(
-    st.integers(-3, 12), st.sampled_from([2**63, -(2**63) - 1, 10**30, 10**400]), st.floats(-2, 2), st.sampled_from([0.5, 1.0, 1e-30, 1e30]),
+    st.integers(-3, 12),
+    st.sampled_from([2**63, -(2**63) - 1, 10**30, 10**400]), st.floats(-2, 2), st.sampled_from([0.5, 1.0, 1e-30, 1e30]),
     st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.booleans(),
 )  # fmt: skip
 scalars = st.one_of(
-    numbers, st.none(), st.sampled_from(["", "x", "greedy", "static", "mask", "5"]), st.sampled_from([b"x", object(), int, print, 1j]),
-    st.integers(-2, 9).map(np.int64), st.integers(0, 9).map(torch.tensor), st.sampled_from([np.float32(0.5), np.bool_(True), torch.tensor(0.5)]),
+    numbers, st.none(), st.sampled_from(["", "x", "greedy", "static", "mask", "5"]),
+    st.sampled_from([b"x", object(), int, print, 1j]),
+    st.integers(-2, 9).map(np.int64), st.integers(0, 9).map(torch.tensor),
+    st.sampled_from([np.float32(0.5), np.bool_(True), torch.tensor(0.5)]),
 )  # fmt: skip
 dtypes = st.sampled_from(
     [torch.int64, torch.int32, torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.complex64, torch.int8]
@@ -86,7 +89,8 @@ shapes = st.sampled_from(
 tensors = st.builds(lambda shape, dtype, top: (torch.rand(shape) * top).to(dtype), shapes, dtypes, st.sampled_from([1, 2, 60, 300]))
 anything = st.one_of(
     scalars, tensors, st.lists(scalars, max_size=3), st.lists(st.lists(scalars, max_size=2), max_size=2), st.lists(tensors, max_size=2),
-    st.tuples(scalars, scalars), st.dictionaries(st.sampled_from(["a", 3, (5,), (5, 6), "backend", "nbits", "max_new_tokens"]), scalars, max_size=2),
+    st.tuples(scalars, scalars),
+    st.dictionaries(st.sampled_from(["a", 3, (5,), (5, 6), "backend", "nbits", "max_new_tokens"]), scalars, max_size=2),
     tensors.map(lambda tensor: tensor.float().numpy()),
 )  # fmt: skip
 
@@ -113,7 +117,8 @@ def fitting(model):
     return {
         **dict.fromkeys(FIELDS, st.sampled_from([1, 2, 0.5, 0.9, True, 3])),
         "inputs": ids, "input_ids": ids, "attention_mask": st.just(MASK), "decoder_input_ids": st.just(prompts(2, CANVAS)[0]),
-        "inputs_embeds": st.just(torch.rand(2, 7, 32)), "cache": made(*caches), "past_key_values": made(*caches), "streamer": made(Streamer),
+        "inputs_embeds": st.just(torch.rand(2, 7, 32)), "cache": made(*caches), "past_key_values": made(*caches),
+        "streamer": made(Streamer),
         "tokenizer": made(Tokenizer), "seed": st.sampled_from([3, [1, 2], np.int64(4), torch.tensor([1, 2]), [1, 2, 3]]),
         "generator": made(torch.Generator, lambda: [torch.Generator(), torch.Generator()], lambda: [torch.Generator()]),
         "logits_processor": st.lists(made(*processors), max_size=2) | made(*processors) | made(LogitsProcessorList),
@@ -122,7 +127,8 @@ def fitting(model):
         "pixel_values": st.just(torch.rand(1, 16, WIDE)), "image_position_ids": st.just(torch.zeros(1, 16, 2, dtype=torch.int64)),
         "mm_token_type_ids": st.just(torch.zeros_like(IDS)), "compile_config": st.just(CompileConfig()), "sampler_config": st.just({}),
         "sequence_bias": st.sampled_from([{(5,): 2.0}, [[[5], 1]], {(5,): float("inf")}, {(500,): 1.0}, {5: 1.0}]),
-        "bad_words_ids": st.sampled_from([[[5]], [[5, 6]], [[]], [], [[500]], [5]]), "stop_strings": st.sampled_from(["5", ["5", "6"], [""], [5]]),
+        "bad_words_ids": st.sampled_from([[[5]], [[5, 6]], [[]], [], [[500]], [5]]),
+        "stop_strings": st.sampled_from(["5", ["5", "6"], [""], [5]]),
         "suppress_tokens": st.sampled_from([[5], [500], [[3]], ["a"], [True], list(range(100))]),
         "eos_token_id": st.sampled_from([5, [5, 500], torch.tensor([5]), 2**70]), "pad_token_id": st.sampled_from([0, 500, 2**70]),
         **{name: st.sampled_from(options) for name, options in {

@@ -1,14 +1,24 @@
 """Every field of `GenerationConfig` is honoured or refused by name; the honoured ones do what they say, on a small random model."""
 
+import copy
 import time
 
+import numpy as np
 import pytest
 import torch
-from small_models import CANVAS, VOCAB, prompts, small_model
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, cache_utils
+from small_models import CANVAS, PAD, VOCAB, prompts, small_model
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    cache_utils,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from generation import DiffusionGenerationConfig
+from generation import DiffusionGenerationConfig, inputs
 from generation.configuration import HONOURED, NEUTRAL, PRESETS
 
 FIELDS = sorted(name for name in GenerationConfig().__dict__ if not name.startswith("_"))
@@ -335,3 +345,144 @@ def test_several_prompts_verified_are_each_as_alone(model):
     assert several.denoising_steps.shape == several.tokens_per_forward.shape == (3,)
     with pytest.raises(ValueError, match="verified.*3 rows"):
         model.generate(ids, decoding="verified", streamer=BaseStreamer(), **settings)
+
+
+# What simply works, and what a call leaves as it is
+
+
+@pytest.mark.parametrize("form", [np.int64, torch.tensor, np.array, lambda seed: [seed] * 2, lambda seed: torch.tensor([seed, seed])])
+def test_seed_is_a_number_in_any_form(model, form):
+    ids = prompts(2, 6)[0]
+    expected = model.generate(ids, max_new_tokens=7, max_denoising_steps=2, seed=5)
+    assert torch.equal(model.generate(ids, max_new_tokens=7, max_denoising_steps=2, seed=form(5)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type_are_read(model, dtype):
+    ids = prompts(2, 6)[0]
+    assert torch.equal(generate(model, ids.to(dtype)), generate(model, ids))
+
+
+def test_generation_config_may_be_a_mapping(model):
+    ids, fields = prompts(1, 6)[0], {"max_new_tokens": 7, "top_k": np.int64(3)}
+    expected = model.generate(ids, generation_config=DiffusionGenerationConfig(max_new_tokens=7, top_k=3), seed=0)
+    assert torch.equal(model.generate(ids, generation_config=fields, seed=0), expected) and fields["top_k"] == 3
+    with pytest.raises(ValueError, match="max_new_token"):
+        model.generate(ids, generation_config={"max_new_token": 7})
+
+
+@pytest.mark.parametrize("mask", [0.5, -1, 2, float("nan")])
+def test_mask_of_other_numbers_than_0_and_1_is_refused(model, mask):
+    """They were taken as real tokens."""
+    ids = prompts(1, 6)[0]
+    for call in (model.generate, model.prefill, model):
+        with pytest.raises(ValueError, match="attention_mask"):
+            call(ids, attention_mask=torch.tensor([[mask, 1, 1, 1, 1, 1]]))
+
+
+def test_huge_stability_threshold_takes_no_memory(model):
+    """A history of 10**9 canvases was allocated."""
+    ids = prompts(1, 6)[0]
+    assert torch.equal(generate(model, ids, stability_threshold=10**9), generate(model, ids, stability_threshold=5))
+
+
+def test_end_tokens_beyond_the_vocabulary_are_never_predicted(model):
+    """The released ids, on a small vocabulary: hiding them was an index out of range."""
+    ids = prompts(1, 6)[0]
+    assert torch.equal(
+        generate(model, ids, eos_token_id=[1, 106], min_new_tokens=3), generate(model, ids, eos_token_id=[1], min_new_tokens=3)
+    )
+
+
+# Batches padded on the left without a mask
+
+
+@pytest.mark.parametrize("settings", [{}, {"decoding": "autoregressive", "do_sample": False}, {"logits_processor": [TopKLogitsWarper(3)]}])
+def test_padding_on_the_left_is_told_by_its_token(model, settings):
+    """It was read as text, and short rows answered nothing."""
+    ids, mask = prompts(3, 9, padded=4)
+    expected = generate(model, ids, attention_mask=mask, **settings)
+    assert torch.equal(generate(model, ids, **settings), expected)
+    if "decoding" not in settings:
+        assert not torch.equal(generate(model, ids, attention_mask=torch.ones_like(mask), **settings), expected)
+
+
+def test_pad_token_inside_of_a_prompt_and_a_row_of_nothing_else_stay_text(model):
+    ids = prompts(2, 9)[0]
+    ids[0, 3:5], ids[1] = PAD, PAD
+    assert torch.equal(generate(model, ids), generate(model, ids, attention_mask=torch.ones_like(ids)))
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """What is warned of once."""
+    messages = []
+    monkeypatch.setattr(inputs.logger, "warning_once", messages.append)
+    return messages
+
+
+@pytest.mark.parametrize("case", ["pad is an end", "right", "reference"])
+def test_what_may_be_padding_is_text_with_a_warning(model, warned, case):
+    ids = prompts(2, 9, padded=3)[0]
+    ids = ids.roll(-3, dims=1) if case == "right" else ids
+    settings = {"pad is an end": {"eos_token_id": [1, PAD]}, "right": {}, "reference": {"backend": "reference"}}[case]
+    if case == "reference":
+        settings["generator"] = torch.Generator()
+    got = model.generate(
+        ids, max_new_tokens=5, max_denoising_steps=2, **{"seed": 0, **settings, **({"seed": None} if case == "reference" else {})}
+    )
+    assert got.shape[1] > 9 and len(warned) == 1 and "attention_mask" in warned[0] and f"({PAD})" in warned[0]
+
+
+def test_cached_turn_that_begins_with_the_pad_token_is_text_with_a_warning(model, warned):
+    ids = prompts(2, 9, padded=3)[0]
+    model.generate(ids, cache=model.prefill(prompts(2, 4)[0]).cache, max_new_tokens=5, max_denoising_steps=2)
+    assert len(warned) == 1
+
+
+def test_nothing_is_warned_of_with_a_mask_or_without_padding(model, warned):
+    ids, mask = prompts(2, 9, padded=3)
+    generate(model, ids, attention_mask=mask)
+    generate(model, ids[:, 3:])
+    generate(model, ids)
+    assert warned == []
+
+
+# Smaller doors
+
+
+def test_transition_scores_are_the_log_probabilities_of_the_output(model):
+    settings = {"max_new_tokens": 15, "max_denoising_steps": 3, "seed": 0, "output_scores": True, "return_dict_in_generate": True}
+    output = model.generate(prompts(2, 6)[0], **settings)
+    scores = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    assert torch.equal(scores, output.scores.log_probs)
+    for name, call in {
+        "scores": {"scores": None}, "normalize_logits": {"scores": output.scores},
+        "beam_indices": {"scores": output.scores, "beam_indices": torch.zeros(2, 15), "normalize_logits": True},
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            model.compute_transition_scores(output.sequences, **call)
+
+
+def test_caches_that_are_none_are_refused_by_name(model):
+    ids = prompts(2, 6)[0]
+    other = small_model(num_key_value_heads=1).prefill(ids).cache
+    for cache in (EncoderDecoderCache(DynamicCache(), DynamicCache()), ((ids, ids),), "x", 3):
+        for call in (model.generate, model.prefill, model, model.model):
+            with pytest.raises(ValueError, match="cache"):
+                call(ids, cache=cache)
+    with pytest.raises(ValueError, match="`cache` holds 1 heads"):
+        model.generate(ids, cache=other)
+
+
+def test_shallow_copies_of_the_model_leave_its_views_alone():
+    own = small_model().model
+    ids = prompts(1, 6)[0]
+    expected = own.prefill(ids).last_hidden_state
+    other = copy.copy(own)
+    assert torch.equal(other.encoder(ids).last_hidden_state, expected)
+    del other
+    assert torch.equal(own.encoder(ids).last_hidden_state, expected), "the copy that was shown last is gone"
+    other = copy.copy(own)
+    del own
+    assert torch.equal(other.encoder(ids).last_hidden_state, expected)

@@ -212,6 +212,22 @@ def test_quantising_on_the_way_in_makes_the_published_layout(dtype, tmp_path):
     assert got["architectures"] == ["DiffusionGemmaForBlockDiffusion"]
 
 
+@pytest.mark.parametrize(
+    "config", [FP8Config(), FP8Config(ignore=[]), FP8Config(ignore=["lm_head"])], ids=lambda config: str(config.ignore)
+)
+def test_config_as_a_mapping_quantises_as_the_config(config, oracle_checkpoint):
+    """The mapping has the published name of the method, for which transformers asks for compressed-tensors."""
+    models = [
+        DiffusionGemmaForMaskedBlockLM.from_pretrained(oracle_checkpoint, quantization_config=given)
+        for given in (FP8Config(config.ignore), FP8Config(config.ignore).to_dict())
+    ]
+    expected, got = (model.config.quantization_config.to_dict() for model in models)
+    assert got == expected and [type(module) for module in models[1].modules()] == [type(module) for module in models[0].modules()]
+    with pytest.raises(ValueError, match="kv_cache_scheme"):
+        wrong = {**FP8Config().to_dict(), "kv_cache_scheme": "x"}
+        DiffusionGemmaForMaskedBlockLM.from_pretrained(oracle_checkpoint, quantization_config=wrong)
+
+
 @pytest.mark.parametrize("shard_size", ["50GB", "15KB"])
 def test_saving_round_trips_bit_for_bit(shard_size, published, tmp_path):
     DiffusionGemmaForMaskedBlockLM.from_pretrained(published).save_pretrained(tmp_path, max_shard_size=shard_size)

@@ -360,3 +360,12 @@ def test_labels_of_another_length_than_the_canvas_are_refused(model, size):
     ids, canvas = torch.full((2, 7), 5), torch.full((2, CANVAS), 6)
     with pytest.raises(ValueError, match="`labels` has shape"):
         model(input_ids=ids, decoder_input_ids=canvas, labels=torch.full((2, size), 6))
+
+
+def test_model_without_a_pad_token_names_it():
+    """It ended in a TypeError of `torch.where`; there is nothing to fill a canvas with."""
+    own = small_model(pad_token_id=None)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    for call in (own, own.score):
+        with pytest.raises(ValueError, match="`pad_token_id` of the text config is None"):
+            call(**batch)
