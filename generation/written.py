@@ -27,8 +27,9 @@ class Criteria(NamedTuple):
         criteria = criteria or ()
         if confident := [shown(one) for one in criteria if isinstance(one, ConfidenceCriteria)]:
             raise ValueError(f"`stopping_criteria` holds {confident[0]}, which reads scores; expected criteria of `input_ids` alone")
-        token = tuple(one for one in criteria if isinstance(one, EosTokenCriteria | MaxLengthCriteria | StopStringCriteria))
-        return cls(tuple(one for one in criteria if one not in token), token)
+        token = [isinstance(one, EosTokenCriteria | MaxLengthCriteria | StopStringCriteria) for one in criteria]
+        pairs = list(zip(criteria, token, strict=True))
+        return cls(tuple(one for one, each in pairs if not each), tuple(one for one, each in pairs if each))
 
 
 class Written:
