@@ -7,7 +7,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, StaticCache, cache_utils
 from transformers.utils import logging
 
-from .arguments import shown
+from .arguments import ARGUMENTS, read, shown
 from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
 
 logger = logging.get_logger(__name__)
@@ -48,7 +48,8 @@ def resolve_config(
         logger.warning_once("`max_new_tokens` and `max_length` are both set; `max_new_tokens` counts, as elsewhere in transformers.")
     config.update(**kwargs)
     use_max_length = config.max_length is not None and (config.max_new_tokens is None or ("max_length" in kwargs and not both))
-    models = DiffusionGenerationConfig.from_generation_config(model_default).__dict__
+    model_default = read("generation_config", model_default, ARGUMENTS["generation_config"])  # whatever was assigned to the model
+    models = {} if model_default is None else DiffusionGenerationConfig.from_generation_config(model_default).__dict__
     config.update(defaults_only=True, **{name: value for name, value in models.items() if value is not None and name[0] != "_"})
     use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)
     config.update(defaults_only=True, **RELEASED_DEFAULTS)

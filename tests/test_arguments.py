@@ -371,6 +371,16 @@ def test_generation_config_may_be_a_mapping(model):
         model.generate(ids, generation_config={"max_new_token": 7})
 
 
+def test_what_is_assigned_as_the_models_config_is_read_like_an_argument():
+    own, ids = small_model(), prompts(1, 6)[0]
+    for value in (None, {"max_denoising_steps": 1}, GenerationConfig(max_new_tokens=3)):
+        own.generation_config = value
+        assert own.generate(ids, canvas_length=4, max_length=9, seed=0).shape == (1, 9)
+    own.generation_config = 3
+    with pytest.raises(ValueError, match="generation_config"):
+        own.generate(ids)
+
+
 @pytest.mark.parametrize("mask", [0.5, -1, 2, float("nan")])
 def test_mask_of_other_numbers_than_0_and_1_is_refused(model, mask):
     """They were taken as real tokens."""

@@ -99,7 +99,7 @@ def test_modes_with_cuda_graphs_become_the_same_without():
         (CompileConfig(backend="nothing"), "`compile_config.backend` is 'nothing'; expected one of"),
         (CompileConfig(mode="fastest"), "`compile_config.mode` is 'fastest'; expected one of"),
         (CompileConfig(mode="max-autotune", options={"max_autotune": True}), "both the mode 'max-autotune' and options"),
-        ({"backend": "eager"}, "`compile_config`"),
+        ({"back_end": "eager"}, "`compile_config`"),
     ],
 )
 def test_wrong_settings_are_refused(model, config, told):
