@@ -114,7 +114,7 @@ class Written:
     def _asked(criterion: Callable, input_ids: torch.Tensor) -> torch.Tensor:
         """Which rows a criterion ends, bool (b,)."""
         found = criterion(input_ids, None)
-        answer = torch.tensor(found) if isinstance(found, bool) else found
+        answer = torch.tensor(found, dtype=torch.bool, device=input_ids.device) if isinstance(found, bool) else found
         if not isinstance(answer, torch.Tensor) or answer.dtype != torch.bool or tuple(answer.shape) not in ((), (len(input_ids),)):
             raise ValueError(
                 f"`stopping_criteria` holds {shown(criterion)}, which returned {shown(found)}; expected bool of shape ({len(input_ids)},)"

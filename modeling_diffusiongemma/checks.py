@@ -49,7 +49,8 @@ def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Te
             f"on a grid of at most {patches} patches"
         )
     if pooled > 1:
-        soft = int(torch.zeros(images, patches // pooled, device=cells.device).scatter(1, cells, 1).sum())
+        seen = torch.zeros((images, patches // pooled), dtype=torch.int64, device=cells.device)
+        soft = int(seen.scatter(1, cells, 1).sum())
         if input_ids is not None and (found := int((input_ids == config.image_token_id).sum())) != soft:
             raise ValueError(
                 f"`input_ids` holds {found} image tokens (id {config.image_token_id}) and `pixel_values` gives {soft} soft tokens; "

@@ -309,7 +309,7 @@ def test_walk_and_dense_way_agree_under_autocast(dtype, half, rows):
 @pytest.mark.parametrize("half", HALVES)
 def test_autocast_trains_every_weight(half, causal):
     """Autocast keeps the weights it has cast: those of a first pass without gradient must not serve the second."""
-    own = small_model().train()
+    own = small_model(initializer_range=0.05).train()  # in which rounding stays small; larger weights would turn gradients any way
     batch = BlockDiffusionCollator(pad_token_id=PAD)([([5, 6, 7], [8] * 4 + [9] * 9), ([11, 12], [13, 14])])
     grads = []
     for enabled in (False, True):
@@ -321,4 +321,4 @@ def test_autocast_trains_every_weight(half, causal):
         grads.append({name: p.grad.clone() for name, p in own.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and "model.decoder.self_conditioning.up_proj.weight" in grads[0]
     for name, grad in grads[0].items():  # 16 bits turn them, but not away
-        assert float(torch.nn.functional.cosine_similarity(grads[1][name].flatten(), grad.flatten(), dim=0)) > 0.5, name
+        assert float(torch.nn.functional.cosine_similarity(grads[1][name].flatten(), grad.flatten(), dim=0)) > 0.9, name
