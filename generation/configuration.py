@@ -93,8 +93,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         ignore_after_eos (`bool`): do not wait for positions behind an end of sequence the canvas is sure of. Default: True, but
             False with the reference backend.
         noise (`str`): `"uniform"` random tokens (released) or `"mask"`, the token `mask_token_id`.
-        backend (`str`): `"reference"` draws random numbers exactly as transformers does: same seed, same tokens. `"auto"`
-            may choose a faster way to the same distribution.
+        backend (`str`): `"reference"` draws random numbers exactly as transformers does and computes experts as it does, unless an
+            implementation was named: same seed, same tokens. `"auto"` may choose a faster way to the same distribution.
         cache_implementation (`str`): "dynamic" (default), "static", "offloaded" or "offloaded_static" (the keys and values of
             a layer are on the device while it runs, in host memory otherwise; needs CUDA), or "quantized" (full-attention
             layers in FP8, or as `cache_config` says: `generation.inputs.quantized_cache`).

@@ -8,8 +8,9 @@
     soft_embed(logits) -> (B, C, D)
 
 and may offer more: where its head is one tied matrix that can be walked in pieces, `can_walk_head(device) -> bool` and the context
-`vocabulary_head() -> VocabularyHead`; `compiling(compile_config)`, a context in which it runs compiled; and `check_prompt`, with
-arguments of `prefill`, which raises what `prefill` would, before anything is drawn, streamed or cached.
+`vocabulary_head() -> VocabularyHead`; `compiling(compile_config)`, a context in which it runs compiled; `reference_arithmetic()`, one in
+which it rounds as the model does whose tokens `backend="reference"` promises; and `check_prompt`, with arguments of `prefill`, which
+raises what `prefill` would, before anything is drawn, streamed or cached.
 
 The outer loop is autoregressive over canvases: prefill, denoise a canvas, commit it (a causal pass over it), denoise the
 next. The inner loop, one canvas, is `denoise.denoise_canvas`. Nothing here knows how the model works inside.
@@ -206,7 +207,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             return join_rows(rows, plan.pad)
         written = Written(plan, ids, config.stop_strings, tokenizer, criteria, streamer)
         compiles = config.compile_config is not None and not config.disable_compile
-        with self.compiling(config.compile_config) if compiles else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if compiles:
+                stack.enter_context(self.compiling(config.compile_config))
+            if config.backend == "reference" and hasattr(self, "reference_arithmetic"):
+                stack.enter_context(self.reference_arithmetic())
             if config.decoding == "diffusion":
                 cache = self._write_canvases(plan, written, real, cache, draws, decoder_input_ids, prompt)
             else:

@@ -2,8 +2,12 @@
 
 The experts go through transformers' experts interface (`experts_implementation=`): `"eager"` is the loop over experts below, the
 reference; `"grouped_mm"` and `"batched_mm"` are transformers'; `"dense_mm"`, registered here, computes every expert for every
-token as two plain matrix products. Where the caller chooses none, `choose_experts` does.
+token as two plain matrix products. Where the caller chooses none, `choose_experts` does, or whoever called `experts_by`.
 """
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -20,6 +24,8 @@ EAGER_LIMIT = 16
 
 # transformers' functions, and those of this very file under their names: another version of it may be in the process, as remote code.
 EXPERTS_FUNCTIONS = ExpertsInterface()
+
+_asked: ContextVar[str | None] = ContextVar("_asked", default=None)  # what `experts_by` says in this thread
 
 
 class Router(nn.Module):
@@ -92,7 +98,7 @@ def choose_experts(experts: nn.Module) -> str:
     tokens, or a row's rounding would depend on its neighbours in the batch.
 
     `"grouped_mm"`; on a CPU `"dense_mm"` for few small experts in bfloat16, and else `"eager"` for few experts: in float32 a tenth faster
-    than `"grouped_mm"` at a canvas's 256 tokens, a fifth at 2,048, and the same bits, so that equal seeds give transformers' tokens.
+    than `"grouped_mm"` at a canvas's 256 tokens, a fifth at 2,048, and the same but for rounding, which is the CPU's.
     """
     weight = experts.gate_up_proj
     if weight.device.type != "cpu":
@@ -102,11 +108,20 @@ def choose_experts(experts: nn.Module) -> str:
     return "eager" if len(weight) <= EAGER_LIMIT else "grouped_mm"
 
 
+@contextlib.contextmanager
+def experts_by(way: str) -> Iterator[None]:
+    """For the length of the block, and in this thread alone, `way` stands for what `choose_experts` names."""
+    token = _asked.set(way)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
 def chosen_experts(self: Experts, *args: torch.Tensor) -> torch.Tensor:
-    """`Experts.forward` by the implementation that `choose_experts` names; while it is compiled, by one that makes a single graph."""
-    way = choose_experts(self)
-    if way == "eager" and torch.compiler.is_compiling():
-        way = "grouped_mm"
+    """`Experts.forward` by the implementation that `experts_by` or else `choose_experts` names; compiled, by the one that is a single
+    graph whatever the tokens are."""
+    way = "grouped_mm" if torch.compiler.is_compiling() else _asked.get() or choose_experts(self)
     return EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)
 
 
@@ -115,4 +130,4 @@ for _name, _function in {"dense_mm": dense_experts, "auto": chosen_experts}.item
     ALL_EXPERTS_FUNCTIONS.register(_name, _function)  # transformers takes the name of a registered function alone
 
 
-__all__ = ["Experts", "Router", "choose_experts", "dense_experts", "eager_experts"]
+__all__ = ["Experts", "Router", "choose_experts", "dense_experts", "eager_experts", "experts_by"]

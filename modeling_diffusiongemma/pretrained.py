@@ -1,12 +1,14 @@
 """The base class of every model class here: what transformers asks about initialisation, placement and implementations."""
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration import DiffusionGemmaConfig
-from .experts import Experts, Router
+from .experts import Experts, Router, experts_by
 from .loading import LoadingMixin
 
 
@@ -60,6 +62,11 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
                 "`tie_word_embeddings` is False in its config; expected one stack, which both passes share"
             )
         super()._adjust_missing_and_unexpected_keys(loading_info)
+
+    def reference_arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which experts are computed as transformers' own model computes them, and so rounded alike on every machine,
+        where nothing is requested. Other threads that use the model meanwhile do not notice."""
+        return experts_by(super().get_correct_experts_implementation(None))
 
     # One method under its two names in transformers 5 (the second is the newer).
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:

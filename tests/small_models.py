@@ -3,8 +3,6 @@
 Odd sizes on purpose (a vocabulary of 100, a canvas of 10, a window of 8), so that no two dimensions agree by accident.
 """
 
-import copy
-
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
@@ -42,7 +40,8 @@ def small_pair(seed: int = 0, **text) -> tuple[DiffusionGemmaForBlockDiffusion, 
     ours = small_model(seed, **text)
     for buffer in (b for name, b in ours.named_buffers() if name.endswith("layer_scalar")):
         buffer.uniform_(0.7, 1.3)
-    oracle = DiffusionGemmaForBlockDiffusion(copy.deepcopy(ours.config)).eval()
+    # Not a copy of the config, which would say how ours computes experts: the oracle chooses for itself.
+    oracle = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(ours.config.to_dict())).eval()
     weights = ours.state_dict()
     missing = oracle.load_state_dict(weights, strict=False)
     if missing.unexpected_keys:

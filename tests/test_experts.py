@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tiny import CANVAS, close, pair, same_weights, tokens
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.experts import DENSE_LIMIT, Experts, choose_experts, dense_experts
+from modeling_diffusiongemma.experts import DENSE_LIMIT, Experts, choose_experts, dense_experts, experts_by
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +43,7 @@ def routed(module, count=21):
     ids=str,
 )  # fmt: skip
 def test_the_choice_follows_dtype_and_size(dtype, text, expected):
-    """And is what then runs, to the last bit. In float32 "eager" gives the bits of "grouped_mm", which is transformers' own."""
+    """And is what then runs, to the last bit."""
     module = experts(dtype, **text)
     assert choose_experts(module) == expected
     found = {}
@@ -51,7 +52,6 @@ def test_the_choice_follows_dtype_and_size(dtype, text, expected):
         found[way] = module(*routed(module))
         torch.testing.assert_close(found[way].float(), found["auto"].float(), atol=0.05, rtol=0.02)  # 8 bits of mantissa in bfloat16
     assert torch.equal(found["auto"], found[expected]) and not torch.equal(found["dense_mm"], found["eager"])
-    assert torch.equal(found["eager"], found["grouped_mm"]) or dtype != torch.float32
 
 
 def test_limits_are_where_they_were_measured():
@@ -108,15 +108,34 @@ def test_a_choice_of_the_callers_wins(oracle_checkpoint):
 
 
 @torch.no_grad()
-def test_the_default_keeps_transformers_tokens_and_is_not_saved(tmp_path):
-    """In float32 the default gives the bits of transformers' own way, so equal seeds go on giving equal tokens."""
+def test_reference_arithmetic_gives_transformers_bits(tmp_path):
+    """On every CPU: experts are then computed as transformers' own model computes them by default, but not where a way was named."""
     oracle, model = pair()
     inputs = {"input_ids": tokens(2, 9), "decoder_input_ids": tokens(2, CANVAS, 1)}
-    explicit = same_weights(oracle, experts="grouped_mm")
+    expected = oracle(attention_mask=torch.ones(2, 9), **inputs).logits
     assert model.config.text_config._experts_implementation == "auto"
-    close(model(**inputs).logits, explicit(**inputs).logits, 0)
+    close(model(**inputs).logits, expected)
+    named = same_weights(oracle, experts="dense_mm")
+    with model.reference_arithmetic():
+        close(model(**inputs).logits, expected, 0)
+        assert not torch.equal(named(**inputs).logits, expected)
     model.save_pretrained(tmp_path)
     assert "experts_implementation" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_way_asked_for_holds_in_its_own_thread_and_block_alone():
+    """Two calls of `generate` on one model at a time: neither changes how the other one rounds."""
+    module = experts(torch.bfloat16)
+    inputs, found = routed(module), {}
+    for way in ("grouped_mm", "dense_mm", "auto"):
+        module.config._experts_implementation = way
+        found[way] = module(*inputs)
+    assert torch.equal(found["auto"], found["dense_mm"]) and not torch.equal(found["auto"], found["grouped_mm"])
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="stopped"), experts_by("grouped_mm"):
+        assert torch.equal(pool.submit(module, *inputs).result(), found["dense_mm"])
+        assert torch.equal(module(*inputs), found["grouped_mm"])
+        raise RuntimeError("stopped")
+    assert torch.equal(module(*inputs), found["dense_mm"])
 
 
 def test_the_benchmark_prints_a_table():
