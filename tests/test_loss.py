@@ -140,7 +140,10 @@ def test_tuple_output_begins_with_the_loss(model):
 @torch.no_grad()
 @pytest.mark.parametrize("starts", [[5, 9], [12, 22], [1, 20]])
 def test_canvas_sees_nothing_clean_from_itself_on(model, starts):
-    """`>=` for `>` in the mask is silent, total leakage: a clean token at or behind the canvas's start must change nothing."""
+    """`>=` for `>` in the mask is silent, total leakage: a clean token at or behind the canvas's start must change nothing.
+
+    1e-5: such a token goes through experts together with others', and on some CPUs a product's last bit depends on its row.
+    """
     length, starts = 25, torch.tensor(starts)
     ids = torch.randint(5, 90, (2, length), generator=torch.Generator().manual_seed(0))
     canvas = torch.randint(VOCAB, (2, CANVAS), generator=torch.Generator().manual_seed(1))
@@ -158,7 +161,7 @@ def test_canvas_sees_nothing_clean_from_itself_on(model, starts):
         moved = (logits(changed) - expected).abs().amax(dim=(1, 2))
         for row, start in enumerate(starts.tolist()):
             if place >= start:
-                assert moved[row] == 0, f"row {row}: the clean token {place} shows in the canvas that starts at {start}"
+                assert moved[row] < 1e-5, f"row {row}: the clean token {place} shows in the canvas that starts at {start}"
             else:
                 assert moved[row] > 1e-4, f"row {row}: the token {place} before the canvas at {start} is not seen"
 

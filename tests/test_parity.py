@@ -12,6 +12,7 @@ from tiny import CANVAS, LAYERS, alone, caches, close, ours, pad_rows, pair, row
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
 from modeling_diffusiongemma.layers import RotaryPositions
 
 LENGTHS = (3, 7, 8, 9, 21)  # shorter than, equal to and longer than the window of 8
@@ -52,6 +53,7 @@ def test_forward_equals_the_oracle(length, batch_size, attention):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex_attention on a CPU is compiled: needs a C++ compiler")
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="flex_attention on a CPU needs AVX2")
 @pytest.mark.slow
 def test_flex_attention_equals_eager():
     """One case, since it is compiled: a left-padded batch longer than the window."""
@@ -78,13 +80,16 @@ def test_padded_rows_equal_the_rows_alone(lengths, side, attention):
 
 
 def test_tokens_behind_padding_do_not_matter():
-    """A padding position's id, -100 or a real word, must never reach a real one; NaN through a fully masked row neither."""
+    """A padding position's id, -100 or a real word, must never reach a real one; NaN through a fully masked row neither.
+
+    1e-5: padding goes through the experts, too, and on some CPUs a product's last bit depends on its row.
+    """
     for side in ("left", "right"):
         ids, mask = pad_rows(rows_of(LONG_ROWS), side)
         canvas = tokens(3, CANVAS, 1)
         first = ours()(ids, mask, decoder_input_ids=canvas)
         second = ours()(torch.where(mask.bool(), ids, 55), mask, decoder_input_ids=canvas)
-        close(first.logits, second.logits, 0)
+        close(first.logits, second.logits, 1e-5)
         assert first.encoder_last_hidden_state.isfinite().all()
 
 
@@ -356,19 +361,52 @@ def test_tuples_hold_what_the_output_holds():
         close(unnamed[0], named[0])
 
 
+HALF_INPUTS = {"input_ids": tokens(3, 21), "decoder_input_ids": tokens(3, CANVAS, 1), "attention_mask": torch.ones(3, 21)}
+
+
+@pytest.fixture(scope="module", params=[(torch.bfloat16, 0.35), (torch.float16, 0.05)], ids=("bfloat16", "float16"))
+def half(request, tmp_path_factory):
+    """For seven random models: ours in half precision, transformers' logits in float32 and in half precision; and a tolerance.
+
+    Loaded, since `.to(dtype)` rounds the oracle's rotary frequencies. Seven, since in one model which expert a token rounds to is luck:
+    its error is anywhere from a half to four times that of another way to round.
+    """
+    dtype, tolerance = request.param
+    models = []
+    for seed in range(7):
+        folder = tmp_path_factory.mktemp("half")
+        oracle = tiny.build_oracle(seed=seed)
+        oracle.save_pretrained(folder)
+        rounded = type(oracle).from_pretrained(folder, dtype=dtype)(**HALF_INPUTS).logits
+        models.append((DiffusionGemmaForMaskedBlockLM.from_pretrained(folder, dtype=dtype), oracle(**HALF_INPUTS).logits, rounded))
+    return models, tolerance
+
+
 @pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.35), (torch.float16, 0.05)])
-def test_half_precision_stays_close_to_float32(dtype, tolerance, experts):
+def test_half_precision_stays_close_to_float32(half, experts):
     """Tolerance on the mean error of logits whose deviation is 1.9: 8 and 11 bits through four layers, and at bfloat16 now
     and then another expert. transformers' model in the same dtype must not be the better one by more than a quarter."""
-    oracle, model = tiny.build_oracle(), same_weights(pair()[0], experts=experts)
-    inputs = {"input_ids": tokens(3, 21), "decoder_input_ids": tokens(3, CANVAS, 1), "attention_mask": torch.ones(3, 21)}
-    expected = model(**inputs).logits
-    got, theirs = model.to(dtype)(**inputs), oracle.to(dtype)(**inputs)
-    assert got.logits.dtype == torch.float32 and got.encoder_last_hidden_state.dtype == dtype
-    error = (got.logits - expected).abs().mean()
-    assert error < tolerance
-    assert error < 1.25 * (theirs.logits - expected).abs().mean()
+    models, tolerance = half
+    errors, ratios = [], []
+    for model, expected, rounded in models:
+        model.set_experts_implementation(experts)
+        got = model(**HALF_INPUTS)
+        assert got.logits.dtype == torch.float32 and got.encoder_last_hidden_state.dtype == model.dtype
+        errors.append((got.logits - expected).abs().mean())
+        ratios.append(errors[-1] / (rounded - expected).abs().mean())
+    assert torch.tensor(errors).median() < tolerance
+    assert torch.tensor(ratios).median() < 1.25
+
+
+def test_half_precision_rounds_where_transformers_rounds(half):
+    """A norm or a router's softmax in half precision is as far from transformers' logits as these are from float32."""
+    shares = []
+    for model, expected, rounded in half[0]:
+        model.set_experts_implementation("auto")
+        with model.reference_arithmetic():
+            got = model(**HALF_INPUTS).logits
+        shares.append((got - rounded).abs().mean() / (rounded - expected).abs().mean())
+    assert torch.tensor(shares).median() < 0.1  # 0 on every CPU seen
 
 
 @pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])

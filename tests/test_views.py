@@ -177,7 +177,8 @@ def test_gradients_through_a_view():
 
 
 def test_a_view_is_compiled_in_one_graph():
-    """No graph break in a step: `fullgraph=True` raises at the first, reading a number back included."""
+    """No graph break in a step: `fullgraph=True` raises at the first, reading a number back included. The experts are computed in
+    another way there, hence `TOLERANCE`."""
     model = tiny.same_weights(tiny.pair()[0])
     cache = caches(model)["static"]
     model.prefill(tokens(2, 13), past_key_values=cache)
@@ -185,7 +186,7 @@ def test_a_view_is_compiled_in_one_graph():
     step = torch.compile(model.denoise, backend="eager", fullgraph=True)
     for seed in range(2):
         got = step(tokens(2, CANVAS, seed), soft_embeds=soft(), view=view).last_hidden_state
-        close(got, model.denoise(tokens(2, CANVAS, seed), soft_embeds=soft(), view=view).last_hidden_state, 1e-6)
+        close(got, model.denoise(tokens(2, CANVAS, seed), soft_embeds=soft(), view=view).last_hidden_state)
 
 
 def test_denoise_refuses_a_view_that_does_not_fit():

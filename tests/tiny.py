@@ -54,8 +54,8 @@ def shake(model, seed=1):
     return model
 
 
-def build_oracle(attention="sdpa", **text):
-    torch.manual_seed(0)
+def build_oracle(attention="sdpa", seed=0, **text):
+    torch.manual_seed(seed)
     model = shake(DiffusionGemmaForBlockDiffusion(tiny_config(**text)).eval())
     model.set_attn_implementation(attention)
     return model
