@@ -99,11 +99,13 @@ def test_evaluation_snippet_runs():
 
 def test_server_snippet_answers(tmp_path):
     needs("Server")
-    command = shell("Server").split("#")[0].split()
-    port = int(command[command.index("--port") + 1])
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            pytest.skip(f"port {port} is taken")
+    with socket.socket() as probe:  # a free port for the README's
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command, client = shell("Server").split("#")[0].split(), python("Server")
+    written = command[command.index("--port") + 1]
+    assert f":{written}/v1" in client
+    command[command.index("--port") + 1], client = str(port), client.replace(f":{written}/", f":{port}/")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([sys.executable, *command[1:]], cwd=tmp_path, env=environment, stdout=log, stderr=log)
@@ -114,7 +116,7 @@ def test_server_snippet_answers(tmp_path):
                     break
             assert server.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.5)
-        done = run(tmp_path, sys.executable, "-c", f"{FIRST}\n{python('Server')}")
+        done = run(tmp_path, sys.executable, "-c", f"{FIRST}\n{client}")
         assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
         assert done.stdout.count("1998-03-03") == 2
     finally:
