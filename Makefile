@@ -4,11 +4,14 @@ RUFF := 0.17.6
 # Without PYTHON=..., the first of these that is 3.11 or newer.
 PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11)
 
+# A worker of pytest for each core; a module's tests stay together where they can, since they share what is slow to make.
+PYTEST := -m pytest -q -n auto --dist worksteal
+
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-lowest test-gpu bench train-text train-sudoku lint clean
+.PHONY: help venv demo test test-lowest test-newest test-cpus test-gpu bench train-text train-sudoku lint clean always
 
 help:  ## list the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=/path/to/python]'
@@ -21,11 +24,19 @@ demo: .venv/.installed  ## run a shipped checkpoint: examples/demo.py
 
 test: .venv/.tested  ## run the tests; one file: ARGS=tests/test_house.py
 	@echo 'running pytest'
-	@.venv/bin/python -m pytest -q $(ARGS)
+	@.venv/bin/python $(PYTEST) $(ARGS)
 
 test-lowest: .venv-lowest/.tested  ## run the tests with the oldest supported transformers, in .venv-lowest
 	@echo 'running pytest with the oldest supported transformers'
-	@.venv-lowest/bin/python -m pytest -q $(ARGS)
+	@.venv-lowest/bin/python $(PYTEST) $(ARGS)
+
+test-newest: .venv-newest/.installed  ## run the tests with the newest of everything, upgraded now, in .venv-newest
+	@.venv-newest/bin/python -m pip list 2>/dev/null | grep -E '^(torch|transformers|accelerate|peft|diffusers) '
+	@echo 'running pytest with the newest versions'
+	@.venv-newest/bin/python $(PYTEST) $(ARGS)
+
+test-cpus: .venv/.tested  ## run the tests as other CPUs round: tests/other_cpus.py
+	@.venv/bin/python tests/other_cpus.py $(ARGS)
 
 test-gpu: .venv/.tested  ## run the tests that need a GPU
 	@echo 'running pytest -m gpu'
@@ -46,8 +57,8 @@ lint: .venv/.installed  ## check style and formatting with ruff
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
 
-clean:  ## remove both environments, caches and build leftovers; keeps runs/
-	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache build dist *.egg-info
+clean:  ## remove the environments, caches and build leftovers; keeps runs/
+	rm -rf .venv .venv-lowest .venv-newest .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: requirements.txt setup.py
@@ -55,6 +66,15 @@ clean:  ## remove both environments, caches and build leftovers; keeps runs/
 
 .venv-lowest/.installed: requirements-lowest.txt setup.py
 	$(install)
+
+# The names of both files without their versions; built anew and upgraded at every call.
+.venv-newest/.installed: UPGRADE := --upgrade --upgrade-strategy eager
+.venv-newest/.installed: build/requirements-newest.txt setup.py always
+	$(install)
+
+build/requirements-newest.txt: requirements.txt requirements-test.txt
+	@mkdir -p $(@D)
+	@sed -e '/^#/d' -e 's/==[^; ]*//' $^ > $@
 
 %/.tested: %/.installed requirements-test.txt
 	@echo 'installing what the tests need into $(@D)'
@@ -87,8 +107,8 @@ else \
 fi; \
 touch $(@D)/.installing; \
 $(@D)/bin/python -m pip install -q --upgrade pip; \
-echo '[2/3] installing pinned dependencies (torch is about 200 MB as a CPU build, more with CUDA; a few minutes)'; \
-$(@D)/bin/python -m pip install -r $<; \
+echo '[2/3] installing dependencies (torch is about 200 MB as a CPU build, more with CUDA; a few minutes)'; \
+$(@D)/bin/python -m pip install $(UPGRADE) -r $<; \
 echo '[3/3] installing this package in editable mode'; \
 PYTHONWARNINGS=ignore $(@D)/bin/python -m pip install -q --no-deps -e .; \
 rm -f $(@D)/.installing; \

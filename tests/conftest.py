@@ -1,8 +1,11 @@
 """What all tests share."""
 
+import getpass
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: as many tests run at once as there are cores
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -10,10 +13,21 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined: Triton's interpreter then runs it on the CPU
 
+# torch's cache of compiled code does not know that ATEN_CPU_CAPABILITY hides instructions: each CPU, real or pretended, has its own.
+cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+
 import tiny  # noqa: E402
 
 # How many threads share a sum changes its last bit, and a random model denoising a canvas makes ten times more of it each step.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """What `-n auto` means: a worker for each core that this process may use, and at most 8, which take 2 GB each."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(usable, int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", 8)))
 
 
 @pytest.fixture
