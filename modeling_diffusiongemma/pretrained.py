@@ -64,7 +64,7 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
         super()._adjust_missing_and_unexpected_keys(loading_info)
 
     def reference_arithmetic(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which experts are computed as transformers' own model computes them, and so rounded alike on every machine,
+        """A context in which experts are computed, and rounded, as transformers' own model does it by default on this machine,
         where nothing is requested. Other threads that use the model meanwhile do not notice."""
         return experts_by(super().get_correct_experts_implementation(None))
 
