@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .running import MASKED
+from .running import MASKED, counts_rows
 
 BINS = 4096  # of a histogram of logits; two of them, one inside a bin of the other, tell logits apart that differ by span / BINS^2
 MOST_TOP_K = 1024  # so many logits a position are kept while the pieces pass; a greater top_k takes the dense way
@@ -57,6 +57,11 @@ class Filters:
         by_row = self.allowed is not None and self.allowed.dim() == 2
         allowed = self.allowed[rows] if by_row else self.allowed
         return replace(self, allowed=allowed, allowed_ids=None if self.allowed_ids is None else self.allowed_ids[rows])
+
+    def narrow(self) -> bool:
+        """Whether an id of any position may be left out."""
+        given = self.allowed is not None or self.allowed_ids is not None or (self.hidden is not None and self.hidden_before > 0)
+        return given or self.need_threshold()
 
     def need_threshold(self) -> bool:
         """Whether passes over the pieces must come before the one that uses the filters."""
@@ -153,7 +158,7 @@ def _nucleus(threshold: Threshold, top_p: float, walk: Callable[[], Iterable[tor
                 _pile(mass, depth // BINS, torch.where(counted, torch.exp(logits - threshold.top[:, None]), 0.0))
                 continue
             counted &= depth // BINS == coarse
-            if counted.device.type == "cpu":  # few are left: only they are looked at
+            if counts_rows(counted.device):  # few are left: only they are looked at
                 rows, columns = counted.nonzero(as_tuple=True)
                 place, logits, top = (
                     (rows * BINS + depth[rows, columns] % BINS)[None],

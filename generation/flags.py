@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .proofs import FastPath, needs_cuda
+
 
 class StepFlags(NamedTuple):
     """On the host, bool `(b,)` each, of the b rows computed."""
@@ -30,14 +32,7 @@ class FlagReader:
         if not self.late:
             return StepFlags(*flags.cpu())
         known = self.last()
-        if flags.is_cuda:
-            host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-            host.copy_(flags, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        else:
-            host, event = flags.clone(), None
-        self._pending = host, event
+        self._pending = send(flags)
         return known
 
     def last(self) -> StepFlags | None:
@@ -55,4 +50,32 @@ class FlagReader:
         self._rows = rows
 
 
-__all__ = ["FlagReader", "StepFlags"]
+def send(flags: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Flags on their way to the host, and the event after which they are there; None: they are."""
+    if not flags.is_cuda:
+        return flags.clone(), None
+    host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
+    host.copy_(flags, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(flags.device))  # an event's own default is the stream of the current device
+    return host, event
+
+
+def _prove_late_flags(device: torch.device):
+    """Behind work that lasts longer than the host takes to look: what is read too early is not what was sent."""
+    work = torch.ones(1024, 1024, dtype=torch.float32, device=device)
+    finished, got, expected = torch.zeros(3, dtype=torch.bool, device=device), [], []
+    reader = FlagReader(late=True)
+    for step in range(4):
+        for _ in range(8):
+            work = (work @ work).clamp_(max=1.0)
+        finished = finished | (torch.arange(3, device=device) * work[0, 0] < step)
+        got.append(reader.push(finished, ~finished))
+        expected.append((torch.arange(3) < step, torch.arange(3) >= step))
+    return (*got[1:], reader.last()), tuple(StepFlags(*flags) for flags in expected)
+
+
+LATE_FLAGS = FastPath("late flags", "the host waits for each denoising step before it starts the next", needs_cuda, _prove_late_flags)
+
+
+__all__ = ["LATE_FLAGS", "FlagReader", "StepFlags", "send"]

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .capture import RECORDED_STEP
 from .configuration import DiffusionGenerationConfig
+from .flags import LATE_FLAGS
 from .noise import MaskNoise, Noise, UniformNoise
 from .processors import Shaping, build_shaping
+from .proofs import works
 from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Sampler
 from .schedule import TemperatureSchedule
 from .stopping import StableAndConfident
@@ -79,13 +82,13 @@ class Plan:
 
 
 def reads_late(device: torch.device) -> bool:
-    """Whether waiting for the device's flags would leave it without work."""
-    return device.type == "cuda"
+    """Whether waiting for the device's flags would leave it without work, and need not be."""
+    return device.type == "cuda" and works(LATE_FLAGS, device)
 
 
 def records(device: torch.device) -> bool:
     """Whether launching a step costs the host more than replaying it."""
-    return device.type == "cuda"
+    return device.type == "cuda" and works(RECORDED_STEP, device)
 
 
 def make_plan(

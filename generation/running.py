@@ -3,10 +3,10 @@
 Running sums as in online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). The sample is a reservoir over parts: a part's
 candidate replaces the one before with the probability of its share of the mass so far, and only then is it drawn.
 
-`absorb` is the reference of `absorb_triton`, which does the same in one launch: two sweeps over a piece's logits, which the second
-finds in the L2 cache, instead of some twenty operations. Both products with the weights stay with the matrix library: at 256
-positions they are bound by its rate of multiplication, not by memory, and reading the weights twice is what the soft embedding needs
-anyway, since its factors are known only when a piece's logits are.
+`absorb` is the reference of `absorb_triton`, which does the same in one launch, where `KERNEL` proves it: two sweeps over a piece's
+logits, which the second finds in the L2 cache, instead of some twenty operations. Both products with the weights stay with the matrix
+library: at 256 positions they are bound by its rate of multiplication, not by memory, and reading the weights twice is what the soft
+embedding needs anyway, since its factors are known only when a piece's logits are.
 
 Knows nothing of weights: it is handed a piece's logits. N: positions, W: ids of a piece.
 """
@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers.utils import logging
+
+from .proofs import FastPath, numbers, works
 
 try:
     import triton
@@ -23,12 +24,11 @@ try:
 except ImportError:
     triton = None
 
-logger = logging.get_logger(__name__)
-
 MASKED = -1e30  # the logit of an id that cannot be: exp gives 0 beside any real logit, and 0 * MASKED is 0, where -inf gives NaN
 TINY = torch.finfo(torch.float32).tiny  # of what is above 0 also where denormal numbers are flushed
 TILE = 2048  # ids of a part in the kernel
 WARPS = 8
+OPTIONS = ("filtered", "greedy", "with current", "ragged")  # each has its own binary; ragged: a vocabulary that is no multiple of 16
 
 
 class Running(NamedTuple):
@@ -162,10 +162,14 @@ def absorb(
     return running, exponentials if same else room.products.copy_(exponentials), shrink
 
 
+def counts_rows(device: torch.device) -> bool:
+    """Whether few rows are looked up and computed alone; elsewhere all are, since to count some is to wait for the device."""
+    return device.type == "cpu"
+
+
 def _update(values: torch.Tensor, chosen: torch.Tensor, compute: Callable[[torch.Tensor | slice], torch.Tensor]) -> torch.Tensor:
-    """`values` (N,), and `compute(rows)` where `chosen`. On the CPU only those rows are computed; elsewhere all are, since to count them is
-    to wait for the device."""
-    if values.device.type != "cpu":
+    """`values` (N,), and `compute(rows)` where `chosen`."""
+    if not counts_rows(values.device):
         return torch.where(chosen, compute(slice(None)), values)
     rows = chosen.nonzero().flatten()
     if len(rows) == len(values):  # as at the first piece
@@ -198,7 +202,7 @@ if triton is not None:
             valid = valid & (tl.load(kept + offsets, mask=valid, other=0) != 0)
         return tl.where(valid, logits, masked)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["start", "parts"])  # numbers that change from piece to piece; one binary for all of them
     def _absorb_kernel(
         products, exponentials, kept, kept_stride, chance, temperature, softcap, start, width, parts,
         top_at, mass_at, spread_at, argmax_at, sample_at, current_at, own_at, other_top_at, other_mass_at, other_at, shrink_at,
@@ -222,6 +226,7 @@ if triton is not None:
         for first in range(0, width, tile):
             offsets = first + lanes
             logits = _logits(products, kept, offsets, offsets < width, softcap, temperature, masked, filtered)
+            logits = tl.where(logits == logits, logits, masked)  # NaN has no place in an order; the sums below keep and report it
             best = tl.max(logits, axis=0)
             argmax = tl.where(best > top, start + first + tl.argmax(logits, axis=0), argmax)
             top = tl.maximum(top, best)
@@ -304,18 +309,82 @@ def absorb_triton(
     return running, exponentials, shrink
 
 
-def choose_absorb(device: torch.device, dtype: torch.dtype):
-    """`absorb_triton` on CUDA where Triton is installed and takes the dtype, else `absorb`; the reason is told once."""
-    if device.type != "cuda":
-        return absorb
-    why = None
+def _prove_kernel(device: torch.device, dtype: torch.dtype, *chosen: str):
+    """Three positions and one with a NaN, over a piece of two tiles and one that the last tile does not fill. The reference goes tile by
+    tile, so that both draw from the same parts. Nobody's highest logit is as high as another's, in bfloat16 either."""
+    filtered, greedy, with_current, ragged = (option in chosen for option in OPTIONS)
+    count, widths = 4, (2 * TILE, TILE + (13 if ragged else 16))
+    products = numbers(count, sum(widths))
+    for rank, height in enumerate((6.0, 5.5)):
+        places = torch.tensor([5 + rank, TILE + rank, 2 * TILE + 9 + rank])
+        products[range(3), places] = height
+    current = torch.tensor([5, 7, 2 * TILE + 12, 0])
+    kept = numbers(*products.shape, uniform=True) < 0.9
+    kept[0, :TILE], kept[1, TILE : TILE + 2] = False, True
+    chance = numbers(count, 4, 4 if with_current else 2, uniform=True)
+    products[3, 1] = float("nan")
+    columns = 2 + numbers(sum(widths), 1, uniform=True)
+    products, current, kept, chance, columns = (tensor.to(device) for tensor in (products, current, kept, chance, columns))
+
+    def walk(absorb: Callable, widths: tuple[int, ...], for_kernel: bool):
+        running = start_running(count, device, current if with_current else None)
+        start, part, mean = 0, 0, columns.new_zeros(count, 1)
+        for width in widths:
+            room = make_room(count, width, dtype, device, for_kernel)
+            room.products.copy_(products[:, start : start + width])
+            parts, ids = slice(part, part - (-width // TILE)), slice(start, start + width)
+            running, exponentials, shrink = absorb(
+                running, room, start, Shape(30.0, 0.7), kept[:, ids] if filtered else None, None if greedy else chance[:, parts]
+            )
+            mean = mean * shrink[:, None] + exponentials.float() @ columns[ids]
+            start, part = ids.stop, parts.stop
+        bad = running.mass.isnan() | (running.top <= MASKED / 2)
+        return bad, (mean / running.mass[:, None])[:3], Running(*(None if value is None else value[:3] for value in running))
+
+    tiles = tuple(min(TILE, width - first) for width in widths for first in range(0, width, TILE))
+    return walk(absorb_triton, widths, True), walk(absorb, tiles, False)
+
+
+def _no_kernel(device: torch.device, dtype: torch.dtype, *chosen: str) -> str | None:
     if triton is None:
-        why = "the package `triton` is not installed"
-    elif dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        why = f"its kernel takes float32, bfloat16 and float16, not {dtype}"
-    if why is not None:
-        logger.warning_once(f"The pass over the vocabulary runs in plain PyTorch, which is slower: {why}.")
-    return absorb if why is not None else absorb_triton
+        return "the package `triton` is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
+        return f"it is for CUDA, and the device is {device.type!r}"
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return None if dtype in known else f"it takes float32, bfloat16 and float16, not {dtype}"
 
 
-__all__ = ["MASKED", "TILE", "Room", "Running", "Shape", "absorb", "absorb_triton", "choose_absorb", "make_room", "start_running"]
+# 2^-8: a last bit of bfloat16, which Triton's interpreter cuts off where a GPU rounds.
+KERNEL = FastPath(
+    "vocabulary kernel", "the pass over the vocabulary runs in plain PyTorch, which is slower", _no_kernel, _prove_kernel, 2**-8,
+    cases=tuple((dtype, *chosen) for dtype in (torch.bfloat16, torch.float32)
+                for chosen in ((), ("greedy",), ("filtered", "with current"))),
+)  # fmt: skip
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether one launch instead of many is worth a kernel."""
+    return device.type == "cuda"
+
+
+def choose_absorb(device: torch.device, dtype: torch.dtype, *given: bool) -> Callable:
+    """`absorb_triton` where it is worth it and proven, else `absorb`. Args: `given`: which of `OPTIONS` are."""
+    chosen = (option for option, use in zip(OPTIONS, given, strict=True) if use)
+    return absorb_triton if has_kernels(device) and works(KERNEL, device, dtype, *chosen) else absorb
+
+
+__all__ = [
+    "KERNEL",
+    "MASKED",
+    "TILE",
+    "Room",
+    "Running",
+    "Shape",
+    "absorb",
+    "absorb_triton",
+    "choose_absorb",
+    "counts_rows",
+    "has_kernels",
+    "make_room",
+    "start_running",
+]

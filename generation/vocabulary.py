@@ -67,7 +67,8 @@ def streamed_statistics(
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if casts and head.weight.dtype != torch.float64:  # which autocast leaves alone
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    absorb, group = choose_absorb(hidden.device, hidden.dtype), batch_size
+    filtered, group = filters is not None and filters.narrow(), batch_size
+    absorb = choose_absorb(hidden.device, hidden.dtype, filtered, greedy, current is not None, len(head.weight) % 16 != 0)
     if absorb is absorb_triton:
         piece = max(NUMBERS // (batch_size * length) // TILE, 1) * TILE if piece is None else piece
         if piece % TILE:

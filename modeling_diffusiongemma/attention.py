@@ -11,6 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DiffusionGemmaTextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from generation.proofs import FastPath, numbers, works
+
 from .caches import LayerCache, join
 from .layers import RMSNorm, rotate
 
@@ -35,7 +37,9 @@ def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scal
 def kernel_takes_groups(key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
     """Whether torch's fused kernel lets several query heads share a key head without repeating it: the CPU's always does, CUDA's
     flash kernel without a mask and up to this head_dim. Elsewhere torch would write the scores out."""
-    return key.device.type == "cpu" or (attention_mask is None and key.shape[-1] <= 256)
+    if key.device.type in ("cpu", "meta"):
+        return True
+    return attention_mask is None and key.shape[-1] <= 256 and shares_keys(key.device, key.dtype, key.shape[-1])
 
 
 def sdpa_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, is_causal=False, **kwargs):
@@ -60,6 +64,31 @@ def sdpa_attention(module, query, key, value, attention_mask, dropout=0.0, scali
         grouped = query.reshape(batch_size, key.shape[1], groups, queries, head_dim).unbind(dim=2)
         output = torch.stack([scaled_dot_product_attention(part, key, value, attention_mask, **options) for part in grouped], dim=2)
     return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), None
+
+
+def _prove_shared_keys(device: torch.device, dtype: torch.dtype, head_dim: int):
+    """Four query heads on two key heads; a canvas, which sees more keys than it has queries, and a prompt, causally."""
+    got, expected = [], []
+    for queries, keys, is_causal in ((5, 9, False), (9, 9, True)):
+        shapes = ((1, 4, queries, head_dim), (1, 2, keys, head_dim), (1, 2, keys, head_dim))
+        query, key, value = ((numbers(*shape, seed=place) / head_dim**0.25).to(device, dtype) for place, shape in enumerate(shapes))
+        got.append(scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=1.0, is_causal=is_causal).transpose(1, 2))
+        unseen = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+        mask = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(unseen, -float("inf")) if is_causal else None
+        expected.append(eager_attention(nn.Identity(), query, key, value, mask)[0])
+    return got, expected
+
+
+# 3 %: half precision, and TF32 where it is on.
+SHARED_KEYS = FastPath(
+    "attention with shared keys", "query heads that share a key head are laid one behind another", lambda device, *case: None,
+    _prove_shared_keys, 0.03, cases=((torch.bfloat16, 256), (torch.float32, 64)),
+)  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def shares_keys(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return works(SHARED_KEYS, device, dtype, head_dim)
 
 
 class Attention(nn.Module):
@@ -117,4 +146,4 @@ class Attention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), new, weights
 
 
-__all__ = ["Attention", "eager_attention", "kernel_takes_groups", "sdpa_attention"]
+__all__ = ["SHARED_KEYS", "Attention", "eager_attention", "kernel_takes_groups", "sdpa_attention"]

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, DiffusionGemmaTextConfig, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from generation.proofs import FastPath, needs_cuda, numbers, works
 
 
 class LayerCache(NamedTuple):
@@ -79,8 +81,8 @@ class StoredLayers:
         if slots == 0:
             return None
         layer = self.cache.layers[layer_idx]
-        if self.cache.offloading:  # `update` fetches the next layer on a stream of its own
-            torch.cuda.default_stream(layer.device).wait_stream(self.cache.prefetch_stream)
+        if self.cache.offloading:
+            await_offloaded(self.cache, layer)
         keys, values = _dequantize(layer) if _is_quantized(layer) else (layer.keys, layer.values)
         filled = slice(max(min(self.seen, keys.shape[2]) - slots, 0), min(self.seen, keys.shape[2]))
         return LayerCache(*(states[:, :, filled].to(layer.device) for states in (keys, values)))
@@ -110,6 +112,45 @@ class StoredLayers:
         return wide
 
 
+def await_offloaded(cache: Cache, layer) -> None:
+    """Waits until a layer of an offloaded cache holds what was written to it: transformers fetches layers on a stream of its own, and
+    brings them to the host without waiting, where slicing one would read what is not there yet."""
+    if not works(OFFLOADED_CACHE, layer.device):
+        torch.cuda.synchronize(layer.device)
+        return
+    _await_streams(cache, layer)
+
+
+def _await_streams(cache: Cache, layer) -> None:
+    stream = torch.cuda.current_stream(layer.device)
+    stream.wait_stream(cache.prefetch_stream)
+    if layer.keys.device != layer.device:
+        stream.synchronize()
+
+
+def _prove_offloaded(device: torch.device):
+    """Three layers of two canvases each, read as a canvas reads them, behind enough work that a copy is late."""
+    config = DiffusionGemmaTextConfig(num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    caches = [StaticCache(config=config, max_cache_len=600, offloading=True), DynamicCache(config=config, offloading=True)]
+    values, got = numbers(2, 1, 2, 256, 64).to(device), []
+    work = torch.ones(1024, 1024, dtype=torch.float32, device=device)
+    for cache in caches:
+        for part in range(2):
+            for place in range(3):
+                work = (work @ work).clamp_(max=1.0)
+                cache.update(values[part] * work[0, 0] + place, -values[part], place)
+        for layer in cache.layers:
+            _await_streams(cache, layer)
+            got.append([states[:, :, :512].to(device) for states in (layer.keys, layer.values)])
+    both = torch.cat(tuple(values), dim=2)
+    return got, [[both + place, -both] for _ in caches for place in range(3)]
+
+
+OFFLOADED_CACHE = FastPath(
+    "offloaded cache", "the host waits for all the device has to do before it reads a layer of the cache", needs_cuda, _prove_offloaded
+)
+
+
 def _is_quantized(layer) -> bool:
     return getattr(layer, "_quantized_keys", None) is not None
 
@@ -123,4 +164,4 @@ def _dequantize(layer) -> tuple[torch.Tensor, torch.Tensor]:
     return stored[0], stored[1]
 
 
-__all__ = ["LayerCache", "StoredLayers", "cached_length", "join"]
+__all__ = ["OFFLOADED_CACHE", "LayerCache", "StoredLayers", "cached_length", "join"]

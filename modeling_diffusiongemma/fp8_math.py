@@ -13,10 +13,10 @@ scale is moreover rounded to bf16, which may push its row's largest value beyond
 `rounding_bound` sums this over a dot product (`tests/test_fp8_math.py` holds it).
 """
 
-import functools
-
 import torch
 from transformers.utils import logging
+
+from generation.proofs import FastPath, numbers, works
 
 try:
     from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 MULTIPLE = 16  # of both sizes of a weight, for torch's scaled products
+_DEQUANTISED = "FP8 weights are dequantised for every product, one at a time: same numbers, less speed"
 EXACT = (torch.float32, torch.bfloat16)  # dtypes that hold every e4m3 number and every sum of products
 
 
@@ -100,38 +101,17 @@ def rounding_bound(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return inputs.abs() @ moved_weight.T + moved_inputs @ (weight.abs() + moved_weight).T
 
 
-@functools.cache
-def _missing_units(device: torch.device) -> str | None:
-    """Why torch's scaled products do not run on `device`; None where they do."""
-    if device.type != "cuda":
-        return f"the device is {device.type!r}"
-    if scaled_mm is None:
-        return f"torch {torch.__version__} has none"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (9, 0):
-        return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
-    try:
-        rows = torch.zeros(MULTIPLE, MULTIPLE, dtype=torch.float32, device=device).to(E4M3)
-        scale = torch.ones(MULTIPLE, 1, dtype=torch.float32, device=device)
-        scaled_product(rows, scale, rows, scale)
-        scaled_grouped_product(rows, scale, rows[None], scale[None], torch.full((1,), MULTIPLE, dtype=torch.int32, device=device))
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        return f"torch {torch.__version__} refuses them on {torch.cuda.get_device_name(device)}: {error}"
-    return None
-
-
 @torch.compiler.assume_constant_result
-def has_scaled_products(device: torch.device, *sizes: int) -> bool:
-    """Whether torch's scaled products run on `device` for weights of these sizes; if not, one warning a process says why."""
+def has_scaled_products(device: torch.device, *sizes: int, grouped: bool = False) -> bool:
+    """Whether torch's scaled products, or its `grouped` ones, are proven on `device` and take weights of these sizes; if not, one warning
+    a process says why."""
     reason = _missing_units(device)
-    if reason is None and any(size % MULTIPLE for size in sizes):
-        reason = f"sizes {sizes} are not all multiples of {MULTIPLE}"
+    if reason is None and (unfit := [size for size in sizes if size % MULTIPLE]):
+        reason = f"they need sizes that are multiples of {MULTIPLE}, and {unfit} are none"
     if reason is not None:
-        logger.warning_once(
-            f"FP8 weights are dequantised for every product, one at a time: same numbers, less speed. torch's scaled products "
-            f"need a GPU of compute capability 9.0 and sizes that are multiples of {MULTIPLE}; {reason}."
-        )
-    return reason is None
+        logger.warning_once(f"{_DEQUANTISED}. torch's scaled products are not used: {reason}.")
+        return False
+    return works(SCALED_GROUPED if grouped else SCALED, device)
 
 
 def scaled_product(quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -181,6 +161,41 @@ def dequantized_grouped_product(
     return output
 
 
+def _missing_units(device: torch.device) -> str | None:
+    """Why torch's scaled products are not for `device`; None where they are."""
+    if device.type != "cuda":
+        return f"they need a GPU of compute capability 9.0, and the device is {device.type!r}"
+    if scaled_mm is None:
+        return f"torch {torch.__version__} has none"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"they need compute capability 9.0, and {name} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _prove_scaled(device: torch.device):
+    """One row, and more than a tile of them; a weight that is no square."""
+    weight = [tensor.to(device) for tensor in quantize_weight(numbers(48, 64))]
+    inputs = [[tensor.to(device) for tensor in quantize_rows(numbers(rows, 64, seed=1))] for rows in (1, 150)]
+    expected = [dequantized_product(*rows, *weight, torch.float32) for rows in inputs]
+    return [scaled_product(*rows, *weight) for rows in inputs], expected
+
+
+def _prove_scaled_grouped(device: torch.device):
+    """Groups of none, of one and of many rows."""
+    weight = [tensor.to(device) for tensor in quantize_weight(numbers(5, 48, 64))]
+    inputs = [tensor.to(device) for tensor in quantize_rows(numbers(154, 64, seed=1))]
+    ends = torch.tensor([0, 1, 151, 151, 154], dtype=torch.int32, device=device)
+    expected = dequantized_grouped_product(*inputs, *weight, ends, torch.float32)
+    return scaled_grouped_product(*inputs, *weight, ends), expected
+
+
+# 2^-6: what comes out is rounded to bfloat16, and Hopper adds up e4m3 products with some 14 bits.
+SCALED = FastPath("scaled FP8 product", _DEQUANTISED, _missing_units, _prove_scaled, 2**-6)
+SCALED_GROUPED = FastPath("scaled grouped FP8 product", _DEQUANTISED, _missing_units, _prove_scaled_grouped, 2**-6)
+
+
 def _product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     quantized, input_scale = quantize_rows(inputs)
     if len(inputs) and has_scaled_products(inputs.device, *weight.shape):
@@ -192,7 +207,7 @@ def _grouped_product(inputs, rows, weight, scale, ends) -> torch.Tensor:
     quantized, input_scale = quantize_rows(inputs)
     # As bytes: torch indexes those everywhere.
     quantized, input_scale = quantized.view(torch.uint8)[rows].view(E4M3), input_scale[rows]
-    if len(rows) and has_scaled_products(inputs.device, *weight.shape[1:]):
+    if len(rows) and has_scaled_products(inputs.device, *weight.shape[1:], grouped=True):
         return scaled_grouped_product(quantized, input_scale, weight, scale, ends).to(inputs.dtype)
     return dequantized_grouped_product(quantized, input_scale, weight, scale, ends, inputs.dtype)
 
@@ -271,6 +286,8 @@ def _differentiated(inputs: torch.Tensor) -> bool:
 __all__ = [
     "E4M3",
     "LARGEST",
+    "SCALED",
+    "SCALED_GROUPED",
     "dequantize",
     "dequantized_grouped_product",
     "dequantized_product",

@@ -11,12 +11,14 @@ import torch
 from small_models import prompts, small_model
 from torch.utils import _pytree as pytree
 
+from generation import capture
 from generation.canvas import start_canvas
-from generation.capture import Held, HeldDraws, Recording
+from generation.capture import Held, HeldDraws, NeverWaits, Recording
 from generation.denoise import streamed_step
 from generation.draws import BatchDraws, row_draws
 from generation.inputs import resolve_config
 from generation.plan import make_plan
+from generation.proofs import difference
 
 VOCAB = 5001  # two pieces of the vocabulary
 
@@ -78,7 +80,7 @@ def test_disable_compile_records_nothing(model, records, monkeypatch):
 def test_a_step_that_cannot_be_recorded_runs_plainly_with_a_warning(model, records, monkeypatch):
     ids, settings = prompts(1, 9)[0], {"max_new_tokens": 25, "max_denoising_steps": 3, "seed": 0}
 
-    def fail(run):
+    def fail(run, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     expected = model.generate(ids, **settings)
@@ -87,6 +89,52 @@ def test_a_step_that_cannot_be_recorded_runs_plainly_with_a_warning(model, recor
     monkeypatch.setattr("generation.capture.logger.warning_once", said.append)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert len(said) == 1 and "when stream is capturing" in said[0]
+
+
+@pytest.mark.parametrize("fault", ["stale", "others", "strange"])
+def test_a_recording_that_does_not_give_what_the_step_gives_is_not_used(model, records, monkeypatch, fault):
+    """The first replay is held against the plain step: a recording that does nothing, one that computes something else, and an error of
+    a kind that only a compiler of kernels raises."""
+    ids, settings = prompts(1, 9)[0], {"max_new_tokens": 25, "max_denoising_steps": 3, "seed": 0}
+    expected = model.generate(ids, **settings)
+
+    class Strange(Exception):
+        pass
+
+    def record(run, device):
+        if fault == "strange":
+            raise Strange("ptxas fell over")
+        held = Held(pytree.tree_map_only(torch.Tensor, torch.zeros_like, run()))
+
+        def others():
+            held.fill(pytree.tree_map_only(torch.Tensor, lambda one: one * 2 if one.is_floating_point() else one, run()))
+
+        return (lambda: None) if fault == "stale" else others, held.value
+
+    monkeypatch.setattr(capture, "record_plainly", record)
+    said = []
+    monkeypatch.setattr("generation.capture.logger.warning_once", said.append)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert len(said) == 1 and ("Strange: ptxas fell over" if fault == "strange" else "numbers in value") in said[0]
+
+
+def test_the_proof_of_recording_finds_a_recording_that_lies(monkeypatch):
+    device = torch.device("cpu")
+    assert difference(*capture.RECORDED_STEP.prove(device)) is None
+    monkeypatch.setattr(capture, "record_plainly", lambda run, device: (lambda: None, Held(run()).value))  # never computes again
+    assert difference(*capture.RECORDED_STEP.prove(device)) is not None
+
+
+@pytest.mark.parametrize(
+    "waiting", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.to("meta")]
+)
+def test_what_waits_is_found_before_it_is_recorded(waiting):
+    numbers, places = torch.arange(6.0), torch.tensor([1, 0])
+    with NeverWaits(torch.device("cpu")):
+        assert (numbers[places] + torch.full((), 2.0)).shape == (2,)
+        with pytest.raises(RuntimeError, match="waits for the device|copies between devices"):
+            waiting(numbers)
+    waiting(numbers)
 
 
 def test_held_values_refuse_what_they_cannot_copy():
@@ -127,7 +175,8 @@ def test_a_step_never_looks_at_the_device(model, settings):
     state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), plan.stopping)
     steps, temperatures = plan.steps(device)
     model = model.to(device)
-    after, bad = streamed_step(model, plan, plan.shaping.streamable(0), view, (state, steps[1], temperatures[1]), BatchDraws())
+    with NeverWaits(device):  # what looks before a GPU records agrees
+        after, bad = streamed_step(model, plan, plan.shaping.streamable(0), view, (state, steps[1], temperatures[1]), BatchDraws())
     assert after.canvas.shape == (2, 10) and bad.shape == (2,) and after.soft_embeds.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(bad.any())

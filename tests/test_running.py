@@ -1,5 +1,6 @@
 """The Triton kernel of a piece against its PyTorch reference, on the CPU through Triton's interpreter."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from test_vocabulary import CAP, case
 from generation import running, vocabulary
 from generation.draws import BatchDraws
 from generation.filters import Filters
-from generation.running import MASKED, Room, Shape, absorb, absorb_triton, choose_absorb, make_room, start_running
+from generation.proofs import verdict
+from generation.running import MASKED, Room, Running, Shape, absorb, absorb_triton, choose_absorb, make_room, start_running
 from generation.vocabulary import streamed_statistics
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +34,7 @@ def seeded():
 
 
 def by_kernel(monkeypatch):
-    monkeypatch.setattr(vocabulary, "choose_absorb", lambda device, dtype: absorb_triton)
+    monkeypatch.setattr(vocabulary, "choose_absorb", lambda *case: absorb_triton)
 
 
 def room_of(products, for_kernel=True) -> Room:
@@ -182,12 +184,81 @@ def test_the_pass_waits_for_no_device():
         assert got.sample.shape == got.bad.shape + (9,) and soft.shape == hidden.shape
 
 
-def test_the_kernel_is_chosen_on_cuda_alone_and_what_prevents_it_is_told_once(monkeypatch):
-    told = []
-    monkeypatch.setattr(running.logger, "warning_once", told.append)
-    assert choose_absorb(torch.device("cpu"), torch.float32) is absorb and not told
-    monkeypatch.setattr(running, "triton", object())
-    assert choose_absorb(torch.device("cuda"), torch.bfloat16) is absorb_triton and not told
-    assert choose_absorb(torch.device("cuda"), torch.float64) is absorb and "torch.float64" in told[0]
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The kernel is wanted, as on CUDA; what was proven before is forgotten."""
+    monkeypatch.setattr(running, "has_kernels", lambda device: True)
+    verdict.cache_clear()
+    yield
+    verdict.cache_clear()
+
+
+@pytest.fixture
+def told(monkeypatch):
+    said = []
+    monkeypatch.setattr("generation.proofs.logger.warning_once", said.append)
+    return said
+
+
+def test_the_kernel_is_chosen_on_cuda_alone(told):
+    assert choose_absorb(torch.device("cpu"), torch.float32, *[False] * 4) is absorb and not told
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=4)))
+def test_the_kernel_proves_itself_for_all_options(on_a_gpu, told, small_tile, dtype, given):
+    assert choose_absorb(torch.device("cpu"), dtype, *given) is absorb_triton and not told
+
+
+def test_what_prevents_the_kernel_is_told(on_a_gpu, told, monkeypatch):
+    assert choose_absorb(torch.device("cpu"), torch.float64, *[False] * 4) is absorb
     monkeypatch.setattr(running, "triton", None)
-    assert choose_absorb(torch.device("cuda"), torch.float32) is absorb and "`triton` is not installed" in told[1]
+    assert choose_absorb(torch.device("cpu"), torch.float32, *[False] * 4) is absorb
+    assert "`triton` is not installed" in told[-1] and "runs in plain PyTorch" in told[-1]
+
+
+FAULTS = ["raises", *Running._fields[:5], *Running._fields[6:], "exponentials", "shrink"]
+
+
+@needs_triton
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_raises_or_lies_is_not_used(on_a_gpu, told, small_tile, monkeypatch, fault):
+    """Whichever of its results is another at one position: `streamed_statistics` then gives what the reference gives."""
+
+    def faulty(running_sums, room, start, *args):
+        if fault == "raises":
+            raise TritonError("no such instruction")
+        state, exponentials, shrink = absorb_triton(running_sums, room, start, *args)
+        wrong = {"exponentials": exponentials, "shrink": shrink}.get(fault, getattr(state, fault, None))
+        if wrong is not None and start > 0:
+            wrong[1] += 1
+        return state, exponentials, shrink
+
+    class TritonError(Exception):
+        pass
+
+    monkeypatch.setattr(running, "absorb_triton", faulty)
+    greedy = fault == "other_top"  # which only the most probable tokens need
+    hidden, head = case(vocab_size=144, rows=(2, 2))
+    current = torch.tensor([[0, 140], [64, 70]])
+    got, soft = streamed_statistics(hidden, head, 0.7, seeded(), greedy, current, piece=64)
+    monkeypatch.setattr(running, "has_kernels", lambda device: False)
+    expected, expected_soft = streamed_statistics(hidden, head, 0.7, seeded(), greedy, current, piece=64)
+    compare(got, expected, 0)
+    assert torch.equal(soft, expected_soft) and len(told) == 1 and "vocabulary kernel failed its proof on cpu" in told[0]
+    assert ("TritonError: no such instruction" if fault == "raises" else "numbers in value") in told[0]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_looking_up_no_row_changes_nothing(monkeypatch, greedy):
+    """What a GPU computes for all rows, so that nothing is counted, gives what a CPU computes for some."""
+    hidden, head = case(vocab_size=300)
+    current = torch.arange(18).view(2, 9) * 16
+    filters = Filters(hidden=torch.tensor([3, 77]), hidden_before=1, top_k=40, top_p=0.8, min_p=0.01)
+    expected, soft = streamed_statistics(hidden, head, 0.7, seeded(), greedy, current, filters, piece=64)
+    monkeypatch.setattr(running, "counts_rows", lambda device: False)
+    monkeypatch.setattr("generation.filters.counts_rows", lambda device: False)
+    got, got_soft = streamed_statistics(hidden, head, 0.7, seeded(), greedy, current, filters, piece=64)
+    compare(got, expected, 0)
+    assert torch.equal(got_soft, soft)
