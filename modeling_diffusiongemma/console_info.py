@@ -1,4 +1,5 @@
-"""`diffusiongemma info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read."""
+"""`diffusiongemma info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read. With `--device`
+instead: which of the fast paths work on this machine, each run there on a few values against its reference."""
 
 import argparse
 from pathlib import Path
@@ -130,7 +131,24 @@ def report(about: dict[str, Any]) -> str:
     return "\n".join(f"{title:14s}{line}" for title, line in lines.items())
 
 
+def report_device(name: str, as_json: bool) -> int:
+    """Prints what works on a device; 1 where something that is for it does not."""
+    from .console_model import checked_device
+    from .device_report import FAILED, describe_device, device_table, prove_all
+
+    if name == "auto":
+        raise UsageError("`--device` is 'auto'; expected one device: cpu, cuda, cuda:1 or mps")
+    device = torch.device(checked_device(name or None))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    about, rows = describe_device(device), prove_all(device)
+    print(json_line({**about, "paths": rows}) if as_json else device_table(about, rows))
+    return int(any(row["state"] == FAILED for row in rows))
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.device is not None:
+        return report_device(args.device, args.json)
     about = describe(args.model.path)
     print(json_line(about) if args.json else report(about))
     return 0

@@ -46,12 +46,13 @@ def load_model(path: str, dtype: str = "auto", device: str | None = "cpu"):
         raise UsageError(f"`--model` is {path!r} with `model_type` {found!r}; expected {MODEL_TYPE!r}")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    device = _checked_device(device)
+    device = checked_device(device)
     placement = {} if device == "cpu" else {"device_map": device}
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **placement).eval()
 
 
-def _checked_device(device: str | None) -> str:
+def checked_device(device: str | None) -> str:
+    """A device that is there, or "auto". Raises `UsageError`."""
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
         return "cuda" if there is not None and there.type == "cuda" else "cpu"
@@ -135,4 +136,4 @@ class Session:
         return any(stop in text for stop in self.stop_strings)
 
 
-__all__ = ["Message", "Session", "generation_settings", "load_model", "load_tokenizer"]
+__all__ = ["Message", "Session", "checked_device", "generation_settings", "load_model", "load_tokenizer"]

@@ -182,6 +182,10 @@ and without trust_remote_code in transformers' own class. Upload it with: hf upl
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    parser.add_argument(
+        "--device", nargs="?", const="", metavar="NAME",
+        help="instead of a checkpoint: prove every fast path on this device (default: cuda if there is one, else cpu)",
+    )  # fmt: skip
     add_json(parser)
 
 
@@ -192,6 +196,8 @@ INFO = Command(
   diffusiongemma info
   diffusiongemma info --model sudoku --json
   diffusiongemma info --model google/diffusiongemma-26B-A4B-it
+  diffusiongemma info --device
+  diffusiongemma info --device cuda:1 --json
 """,
     info_arguments,
 )

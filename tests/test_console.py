@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
 from generation.configuration import PRESETS
+from generation.proofs import FastPath, UnusableDevice
 from generation.streaming import Cell, wrapped
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint, device_report
 from modeling_diffusiongemma.console import RUNS, main
 from modeling_diffusiongemma.console_usage import COMMANDS, answer_usage, build_parser
 from modeling_diffusiongemma.version import VERSION
@@ -419,6 +420,41 @@ def test_info_agrees_with_the_loaded_model(answers):
         about["canvas_length"] == 256 and about["special_ids"]["eos_token_id"] == [1, 106, 50] and about["special_ids"]["pad_token_id"] == 0
     )
     assert about["generation"]["max_denoising_steps"] == 48 and about["generation"]["max_new_tokens"] == 256
+
+
+def test_info_of_a_device_proves_every_path(answers, console):
+    (about,) = answers("info", "--device", "cpu")
+    assert about["device"] == "cpu" and about["torch"] == torch.__version__ and "triton" in about
+    states = {row["path"]: row["state"] for row in about["paths"]}
+    assert set(states) == {path.name for path in device_report.PATHS}
+    assert states["grouped experts"] == "works" and states["recorded step"] == "not for this device"
+    code, out, _ = console("info", "--device", "cpu")
+    assert code == 0 and re.search(r"\| grouped experts \| float32, 64, 48 \| works \| [\d.]+ \|", out)
+    assert "not for this device: late flags: it is for CUDA, and the device is 'cpu'." in out
+
+
+def test_info_of_a_device_fails_where_a_path_fails(answers, console, monkeypatch):
+    def broken(device):
+        raise UnusableDevice("it answers nothing")
+
+    def lying(device):
+        return torch.zeros(2), torch.ones(2)
+
+    paths = [FastPath(name, "it is slow", lambda device: None, prove) for name, prove in (("a", lying), ("b", broken), ("c", lying))]
+    monkeypatch.setattr(device_report, "PATHS", paths)
+    code, out, _ = console("info", "--device", "cpu", "--json")
+    rows = json.loads(out)["paths"]
+    assert code == 1 and [row["state"] for row in rows] == ["FAILED"] * 3
+    assert "numbers in value 0" in rows[0]["detail"] and "answers nothing" in rows[1]["detail"] and "not proven" in rows[2]["detail"]
+    assert "FAILED: a: 2 of 2 numbers in value 0 are others, the first 0.0, expected 1.0. Instead, it is slow." in console(
+        "info", "--device", "cpu"
+    )[1]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["auto", "nowhere", "cuda:99"])
+def test_info_of_a_device_that_is_not_there_is_wrong_usage(console, name):
+    code, out, err = console("info", "--device", name)
+    assert code == 2 and out == "" and f"`--device` is {name!r}" in err and "expected" in err
 
 
 def test_info_of_the_released_model_reads_no_weight(answers, tmp_path):

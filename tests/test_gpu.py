@@ -1,5 +1,7 @@
 """What needs a CUDA device; skipped without one. `make test-gpu` runs this file alone."""
 
+import contextlib
+
 import pytest
 import torch
 from small_models import prompts, small_model, small_pair
@@ -8,11 +10,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 from generation import capture, vocabulary
 from generation.draws import BatchDraws
 from generation.filters import Filters
+from generation.proofs import verdict
 from generation.running import absorb
 from generation.vocabulary import VocabularyHead, streamed_statistics
 from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.device_report import PATHS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize(("path", "case"), [(path, case) for path in PATHS for case in path.cases], ids=str)
+def test_every_fast_path_proves_itself_on_cuda(path, case):
+    """What `diffusiongemma info --device` shows; run again, when everything is compiled, in well under a second."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = verdict(path, device, *case)
+    if not found.applies:
+        pytest.skip(f"{path.name}: {found.detail}")
+    assert found.works, found.detail
+    assert verdict.__wrapped__(path, device, *case).seconds < 0.5
 
 
 def test_logits_equal_those_of_transformers_on_cuda():
@@ -54,7 +69,7 @@ def test_vocabulary_kernel_equals_its_reference_on_cuda(dtype, filters, monkeypa
     hidden = torch.randn((3, 47, 88), device="cuda", generator=generator).to(dtype)
     head, current = VocabularyHead(weight, 30.0, torch.tensor(88**0.5, dtype=dtype, device="cuda")), hidden[..., 0].long().abs()
     got, soft = streamed_statistics(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
-    monkeypatch.setattr(vocabulary, "choose_absorb", lambda device, dtype: absorb)
+    monkeypatch.setattr(vocabulary, "choose_absorb", lambda *case: absorb)
     expected, expected_soft = streamed_statistics(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
     assert torch.equal(got.argmax, expected.argmax) and not bool((got.other == current).any())
     for name in ("entropy", "log_probs", "current_log_probs"):
@@ -82,6 +97,30 @@ def test_steps_are_recorded_without_a_warning_on_cuda(monkeypatch):
     model = small_model(vocab_size=5001).cuda()
     model.generate(prompts(1, 9)[0].cuda(), max_new_tokens=25, max_denoising_steps=4)
     assert said == []
+
+
+def test_a_step_that_waits_is_not_recorded_and_leaves_torch_as_it_was_on_cuda(monkeypatch):
+    """Eager experts count tokens on the host. Also where it shows only while the graph is recorded."""
+    said = []
+    monkeypatch.setattr(capture.logger, "warning_once", said.append)
+    model = small_model(vocab_size=5001).cuda()
+    settings = {"max_new_tokens": 25, "max_denoising_steps": 4, "seed": 0}
+    model.set_experts_implementation("eager")
+    expected = model.generate(prompts(1, 9)[0].cuda(), disable_compile=True, **settings)
+    for look in (capture.NeverWaits, lambda device: contextlib.nullcontext()):
+        monkeypatch.setattr(capture, "NeverWaits", look)
+        assert torch.equal(model.generate(prompts(1, 9)[0].cuda(), **settings), expected)
+        assert bool(torch.rand(3, device="cuda").isfinite().all())
+    assert len(said) == 2 and "waits for the device" in said[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_than_the_current_device_gives_the_same_tokens_on_cuda():
+    """Streams and events belong to the current device unless they are told."""
+    model, ids = small_model(vocab_size=5001), prompts(1, 9)[0]
+    settings = {"max_new_tokens": 25, "max_denoising_steps": 4, "seed": 0}
+    first, second = (model.to(f"cuda:{index}").generate(ids.to(f"cuda:{index}"), **settings).cpu() for index in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "quantized"])
