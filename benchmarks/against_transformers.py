@@ -14,6 +14,8 @@ ratio (above 1: ours is better). Every pair has its own seed, as backends that d
 - tokens/s end to end: whole calls under the checkpoint's generation_config.json over the released values, 24 prompts a round (8
   where they are longer than 256 tokens; one batch of `large`). Tokens count up to and including the first end of sequence.
 - first text: seconds from the call to the first committed tokens, mean over the same calls.
+- products (`large` alone, after each round, in the process of ours): a step has two products with the head, and what we add to them
+  is by how much the step is slower: than those products by `torch.mm`, and than as ours makes them.
 - identical tokens: one row, ours with backend="reference" against transformers, one seed, not timed. Everything else of ours
   runs with the default backend.
 
@@ -133,6 +135,10 @@ def measure_cell(name: str, checkpoint: str, batch_size: int, length: int, promp
                     taken[side] = side_of_round(answers, steps)
                     say(f"{label}: round {seed + 1} {side}: {taken[side]['ms_per_step']:.1f} ms per step, "
                         f"{taken[side]['tokens_per_second']:.1f} tokens/s")  # fmt: skip
+            if endless and "ours" in taken:
+                products = workers["ours"].ask(products=batch_size * about["ours"]["canvas_length"])
+                taken["ours"] |= {f"step_by_{way}_products": taken["ours"]["ms_per_step"] / ms for way, ms in products.items()}
+                taken["ours"] |= {f"ms_{way}_products": ms for way, ms in products.items()}
             rounds.append(taken)
     for side, error in errors.items():
         say(f"{label}: {side}: {error}")
@@ -184,6 +190,23 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
         f"{args.steps[name]} steps for step time and peak, end to end: {first['end_to_end_settings']}.\n\n"
         "Each field: ours : transformers, and by how much ours is better (median, lowest and highest pair).\n\n"
         + markdown(["batch", "prompt", "rounds", *(title for title, _ in MEASURES.values()), "identical tokens"], rows)
+        + "".join(map(products_line, results))
+    )
+
+
+def products_line(result: dict) -> str:
+    """How our step compares with the two products that it cannot do without; nothing where they were not timed."""
+    ours = [pair["ours"] for pair in result["rounds"] if "step_by_used_products" in pair.get("ours", {})]
+    if not ours:
+        return ""
+
+    def middle(name: str) -> str:
+        return number(statistics.median(one[name] for one in ours))
+
+    return (
+        f"\n\nBatch {result['batch_size']}, prompt {result['prompt_length']}: a step of ours takes "
+        f"{middle('step_by_plain_products')} times its two products with the head by `torch.mm` ({middle('ms_plain_products')} ms), and "
+        f"{middle('step_by_used_products')} times them as it makes them ({middle('ms_used_products')} ms); medians over the rounds."
     )
 
 

@@ -13,6 +13,7 @@ package. It answers requests, a line of JSON each; see `serve`.
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import json
 import os
@@ -24,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,12 +169,32 @@ def run(model, prefills: list[float], prompts: list[dict], settings: dict, canva
     return answer
 
 
+def time_products(weight: torch.Tensor, positions: int, clock: Callable[[], float], repeats: int = 3) -> dict[str, float]:
+    """Milliseconds of a denoising step's two products with the head `weight`, in pieces and with nothing between: `plain`, by `torch.mm`;
+    `used`, as the pass over the vocabulary makes them. Fastest of `repeats`, in turn."""
+    from generation.products import PLAIN, choose_products
+
+    weight, piece = weight.detach(), 4096 if weight.device.type == "cpu" else 32_768
+    rows, shares = (torch.rand((positions, size), dtype=weight.dtype, device=weight.device) for size in (weight.shape[1], piece))
+    products, mixed = torch.empty_like(shares), torch.zeros_like(rows, dtype=torch.float32)
+    spent: dict[str, list[float]] = {"plain": [], "used": []}
+    with torch.no_grad():
+        for name in [*spent] * (repeats + 1):  # the first of each warms up
+            scores, mix = PLAIN if name == "plain" else choose_products(weight.device, weight.dtype)
+            start = clock()
+            for part in weight.split(piece):
+                scores(rows, part, products[:, : len(part)], False)
+                mixed.add_(mix(shares[:, : len(part)], part))
+            spent[name].append(clock() - start)
+    return {name: 1000 * min(times[1:]) for name, times in spent.items()}
+
+
 def serve(side: str, spec_file: str) -> None:
     """Loads a checkpoint and answers each request on stdin on stdout; anything else that is printed goes to stderr.
 
     The first answer, to no request, is about the model. `{"settle": true}` makes what is in use now the "loaded model" of the
-    peaks to come. Every other request holds the arguments of `run`; its answer is `run`'s with both peaks, or `{"error": ...}`
-    where memory ran out.
+    peaks to come. `{"products": N}` is answered with `time_products` of N positions. Every other request holds the arguments of `run`;
+    its answer is `run`'s with both peaks, or `{"error": ...}` where memory ran out.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -205,6 +226,8 @@ def serve(side: str, spec_file: str) -> None:
             loaded, answer = before, {"loaded_mib": before}
             if model.device.type == "cpu":
                 limit_memory()
+        elif "products" in request:
+            answer = time_products(model.lm_head.weight, request["products"], functools.partial(now, model.device))
         else:
             try:
                 answer = run(model, prefills, **request)

@@ -11,6 +11,7 @@ embedding needs anyway, since its factors are known only when a piece's logits a
 Knows nothing of weights: it is handed a piece's logits. N: positions, W: ids of a piece.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,9 +35,9 @@ OPTIONS = ("filtered", "greedy", "with current", "ragged")  # each has its own b
 class Running(NamedTuple):
     """What is known after some pieces, `(N,)` each.
 
-    `top`, the highest logit; `mass` and `spread`, the sums of e^(l - top) and of e^(l - top) * (l - top), float32; `argmax` and
-    `sample`, int64. Of the current tokens, if they are given: `current` int64, and its logit `own`; and of all ids but that one
-    `other_top`, `other_mass` and the draw `other`.
+    In bits, as `Shape.bits` gives them: `top`, the highest b; `mass` and `spread`, the sums of 2^(b - top) and of 2^(b - top) * (b - top),
+    float32; `argmax` and `sample`, int64. Of the current tokens, if they are given: `current` int64, and its bits `own`; and of all ids
+    but that one `other_top`, `other_mass` and the draw `other`.
     """
 
     top: torch.Tensor
@@ -52,21 +53,32 @@ class Running(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How a head's products become logits: `softcap * tanh(x / softcap) / temperature`; `divided`: x / softcap is what the products are."""
+    """How a head's products x become logits: `l = softcap * tanh(x / softcap) / temperature`; `squashed`: what the products are is
+    sigmoid(2 * x / softcap).
+
+    By `tanh(y) = 2 * sigmoid(2 * y) - 1`: on a CPU that takes a ninth of tanh's time, and is as exact as 1e-7 of the soft cap. Likewise
+    powers of 2 take a quarter of exp's, so sums are kept in bits.
+    """
 
     softcap: float
     temperature: float | torch.Tensor
-    divided: bool = False
+    squashed: bool = False
+
+    def bits(self, products: torch.Tensor, kept: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`(l + softcap / temperature) / log(2)`, float32 (N, W), from products (N, W) of any dtype; `MASKED` where `kept`, bool
+        (N or 1, W), is False. In `out` float32 (N, W), if given; those that are squashed, which are float32, then in their own place."""
+        if out is None:
+            bits = products.to(torch.float32, copy=True)
+        else:
+            bits = products if self.squashed else out.copy_(products)
+        if not self.squashed:
+            bits.mul_(2 / self.softcap).sigmoid_()
+        bits.mul_(2 / math.log(2) * self.softcap / self.temperature)
+        return bits if kept is None else bits.masked_fill_(~kept, MASKED)
 
     def logits(self, products: torch.Tensor, kept: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Float32 (N, W) from products (N, W) of any dtype; `MASKED` where `kept`, bool (N or 1, W), is False. In `out` float32 (N, W), if
-        given, which may be `products`."""
-        if self.divided:
-            logits = torch.tanh(products, out=out)
-        else:
-            scaled = products.to(torch.float32, copy=True) if out is None else out.copy_(products)
-            logits = scaled.div_(self.softcap).tanh_()
-        logits.mul_(self.softcap / self.temperature)
+        """`l` itself, with arguments and result as of `bits`."""
+        logits = self.bits(products, None, out).mul_(math.log(2)).sub_(self.softcap / self.temperature)
         return logits if kept is None else logits.masked_fill_(~kept, MASKED)
 
 
@@ -123,15 +135,15 @@ def absorb(
             part here; in `absorb_triton` one for every `TILE` ids.
 
     Returns:
-        The sums; e^(l - top), (N, W) in the dtype of the products, in the room; and the factor float32 (N,) that brings earlier sums to the
-        new `top`.
+        The sums; 2^(b - top), (N, W) in the dtype of the products, in the room; and the factor float32 (N,) that brings earlier sums to
+        the new `top`.
     """
-    logits = shape.logits(room.products, kept, out=room.logits)
+    logits = shape.bits(room.products, kept, out=room.logits)
     piece_top = logits.amax(dim=-1)
     argmax = _update(running.argmax, piece_top > running.top, lambda rows: logits[rows].argmax(dim=-1) + start)
     top = torch.maximum(running.top, piece_top)
     rise = running.top - top
-    shrink = torch.exp(rise)
+    shrink = torch.exp2(rise)
     own, other_top, other_mass, other = running.own, running.other_top, running.other_mass, running.other
     if running.current is not None:
         place = (running.current - start).clamp(0, logits.shape[1] - 1)[:, None]
@@ -144,7 +156,7 @@ def absorb(
             other_top = torch.maximum(other_top, best)
             logits.scatter_(1, place, here)
     logits.sub_(top[:, None])
-    exponentials = torch.exp(logits, out=room.exponentials)
+    exponentials = torch.exp2(logits, out=room.exponentials)
     piece_mass = exponentials.sum(dim=-1)
     mass = running.mass * shrink + piece_mass
     spread = (running.spread + rise * running.mass) * shrink + logits.mul_(exponentials).sum(dim=-1)
@@ -193,18 +205,16 @@ def _draw(
 if triton is not None:
 
     @triton.jit
-    def _logits(products, kept, offsets, valid, softcap, temperature, masked: tl.constexpr, filtered: tl.constexpr):
-        scaled = tl.load(products + offsets, mask=valid, other=0.0).to(tl.float32) / softcap
-        decay = tl.exp(-2.0 * tl.abs(scaled))
-        tanh = (1.0 - decay) / (1.0 + decay)
-        logits = tl.where(scaled < 0, -tanh, tanh) * softcap / temperature
+    def _bits(products, kept, offsets, valid, squeeze, stretch, masked: tl.constexpr, filtered: tl.constexpr):
+        scaled = tl.load(products + offsets, mask=valid, other=0.0).to(tl.float32) * squeeze
+        bits = stretch / (1.0 + tl.exp2(scaled))
         if filtered:
             valid = valid & (tl.load(kept + offsets, mask=valid, other=0) != 0)
-        return tl.where(valid, logits, masked)
+        return tl.where(valid, bits, masked)
 
     @triton.jit(do_not_specialize=["start", "parts"])  # numbers that change from piece to piece; one binary for all of them
     def _absorb_kernel(
-        products, exponentials, kept, kept_stride, chance, temperature, softcap, start, width, parts,
+        products, exponentials, kept, kept_stride, chance, stretch, squeeze, start, width, parts,
         top_at, mass_at, spread_at, argmax_at, sample_at, current_at, own_at, other_top_at, other_mass_at, other_at, shrink_at,
         masked: tl.constexpr, tile: tl.constexpr, filtered: tl.constexpr, greedy: tl.constexpr, with_current: tl.constexpr,
     ):  # fmt: skip
@@ -214,7 +224,7 @@ if triton is not None:
         exponentials += row * width
         kept += row * kept_stride
         chance += row * parts * (4 if with_current else 2)
-        temperature = tl.load(temperature)
+        stretch = tl.load(stretch)
         lanes = tl.arange(0, tile)
         old_top, old_mass = tl.load(top_at + row), tl.load(mass_at + row)
         top, argmax = old_top, tl.load(argmax_at + row)
@@ -225,7 +235,7 @@ if triton is not None:
             other_mass = tl.load(other_mass_at + row)
         for first in range(0, width, tile):
             offsets = first + lanes
-            logits = _logits(products, kept, offsets, offsets < width, softcap, temperature, masked, filtered)
+            logits = _bits(products, kept, offsets, offsets < width, squeeze, stretch, masked, filtered)
             logits = tl.where(logits == logits, logits, masked)  # NaN has no place in an order; the sums below keep and report it
             best = tl.max(logits, axis=0)
             argmax = tl.where(best > top, start + first + tl.argmax(logits, axis=0), argmax)
@@ -240,7 +250,7 @@ if triton is not None:
                     other = tl.where(best > other_top, start + first + tl.argmax(logits, axis=0), other)
                     other_top = tl.maximum(other_top, best)
         rise = old_top - top
-        shrink = tl.exp(rise)
+        shrink = tl.exp2(rise)
         mass = old_mass * shrink
         spread = (tl.load(spread_at + row) + rise * old_mass) * shrink
         sample = argmax if greedy else tl.load(sample_at + row)
@@ -249,8 +259,8 @@ if triton is not None:
         for first in range(0, width, tile):
             offsets = first + lanes
             valid = offsets < width
-            depth = _logits(products, kept, offsets, valid, softcap, temperature, masked, filtered) - top
-            part = tl.where(valid, tl.exp(depth), 0.0)
+            depth = _bits(products, kept, offsets, valid, squeeze, stretch, masked, filtered) - top
+            part = tl.where(valid, tl.exp2(depth), 0.0)
             tl.store(exponentials + offsets, part.to(exponentials.dtype.element_ty), mask=valid)
             part_mass = tl.sum(part, axis=0)
             mass += part_mass
@@ -293,16 +303,16 @@ def absorb_triton(
     """`absorb` in one launch of a kernel. Nothing waits for the device; a captured graph rereads a temperature that is a tensor."""
     products, shrink = room.products.contiguous(), torch.empty_like(running.top)
     exponentials = room.exponentials if room.exponentials.is_contiguous() else torch.empty_like(products)
-    temperature = shape.temperature
-    if not isinstance(temperature, torch.Tensor):
-        temperature = torch.full((1,), temperature, dtype=torch.float32, device=products.device)
+    stretch = 2 / math.log(2) * shape.softcap / shape.temperature
+    if not isinstance(stretch, torch.Tensor):
+        stretch = torch.full((1,), stretch, dtype=torch.float32, device=products.device)
     unused = running.top
     kept = None if kept is None else kept.contiguous().view(torch.uint8)
     with_current = running.current is not None
     with torch.cuda.device_of(products):  # Triton launches on the current device, whatever its arguments lie on
         _absorb_kernel[(products.shape[0],)](
             products, exponentials, unused if kept is None else kept, 0 if kept is None or len(kept) == 1 else kept.stride(0),
-            unused if chance is None else chance.contiguous(), temperature.float(), shape.softcap, start, products.shape[1],
+            unused if chance is None else chance.contiguous(), stretch.float(), -2 / math.log(2) / shape.softcap, start, products.shape[1],
             0 if chance is None else chance.shape[1], *(unused if value is None else value for value in running), shrink,
             masked=MASKED, tile=TILE, filtered=kept is not None, greedy=chance is None, with_current=with_current, num_warps=WARPS,
         )  # fmt: skip

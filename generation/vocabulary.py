@@ -13,6 +13,7 @@ to begin (256 positions, 262,144 ids, one thread of an Intel Xeon, torch 2.13).
 Under autocast both products are in its dtype, as those of the dense way are.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 
 from .draws import Draws
 from .filters import Filters, find_threshold, listed
+from .products import choose_products
 from .running import MASKED, TILE, Room, Running, Shape, absorb_triton, choose_absorb, make_room, start_running
 from .statistics import RowStatistics
 
@@ -83,8 +85,8 @@ def streamed_statistics(
         parts = -(-head.weight.shape[0] // part)
         chance = draws.uniforms(batch_size, (length, parts, 2 if current is None else 4), hidden.device)
     positions, for_kernel = min(group, batch_size) * length, absorb is absorb_triton
-    divided = hidden.dtype == torch.float32 and not for_kernel  # cheaper done to the hidden states; in fewer bits it would round twice
-    shape, found = Shape(head.softcap, temperature, divided), []
+    squashed = hidden.dtype == torch.float32 and not for_kernel  # with the product; in fewer bits it would round twice
+    shape, found = Shape(head.softcap, temperature, squashed), []
     room = make_room(positions, min(piece, len(head.weight)), hidden.dtype, hidden.device, for_kernel)
     for rows in (slice(first, first + group) for first in range(0, batch_size, group)):
         narrowed = None if filters is None else filters.select(rows)
@@ -107,8 +109,9 @@ def _one_pass(
     batch_size, length, size = hidden.shape
     table = head.weight if head.embedding is None else head.embedding
     rows = hidden.reshape(-1, size)  # (N, D)
-    if shape.divided:
-        rows = rows / head.softcap
+    if shape.squashed:
+        rows = rows * (2 / head.softcap)
+    scores, mix = choose_products(rows.device, rows.dtype)
 
     def walk() -> Iterator[tuple[int, torch.Tensor, Room, torch.Tensor | None]]:
         """The pieces: first id, embedding (W, D), room with the products of weights and hidden states (N, W), and which ids are left."""
@@ -116,8 +119,7 @@ def _one_pass(
         for number, (weight, embedded) in enumerate(pieces):
             kept = None if filters is None else listed(filters, number * piece, len(weight), batch_size, length)
             used = room.narrow(len(rows), len(weight))
-            weight = weight.to(rows.dtype)
-            torch.mm(rows, weight.t(), out=used.products)
+            scores(rows, weight.to(rows.dtype), used.products, shape.squashed)
             yield number * piece, embedded, used, kept
 
     threshold = None
@@ -134,20 +136,20 @@ def _one_pass(
             kept, seen = threshold.keep(shape.logits(used.products, kept), seen)
         numbers = None if chance is None else chance[:, start // part : -(-(start + len(embedded)) // part)]
         running, exponentials, shrink = absorb(running, used, start, shape, kept, numbers)
-        soft.mul_(shrink[:, None]).add_(exponentials @ embedded)
+        soft.mul_(shrink[:, None]).add_(mix(exponentials, embedded))
     soft = (soft / running.mass[:, None]).to(head.weight.dtype) * head.embed_scale
     return _summary(running, (batch_size, length)), soft.view(batch_size, length, size)
 
 
 def _summary(running: Running, shape: tuple[int, int]) -> RowStatistics:
-    log_mass = running.mass.log()
+    log_mass, nat = running.mass.log(), math.log(2)  # of bits
     current_log_probs = other = None
     if running.current is not None:
-        own = torch.where(running.own > MASKED / 2, running.own - running.top - log_mass, -float("inf"))
+        own = torch.where(running.own > MASKED / 2, (running.own - running.top) * nat - log_mass, -float("inf"))
         current_log_probs, other = own.view(shape), running.other.view(shape)
     return RowStatistics(
         sample=running.sample.view(shape), argmax=running.argmax.view(shape), log_probs=-log_mass.view(shape),
-        entropy=(log_mass - running.spread / running.mass).view(shape).clamp(min=0),
+        entropy=(log_mass - running.spread / running.mass * nat).view(shape).clamp(min=0),
         bad=(running.mass.isnan() | (running.top <= MASKED / 2)).view(shape).any(dim=-1),
         current_log_probs=current_log_probs, other=other,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import transformers
 
 from generation.capture import RECORDED_STEP
 from generation.flags import LATE_FLAGS
+from generation.products import ONEDNN_PRODUCTS
 from generation.proofs import WITHOUT, UnusableDevice, verdict
 from generation.running import KERNEL
 
@@ -17,7 +18,9 @@ from .experts import GROUPED_EXPERTS
 from .fp8_math import SCALED, SCALED_GROUPED
 from .version import VERSION
 
-PATHS = (KERNEL, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, SCALED, SCALED_GROUPED, OFFLOADED_CACHE)
+PATHS = (
+    KERNEL, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, SCALED, SCALED_GROUPED, OFFLOADED_CACHE, ONEDNN_PRODUCTS,
+)  # fmt: skip
 WORKS, FAILED, NOT_HERE = "works", "FAILED", "not for this device"
 
 

@@ -1,6 +1,7 @@
 """The Triton kernel of a piece against its PyTorch reference, on the CPU through Triton's interpreter."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -135,7 +136,7 @@ from triton.compiler import ASTSource
 for chosen in ((), ("filtered", "with_current"), ("filtered", "greedy", "with_current")):
     options = {name: name in chosen for name in ("filtered", "greedy", "with_current")}
     constants = {"masked": MASKED, "tile": TILE, **options}
-    types = {"products": "*bf16", "exponentials": "*bf16", "kept": "*u8", "softcap": "fp32", "argmax_at": "*i64", "sample_at": "*i64"}
+    types = {"products": "*bf16", "exponentials": "*bf16", "kept": "*u8", "squeeze": "fp32", "argmax_at": "*i64", "sample_at": "*i64"}
     types |= {name: "i32" for name in ("kept_stride", "start", "width", "parts")} | {name: "constexpr" for name in constants}
     types |= {name: "*i64" for name in ("current_at", "other_at")} if options["with_current"] else {}
     signature = {name: types.get(name, "*fp32") for name in _absorb_kernel.arg_names}
@@ -165,7 +166,7 @@ def test_a_piece_without_any_id_left_changes_nothing_but_scale(chosen, monkeypat
             chance = torch.full((1, 1, 4), 0.999999)
             state, _, _ = chosen(state, room_of(products, chosen is absorb_triton), 3 * number, Shape(CAP, 1.0), kept, chance)
         logits = torch.tanh(products / CAP) * CAP
-        torch.testing.assert_close(state.top, logits.amax(dim=-1))
+        torch.testing.assert_close(state.top, (logits.amax(dim=-1) + CAP) / math.log(2))  # in bits
         torch.testing.assert_close(state.mass, (logits - logits.amax()).exp().sum(dim=-1))
         real = range(3) if order[0] is None else range(3, 6)
         assert int(state.argmax) in real and int(state.sample) in real and int(state.other) in real
