@@ -15,7 +15,7 @@ from .proofs import FastPath, numbers, works
 
 
 class Products(NamedTuple):
-    """`scores(rows, weight, out, squash)` (N, W) of (N, D) and (W, D), in `out` or somewhere else, and through a sigmoid with `squash`;
+    """`scores(rows, weight, out, squash)` (N, W) of (N, D) and (W, D), in `out`, and through a sigmoid with `squash`;
     `mix(shares, weight)` (N, D) of (N, W) and (W, D)."""
 
     scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
@@ -27,13 +27,18 @@ def onednn(left: torch.Tensor, right: torch.Tensor, squash: bool = False) -> tor
     return torch.ops.mkldnn._linear_pointwise(left, right, None, "sigmoid" if squash else "none", [], "")
 
 
+def _onednn_scores(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, squash: bool) -> torch.Tensor:
+    """Copied at once, so that the next piece gets the same memory: kept any longer, it is fresh each time, which costs ten times more."""
+    return out.copy_(onednn(rows, weight, squash))
+
+
 def _scores(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, squash: bool) -> torch.Tensor:
     torch.mm(rows, weight.t(), out=out)
     return out.sigmoid_() if squash else out
 
 
 PLAIN = Products(_scores, torch.mm)
-ONEDNN = Products(lambda rows, weight, out, squash: onednn(rows, weight, squash), lambda shares, weight: onednn(shares, weight.t()))
+ONEDNN = Products(_onednn_scores, lambda shares, weight: onednn(shares, weight.t()))
 
 
 def _no_onednn(device: torch.device) -> str | None:

