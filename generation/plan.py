@@ -110,8 +110,8 @@ def make_plan(
         raise ValueError(f"`mask_token_id` is {config.mask_token_id}; expected a token id from 0 to {vocab_size - 1}")
     if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
         raise ValueError(f"`pad_token_id` is {config.pad_token_id}; expected a token id from 0 to {vocab_size - 1}")
-    eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.int64, device=device).flatten()
-    eos = eos[eos < vocab_size]  # the released ids, on a small vocabulary: others are never predicted
+    eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.int64, device="cpu").flatten()
+    eos = eos[eos < vocab_size].to(device)  # the released ids, on a small vocabulary: others are never predicted
     scale = 1.0 if config.temperature in (None, 0) else config.temperature
     sampler = {
         "entropy_bound": lambda: EntropyBoundSampler(config.entropy_bound),
