@@ -19,7 +19,7 @@ from modeling_diffusiongemma.device_report import PATHS
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize(("path", "case"), [(path, case) for path in PATHS for case in path.cases], ids=str)
+@pytest.mark.parametrize(("path", "case"), [pytest.param(path, case, id=f"{path.name} {case}") for path in PATHS for case in path.cases])
 def test_every_fast_path_proves_itself_on_cuda(path, case):
     """What `diffusiongemma info --device` shows; run again, when everything is compiled, in well under a second."""
     device = torch.device("cuda", torch.cuda.current_device())
