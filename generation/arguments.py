@@ -68,7 +68,10 @@ def _integer(value: Any, low: int, high: int) -> int:
 def _number(value: Any, low: float, high: float, above: bool) -> float | int:
     value = _plain(value)
     _demand(isinstance(value, int | float) and not isinstance(value, bool))
-    _demand(low <= float(value) <= high and not (above and value == low))
+    if isinstance(value, int) and abs(value) > LARGEST:  # more than a tensor is compared with
+        _demand(abs(value) < 10**300)
+        value = float(value)
+    _demand(low <= value <= high and not (above and value == low))
     return value
 
 

@@ -5,6 +5,7 @@ from transformers import DynamicCache
 
 from .denoise import CanvasContext, denoise_canvas
 from .draws import Draws
+from .inputs import dynamic_cache
 from .plan import Plan
 from .statistics import check_finite, dense_statistics
 from .written import SCORE_FIELDS, Written
@@ -23,9 +24,7 @@ def decode_autoregressively(model, plan: Plan, written: Written, real: torch.Ten
     Args:
         prompt: what `prefill` takes for the prompt: `input_ids` or `inputs_embeds`, and images.
     """
-    with torch.device("cpu"):  # where a cache begins, whatever torch's default device is
-        cache = DynamicCache(config=model.config.get_text_config())
-    inputs, length = prompt, real.shape[1]
+    cache, inputs, length = dynamic_cache(model.config.get_text_config()), prompt, real.shape[1]
     while not bool(written.ended.all()) and not plan.out_of_time():
         positions = plan.positions(real, length)
         prefilled = model.prefill(**inputs, attention_mask=real, position_ids=positions, cache=cache, last_states=1)

@@ -1,5 +1,6 @@
 """From what a caller of `generate` hands in to what the loop needs: configuration, prompt, lengths, cache."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -200,6 +201,17 @@ def quantized_cache(model_config, backend: str = "fp8", **kwargs) -> Cache:
     return Cache(layers=cache.layers)
 
 
+def on_host() -> contextlib.AbstractContextManager:
+    """A context in which what transformers makes without a word of where begins on the host, whatever torch's default device is. What is
+    traced cannot enter one."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.device("cpu")
+
+
+def dynamic_cache(model_config, **kwargs) -> DynamicCache:
+    with on_host():
+        return DynamicCache(config=model_config, **kwargs)
+
+
 def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int, device: torch.device) -> Cache:
     """A fresh cache for `max_length` tokens.
 
@@ -210,12 +222,12 @@ def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int,
     kind = config.cache_implementation or "dynamic"
     if kind.startswith("offloaded") and device.type != "cuda":
         raise ValueError(f"`cache_implementation` is {kind!r} and the prompt is on {device}; expected a CUDA device to offload from")
-    with torch.device("cpu"):  # where a cache begins, whatever torch's default device is
+    if kind in ("dynamic", "offloaded"):
+        return dynamic_cache(model_config, offloading=kind == "offloaded")
+    with on_host():
         if kind == "quantized":
             return quantized_cache(model_config, **(config.cache_config or {}))
-        if kind.endswith("static"):
-            return StaticCache(config=model_config, max_cache_len=max_length, offloading=kind.startswith("offloaded"))
-        return DynamicCache(config=model_config, offloading=kind == "offloaded")
+        return StaticCache(config=model_config, max_cache_len=max_length, offloading=kind.startswith("offloaded"))
 
 
 __all__ = [
@@ -224,8 +236,10 @@ __all__ = [
     "check_ids",
     "check_images",
     "check_prompt",
+    "dynamic_cache",
     "infer_mask",
     "make_cache",
+    "on_host",
     "quantized_cache",
     "repeat_rows",
     "resolve_config",

@@ -113,7 +113,7 @@ def verdict(path: FastPath, device: torch.device, *case: Any) -> Verdict:
 
 def _check_usable(path: FastPath, device: torch.device, detail: str) -> None:
     try:
-        torch.ones(1, device=device).add(1).cpu()
+        torch.ones(1, dtype=torch.float32, device=device).add(1).cpu()
     except Exception as error:
         raise UnusableDevice(
             f"the {path.name} broke {device} ({detail}), which now answers {one_line(error)!r}. That lasts until the process ends; start "

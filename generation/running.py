@@ -326,9 +326,9 @@ def _prove_kernel(device: torch.device, dtype: torch.dtype, *chosen: str):
     count, widths = 4, (2 * TILE, TILE + (13 if ragged else 16))
     products = numbers(count, sum(widths))
     for rank, height in enumerate((6.0, 5.5)):
-        places = torch.tensor([5 + rank, TILE + rank, 2 * TILE + 9 + rank])
+        places = torch.tensor([5 + rank, TILE + rank, 2 * TILE + 9 + rank], dtype=torch.int64, device="cpu")
         products[range(3), places] = height
-    current = torch.tensor([5, 7, 2 * TILE + 12, 0])
+    current = torch.tensor([5, 7, 2 * TILE + 12, 0], dtype=torch.int64, device="cpu")
     kept = numbers(*products.shape, uniform=True) < 0.9
     kept[0, :TILE], kept[1, TILE : TILE + 2] = False, True
     chance = numbers(count, 4, 4 if with_current else 2, uniform=True)

@@ -108,7 +108,7 @@ def _prove_grouped(device: torch.device, dtype: torch.dtype, hidden_size: int, s
     for name, weight in list(experts.named_parameters()):
         setattr(experts, name, nn.Parameter((waves(*weight.shape) / weight.shape[-1] ** 0.5).to(dtype)))
     hidden = waves(7, hidden_size).to(dtype)
-    chosen = torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [2, 0], [0, 2], [2, 0]], device=device)
+    chosen = torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [2, 0], [0, 2], [2, 0]], dtype=torch.int64, device=device)
     weights = waves(7, 2).abs()
     got = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, chosen, weights)
     return got, eager_experts(experts, hidden, chosen, weights)

@@ -11,6 +11,8 @@ from transformers import DiffusionGemmaTextConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from generation.inputs import on_host
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, `x / sqrt(mean(x^2) + eps) * weight`, in float32; without a scale if `with_scale=False`."""
@@ -36,7 +38,7 @@ def rotary_frequencies(config: DiffusionGemmaTextConfig, layer_type: str) -> tor
     """
     layer_config, parameters = config.per_layer_config[layer_type], config.rope_parameters[layer_type]
     if parameters["rope_type"] != "default":
-        with torch.device("cpu"):  # what they begin with would be on torch's default device
+        with on_host():
             frequencies, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](layer_config, "cpu", layer_type=layer_type)
         if scaling != 1.0:
             raise ValueError(f"`rope_parameters[{layer_type!r}]` scales attention by {scaling}; expected a type that does not")

@@ -17,7 +17,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear, Ge
 from transformers.utils.generic import can_return_tuple
 
 from generation.cache_names import FIELD, takes_cache
-from generation.inputs import check_ids
+from generation.inputs import check_ids, dynamic_cache
 
 from .caches import StoredLayers, cached_length
 from .checks import (
@@ -222,8 +222,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                     f"sliding_window={self.config.text_config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
                 )
         if cache is None:
-            with torch.device("cpu"):  # where a cache begins, whatever torch's default device is
-                cache = DynamicCache(config=self.config.text_config)
+            cache = dynamic_cache(self.config.text_config)
         check_patches(self.config, input_ids, pixel_values, image_position_ids)
         if pixel_values is not None:
             if inputs_embeds is not None:

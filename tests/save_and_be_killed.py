@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 import train
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint
-from modeling_diffusiongemma.console_export import EXPORT
+from modeling_diffusiongemma.console_export import run as export
 from modeling_diffusiongemma.quantize import quantize_checkpoint
 from modeling_diffusiongemma.saving import finish
 
@@ -181,7 +181,7 @@ class Exported(Saved):
 
     def save(self, which, folder):
         model = SimpleNamespace(path=str(folder.with_name(f"checkpoint{which}")))
-        EXPORT.run(argparse.Namespace(folder=str(folder), overwrite=True, model=model, dtype="auto", max_shard_size="60KB", json=True))
+        export(argparse.Namespace(folder=str(folder), overwrite=True, model=model, dtype="auto", max_shard_size="60KB", json=True))
 
     def looks(self, folder):
         def ours():
