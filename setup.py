@@ -32,7 +32,7 @@ train = ["datasets", "tqdm"]
 serve = ["openai>=3.54,<4", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "starlette", "pydantic>=2", "rich"]  # transformers' "serving"
 diffusers = ["diffusers>=0.42.1,<0.43"]  # drives the model by names of transformers' class: modeling_diffusiongemma/views.py
 lm_eval = ["lm-eval>=0.4.13,<0.5"]
-test = ["pytest", "pytest-timeout", "datasets", "packaging", "pillow", "peft"]
+test = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "datasets", "packaging", "pillow", "peft"]
 
 setup(
     name="modeling-diffusiongemma",
