@@ -190,7 +190,10 @@ def quantized_cache(model_config, backend: str = "fp8", **kwargs) -> Cache:
     backends = {"fp8": "Fp8QuantizedLayer", "quanto": "QuantoQuantizedLayer", "hqq": "HQQQuantizedLayer"}
     found = {name: getattr(cache_utils, layer) for name, layer in backends.items() if hasattr(cache_utils, layer)}
     if backend not in found:
-        raise ValueError(f"`cache_config` names the backend {backend!r}; expected one of {sorted(found)}")
+        raise ValueError(
+            f"`cache_implementation` is 'quantized' and `cache_config` names the backend {backend!r}, 'fp8' where it names none; expected "
+            f"one that this transformers has, of {sorted(found)}"
+        )
     cache = DynamicCache(config=model_config)
     try:
         for place, layer_type in enumerate(model_config.layer_types):
