@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import CANVAS, PAD, prompts, small_model
-from tiny import build_oracle, image_inputs, ours, same_weights
+from tiny import build_oracle, image_inputs, needs_flex_attention, ours, same_weights
 from transformers import StaticCache
 
 from generation import CanvasStreamer
@@ -200,7 +200,7 @@ def test_images_are_those_of_an_untouched_torch(state):
     assert got.dtype == torch.float32 and torch.equal(got, without)
 
 
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=needs_flex_attention)])
 def test_masks_are_those_of_an_untouched_torch(attention, state):
     """Not to the last bit: torch traces flex_attention anew in each state."""
     ids, mask = prompts(2, 13, padded=3)

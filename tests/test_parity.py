@@ -3,12 +3,10 @@
 The tolerance is `tiny.TOLERANCE`, 1e-4 in float32, unless a test states another.
 """
 
-import shutil
-
 import pytest
 import tiny
 import torch
-from tiny import CANVAS, LAYERS, alone, caches, close, ours, pad_rows, pair, rows_of, same_weights, tokens
+from tiny import CANVAS, LAYERS, alone, caches, close, needs_flex_attention, ours, pad_rows, pair, rows_of, same_weights, tokens
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
@@ -52,8 +50,7 @@ def test_forward_equals_the_oracle(length, batch_size, attention):
         close(got.encoder_last_hidden_state, expected.encoder_last_hidden_state)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="flex_attention on a CPU is compiled: needs a C++ compiler")
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="flex_attention on a CPU needs AVX2")
+@needs_flex_attention
 @pytest.mark.slow
 def test_flex_attention_equals_eager():
     """One case, since it is compiled: a left-padded batch longer than the window."""

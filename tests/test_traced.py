@@ -1,6 +1,6 @@
 """The whole model through `torch.compile(model, fullgraph=True)` and `torch.export`: no check reads values back while a graph is traced.
 
-Rounding: operations are the same, but a mask that hides nothing is not known to do so, and attention with one rounds otherwise.
+Operations are the same but for rounding: a mask that hides nothing is not known to do so, and attention with one rounds otherwise.
 Two layers, one of each type: tracing takes a second a layer.
 """
 
@@ -13,7 +13,6 @@ import torch
 from tiny import CANVAS, LAYERS, VOCAB, WINDOW, caches, close, pad_rows, rows_of, tokens
 
 CANVAS_IDS = {"decoder_input_ids": tokens(2, CANVAS, 1)}
-ROUNDING = 3e-5
 
 
 def fresh():
@@ -47,7 +46,7 @@ def padded(lengths=(4, 9)):
 def test_prompt_and_canvas_are_one_graph(prompt):
     got = compiled(ours())(**prompt, **CANVAS_IDS)
     expected = ours()(**prompt, **CANVAS_IDS)
-    close(got.logits, expected.logits, ROUNDING)
+    close(got.logits, expected.logits)
     assert got.cache.get_seq_length() == expected.cache.get_seq_length() == 9
 
 
@@ -55,7 +54,7 @@ def test_prompt_and_canvas_are_one_graph(prompt):
 def test_right_padding_past_the_window_is_right_where_its_side_is_not_known():
     ids, mask = pad_rows(rows_of((4, 2 * WINDOW)), "right")
     inputs = {"input_ids": ids, "attention_mask": mask, **CANVAS_IDS}
-    close(compiled(ours())(**inputs).logits, ours()(**inputs).logits, ROUNDING)
+    close(compiled(ours())(**inputs).logits, ours()(**inputs).logits)
 
 
 @torch.no_grad()
@@ -67,7 +66,7 @@ def test_canvas_over_a_cache_is_one_graph(kind, masked):
     inputs = {"cache": cache, "self_conditioning_logits": torch.randn(2, CANVAS, VOCAB), **CANVAS_IDS}
     if masked:
         inputs["decoder_attention_mask"] = torch.nn.functional.pad(prompt["attention_mask"], (0, CANVAS), value=1)
-    close(compiled(ours())(**inputs).logits, ours()(**inputs).logits, ROUNDING)
+    close(compiled(ours())(**inputs).logits, ours()(**inputs).logits)
 
 
 def test_loss_of_a_given_canvas_is_one_graph():
@@ -93,7 +92,7 @@ def test_training_objective_runs_compiled_in_several_graphs():
     for model in (ours(), torch.compile(ours(), backend="eager")):
         torch.manual_seed(0)
         losses.append(model(ids, labels=labels).loss)
-    close(losses[1], losses[0], ROUNDING)
+    close(losses[1], losses[0])
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")
@@ -108,7 +107,7 @@ def test_exported_program_takes_prompts_of_any_length(strict):
         program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=strict)
         for lengths in ((4, 9), (20, 13), (2, 3)):
             inputs = {**padded(lengths), **CANVAS_IDS, "use_cache": False}
-            close(program.module()(**inputs).logits, model(**inputs).logits, ROUNDING)
+            close(program.module()(**inputs).logits, model(**inputs).logits)
 
 
 def test_checks_stay_outside_of_graphs():

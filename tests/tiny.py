@@ -5,7 +5,9 @@ passes' layer scalars are all random, so that mixing any two of them up shows.
 """
 
 import functools
+import shutil
 
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache, StaticCache
@@ -14,6 +16,10 @@ from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
 
 VOCAB, WINDOW, CANVAS, IMAGE, PAD = 101, 8, 10, 97, 0
 TOLERANCE = 1e-4  # float32 rounding through four layers; a wrong mask moves logits by 0.1 or more
+needs_flex_attention = pytest.mark.skipif(
+    not shutil.which("g++") or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="flex_attention on a CPU is compiled: needs a C++ compiler and AVX2",
+)
 LAYERS = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": len(LAYERS), "layer_types": list(LAYERS),
