@@ -53,7 +53,7 @@ def test_canvases_are_those_that_generate_writes(model):
         if step:
             assert torch.equal(noised, seen.canvases[step - 1])
         random = torch.get_rng_state()
-        with torch.no_grad():
+        with torch.no_grad(), model.reference_arithmetic():  # in which the reference backend computes
             losses = block_diffusion_loss(model, **given, noised=noised, soft_embeds=soft_embeds, causal=False)
         torch.set_rng_state(random)  # the loss may draw, too
         rollout.advance(losses.logits)
