@@ -55,3 +55,11 @@ def oracle_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("oracle")
     tiny.build_oracle().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What was warned of fast paths that failed their proof."""
+    said = []
+    monkeypatch.setattr("generation.proofs.logger.warning_once", said.append)
+    return said

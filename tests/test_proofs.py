@@ -29,13 +29,6 @@ def nothing_proven():
     verdict.cache_clear()
 
 
-@pytest.fixture
-def told(monkeypatch):
-    said = []
-    monkeypatch.setattr(proofs.logger, "warning_once", said.append)
-    return said
-
-
 def needs_interpreter() -> str | None:
     return KERNEL.missing(CPU, torch.float32)
 

@@ -194,13 +194,6 @@ def on_a_gpu(monkeypatch):
     verdict.cache_clear()
 
 
-@pytest.fixture
-def told(monkeypatch):
-    said = []
-    monkeypatch.setattr("generation.proofs.logger.warning_once", said.append)
-    return said
-
-
 def test_the_kernel_is_chosen_on_cuda_alone(told):
     assert choose_absorb(torch.device("cpu"), torch.float32, *[False] * 4) is absorb and not told
 
