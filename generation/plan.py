@@ -96,7 +96,7 @@ def make_plan(
     logits_processor: Sequence[Callable] | None, rows: int, owns_cache: bool, walks: bool = True,
 ) -> Plan:  # fmt: skip
     """Args: `prompt_length` counts cached tokens; `rows`: of the batch; `owns_cache`: nobody else counts on its rows, so they may leave it;
-    `walks`: the model's vocabulary can be walked in pieces.
+    `walks`: the vocabulary is walked in pieces, which gives no logits and not the reference's random numbers.
 
     Raises:
         ValueError: lengths that leave no room, or arguments that do not go together.
@@ -120,8 +120,7 @@ def make_plan(
         "predictor_corrector": lambda: PredictorCorrectorSampler(vocab_size, config.corrector_steps, config.corrector_positions),
     }[config.sampler]()
     stays = config.cache_implementation not in (None, "dynamic") or not owns_cache  # rows cannot leave such a cache
-    streams = walks and not reference and not config.output_logits
-    record = streams and (stays or rows == 1) and not config.disable_compile and config.decoding == "diffusion" and records(device)
+    record = walks and (stays or rows == 1) and not config.disable_compile and config.decoding == "diffusion" and records(device)
     return Plan(
         canvas_length=config.canvas_length or model_config.canvas_length,
         new_tokens=new_tokens,
@@ -140,7 +139,7 @@ def make_plan(
         count_padding=reference,
         sure_end=eos if config.ignore_after_eos or (config.ignore_after_eos is None and not reference) else None,
         patience=config.patience,
-        stream_vocabulary=streams,
+        stream_vocabulary=walks,
         keep_logits=bool(config.output_logits),
         late_flags=reads_late(device),
         record=record,
