@@ -1,21 +1,25 @@
 """Block-diffusion generation. Imports torch and transformers, never a model."""
 
-from .canvas import CanvasState
 from .configuration import DiffusionGenerationConfig
+from .constraint import Constraint
 from .events import CommitEvent, StepEvent, stream_events, stream_text
 from .mixin import DiffusionGenerationMixin
 from .noise import MaskNoise, Noise, UniformNoise
 from .output import DiffusionGenerationOutput, TokenScores
+from .prediction import Prediction, Wanted
 from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Proposal, Sampler
 from .schedule import TemperatureSchedule
+from .state import CanvasState
 from .stopping import StableAndConfident
 from .streaming import CanvasStreamer
+from .watcher import Watcher, Watching
 
 __all__ = [
     "CanvasState",
     "CanvasStreamer",
     "CommitEvent",
     "ConfidenceSampler",
+    "Constraint",
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
     "DiffusionGenerationOutput",
@@ -23,6 +27,7 @@ __all__ = [
     "FixedStepsSampler",
     "MaskNoise",
     "Noise",
+    "Prediction",
     "PredictorCorrectorSampler",
     "Proposal",
     "Sampler",
@@ -31,6 +36,9 @@ __all__ = [
     "TemperatureSchedule",
     "TokenScores",
     "UniformNoise",
+    "Wanted",
+    "Watcher",
+    "Watching",
     "stream_events",
     "stream_text",
 ]

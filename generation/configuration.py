@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from .arguments import FIELDS, read, shown
 from .presets import PRESETS
+from .together import check_fields
 
 DIFFUSION_FIELDS = {  # field: its value in the released checkpoint
     "max_denoising_steps": 48,
@@ -124,10 +125,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         """Reads every field as its kind in `FIELDS` says. transformers' own checks are about decoding token by token."""
         for name, kind in FIELDS.items():
             setattr(self, name, read(name, getattr(self, name), kind))
-        if self.t_min is not None and self.t_max is not None and self.t_min > self.t_max:
-            raise ValueError(f"`t_min` is {self.t_min}; expected at most `t_max`, {self.t_max}")
-        if self.do_sample is False and (self.num_return_sequences or 1) > 1:
-            raise ValueError(f"`num_return_sequences` is {self.num_return_sequences}; expected 1 with `do_sample=False`")
+        check_fields(self)
 
     def refused(self) -> list[str]:
         """Names, values and reasons of the fields that are set and that `generate` does not honour."""

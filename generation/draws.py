@@ -1,15 +1,15 @@
 """Where random numbers come from.
 
 `BatchDraws` draws for the whole batch at once, one number after another, in transformers' order. `RowDraws` draws for every row
-from a seed of its own and the place in the generation: which canvas, which step, which kind of number. A row's tokens
-then depend on its own seed alone: not on its neighbours, its place, rows that left the batch before, or steps that were
-computed although the row had finished.
+from a seed of its own and the place in the generation: which canvas, which step, and what for. A row's tokens then depend on its own
+seed alone: not on its neighbours, its place, rows that left the batch before, or steps that were computed although the row had
+finished. `DrawnStep` holds the numbers of one step as tensors, drawn before it.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,11 +19,15 @@ COPY_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of `n
 
 
 class Draws(Protocol):
-    """Source of sampled tokens and of noise for the rows that are still computed."""
+    """Source of sampled tokens and of noise for the rows that are still computed.
 
-    def at(self, canvas: int, step: int) -> "Draws": ...
-    def tokens(self, probabilities: torch.Tensor) -> torch.Tensor: ...
-    def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor: ...
+    Each number is drawn for a purpose, and two purposes of a step never get the same ones: "tokens" and "other tokens" from whole
+    probabilities, "uniforms" of a walk over the vocabulary, "acceptance" of an informed sampler, and the noise.
+    """
+
+    def at(self, canvas_index: int, step: int) -> "Draws": ...
+    def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor: ...
+    def uniforms(self, shape: tuple[int, ...], device: torch.device, purpose: str = "uniforms") -> torch.Tensor: ...
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor: ...
     def select(self, rows: torch.Tensor) -> "Draws": ...
 
@@ -34,17 +38,17 @@ class BatchDraws:
 
     generator: torch.Generator | None = None
 
-    def at(self, canvas: int, step: int) -> "BatchDraws":
+    def at(self, canvas_index: int, step: int) -> "BatchDraws":
         return self
 
-    def tokens(self, probabilities: torch.Tensor) -> torch.Tensor:
+    def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor:
         """One token a position from probabilities `(B, C, V)`, int64 `(B, C)`."""
         flat = torch.multinomial(probabilities.flatten(0, 1), num_samples=1, generator=self.generator)
         return flat.view(probabilities.shape[:-1])
 
-    def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """Uniform numbers in [0, 1), float32 `(B, *shape)`."""
-        return torch.rand((batch_size, *shape), dtype=torch.float32, device=device, generator=self.generator)
+    def uniforms(self, shape: tuple[int, ...], device: torch.device, purpose: str = "uniforms") -> torch.Tensor:
+        """Uniform numbers in [0, 1), float32 of `shape` (B, ...)."""
+        return torch.rand(shape, dtype=torch.float32, device=device, generator=self.generator)
 
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         return noise.draw(shape, device, self.generator)
@@ -55,24 +59,24 @@ class BatchDraws:
 
 @dataclass(frozen=True)
 class RowDraws:
-    """One seed a row. `canvas` and `step` say where in the generation the numbers are drawn (-1: a canvas's first noise);
-    the same place always gives the same numbers."""
+    """One seed a row. `canvas_index` and `step` say where in the generation the numbers are drawn (-1: a canvas's first noise);
+    the same place always gives the same numbers for a purpose, and other ones for another."""
 
     seeds: tuple[int, ...]
-    canvas: int = 0
+    canvas_index: int = 0
     step: int = -1
 
-    def at(self, canvas: int, step: int) -> "RowDraws":
+    def at(self, canvas_index: int, step: int) -> "RowDraws":
         """The numbers of another place."""
-        return replace(self, canvas=canvas, step=step)
+        return replace(self, canvas_index=canvas_index, step=step)
 
-    def tokens(self, probabilities: torch.Tensor) -> torch.Tensor:
-        pairs = zip(probabilities, self._generators("tokens", probabilities.device), strict=True)
+    def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor:
+        pairs = zip(probabilities, self._generators(purpose, probabilities.device), strict=True)
         return torch.stack([torch.multinomial(row, num_samples=1, generator=generator).squeeze(-1) for row, generator in pairs])
 
-    def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        generators = self._generators("uniforms", device)
-        return torch.stack([torch.rand(shape, dtype=torch.float32, device=device, generator=one) for one in generators])
+    def uniforms(self, shape: tuple[int, ...], device: torch.device, purpose: str = "uniforms") -> torch.Tensor:
+        generators = self._generators(purpose, device)
+        return torch.stack([torch.rand(shape[1:], dtype=torch.float32, device=device, generator=one) for one in generators])
 
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         return torch.cat([noise.draw((1, shape[1]), device, generator) for generator in self._generators("noise", device)])
@@ -80,12 +84,34 @@ class RowDraws:
     def select(self, rows: torch.Tensor) -> "RowDraws":
         return replace(self, seeds=tuple(self.seeds[row] for row in rows.tolist()))
 
-    def _generators(self, kind: str, device: torch.device):
+    def _generators(self, purpose: str, device: torch.device):
         """One generator, seeded for one row after the other."""
         generator = torch.Generator(device)
         for seed in self.seeds:
-            place = f"{seed} {self.canvas} {self.step} {kind}".encode()
+            place = f"{seed} {self.canvas_index} {self.step} {purpose}".encode()
             yield generator.manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=7).digest()))
+
+
+class DrawnStep(NamedTuple):
+    """The random numbers of one step, drawn before it: plain tensors, which a recorded step takes as inputs. Gives them as `Draws` does.
+
+    `walk` float32 (B, C, tiles, 2 or 4), None if none are drawn; `renoised` int64 (B, C); `acceptance` float32 (B, C), None unless the
+    sampler is informed.
+    """
+
+    walk: torch.Tensor | None
+    renoised: torch.Tensor
+    acceptance: torch.Tensor | None
+
+    def uniforms(self, shape: tuple[int, ...], device: torch.device, purpose: str = "uniforms") -> torch.Tensor:
+        found = self.acceptance if purpose == "acceptance" else self.walk
+        if found is None or tuple(found.shape) != tuple(shape):
+            got = None if found is None else tuple(found.shape)
+            raise ValueError(f"the step's {purpose} were drawn with shape {got}; expected {tuple(shape)}")
+        return found
+
+    def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+        return self.renoised
 
 
 def row_draws(
@@ -122,4 +148,4 @@ def _draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
     return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
 
 
-__all__ = ["BatchDraws", "Draws", "RowDraws", "row_draws"]
+__all__ = ["BatchDraws", "DrawnStep", "Draws", "RowDraws", "row_draws"]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .canvas import CanvasState
+from .state import CanvasState
 
 
 class StepEvent(NamedTuple):
@@ -26,10 +26,13 @@ class StepEvent(NamedTuple):
 
 
 class CommitEvent(NamedTuple):
-    """A finished canvas: its number from 0 and its tokens (B, n), without what lies behind the end."""
+    """A finished canvas: `canvas` counts up from 0; `tokens` (B, n), padded behind the end of a row; `lengths` int64 (B,): how many of
+    them each row keeps; `finish_reasons`: why each row has ended, as in `DiffusionGenerationOutput`, None for rows that go on."""
 
     canvas: int
     tokens: torch.Tensor
+    lengths: torch.Tensor
+    finish_reasons: tuple[str | None, ...]
 
 
 class Closed(Exception):
@@ -41,11 +44,12 @@ class _Relay(BaseStreamer):
 
     def __init__(self):
         self.events: queue.Queue = queue.Queue()
-        self.closed, self.canvas, self.step = threading.Event(), -1, 0
+        self.closed, self.canvas, self.step = threading.Event(), 0, 0
 
-    def put(self, value: torch.Tensor) -> None:
-        if self.canvas >= 0:
-            self._send(CommitEvent(self.canvas, value if value.dim() == 2 else value[None]))
+    def put(self, value: torch.Tensor) -> None: ...
+
+    def commit(self, tokens: torch.Tensor, lengths: torch.Tensor, finish_reasons: tuple[str | None, ...]) -> None:
+        self._send(CommitEvent(self.canvas, tokens, lengths, finish_reasons))
         self.canvas, self.step = self.canvas + 1, 0
 
     def put_state(self, state: CanvasState) -> None:

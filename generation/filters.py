@@ -1,9 +1,9 @@
-"""Which ids of a position may be predicted, found out and applied piece by piece of the vocabulary.
+"""Which ids of a position may be predicted: of whole logits, by transformers' own warpers, and piece by piece of the vocabulary.
 
-Hidden and allowed ids need nothing but the piece at hand. `top_k`, `top_p` and `min_p` keep the most probable ids of a position, so
-each is a threshold on its logits, which passes over the pieces find before the one that uses it; no `(N, V)` tensor exists. They
-mean what transformers' `TopKLogitsWarper`, `TopPLogitsWarper` and `MinPLogitsWarper` do one after the other, which is the order in
-which `processors.build_shaping` calls them.
+`Filters.apply` is the one truth: transformers' `TopKLogitsWarper`, `TopPLogitsWarper` and `MinPLogitsWarper`, one after the other, behind
+what hidden and allowed ids leave. A walk over the vocabulary has no whole logits: hidden and allowed ids need nothing but the piece at hand
+(`listed`), and `top_k`, `top_p` and `min_p` keep the most probable ids of a position, so each is a threshold on its logits, which passes
+over the pieces find before the one that uses it (`find_threshold`); no `(N, V)` tensor exists.
 
 N: positions (B * C), W: ids of a piece.
 """
@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .running import MASKED, counts_rows
+from .sums import MASKED, counts_rows
 
 BINS = 4096  # of a histogram of logits; two of them, one inside a bin of the other, tell logits apart that differ by span / BINS^2
 MOST_TOP_K = 1024  # so many logits a position are kept while the pieces pass; a greater top_k takes the dense way
@@ -58,6 +60,16 @@ class Filters:
         allowed = self.allowed[rows] if by_row else self.allowed
         return replace(self, allowed=allowed, allowed_ids=None if self.allowed_ids is None else self.allowed_ids[rows])
 
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits float32 `(B, C, V)`, divided by the temperature, with -inf where an id may not be predicted."""
+        kept = listed(self, 0, logits.shape[-1], *logits.shape[:2])
+        flat = logits.flatten(0, 1)
+        if kept is not None:
+            flat = flat.masked_fill(~kept, -float("inf"))
+        kinds = {TopKLogitsWarper: self.top_k, TopPLogitsWarper: self.top_p, MinPLogitsWarper: self.min_p}
+        warpers = LogitsProcessorList(kind(value) for kind, value in kinds.items() if value is not None)
+        return warpers(None, flat).view_as(logits)
+
     def narrow(self) -> bool:
         """Whether an id of any position may be left out."""
         given = self.allowed is not None or self.allowed_ids is not None or (self.hidden is not None and self.hidden_before > 0)
@@ -66,6 +78,9 @@ class Filters:
     def need_threshold(self) -> bool:
         """Whether passes over the pieces must come before the one that uses the filters."""
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+
+pytree.register_dataclass(Filters)  # its tensors go into a recorded step as inputs
 
 
 class Threshold(NamedTuple):

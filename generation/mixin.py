@@ -1,23 +1,7 @@
-"""Block-diffusion generation for any model that offers five methods:
-
-    prefill(input_ids, attention_mask=, position_ids=, cache=, last_states=, **images) -> output with `last_hidden_state`,
-        of the last `last_states` tokens where it is given
-    prepare_canvas(cache, (B, C), attention_mask, position_ids, slots=) -> a view, good for every step of one canvas
-    denoise(canvas_ids, soft_embeds=, view=) -> output with `last_hidden_state`
-    compute_logits(hidden_states) -> float32 (B, C, V)
-    soft_embed(logits) -> (B, C, D)
-
-and may offer more: where its head is one tied matrix that can be walked in pieces, `can_walk_head(device) -> bool` and the context
-`vocabulary_head() -> VocabularyHead`; `compiling(compile_config)`, a context in which it runs compiled; `reference_arithmetic()`, one in
-which it rounds as the model does whose tokens `backend="reference"` promises; and `check_prompt`, with arguments of `prefill`, which
-raises what `prefill` would, before anything is drawn, streamed or cached.
-
-The outer loop is autoregressive over canvases: prefill, denoise a canvas, commit it (a causal pass over it), denoise the
-next. The inner loop, one canvas, is `denoise.denoise_canvas`. Nothing here knows how the model works inside.
-"""
+"""`generate`: block-diffusion generation for any model that keeps `contract.GeneratesCanvases`. Nothing here knows how it works inside."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,41 +9,51 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import reads_arguments, shown
-from .autoregressive import decode_autoregressively, decode_verified
+from .autoregressive import decode_autoregressively
 from .cache_names import FIELD, takes_cache
-from .capture import Recording
+from .caches import make_cache
+from .canvases import decode_canvases
 from .configuration import DiffusionGenerationConfig
-from .denoise import CanvasContext, can_select, denoise_canvas
+from .constraint import Constraint
+from .contract import check_contract
 from .draws import BatchDraws, row_draws
-from .inputs import check_canvas, check_embeds, check_images, check_prompt, infer_mask, make_cache, repeat_rows, resolve_config
-from .output import DiffusionGenerationOutput, TokenScores, join_rows
-from .plan import make_plan
-from .written import Criteria, Written
+from .output import DiffusionGenerationOutput, TokenScores
+from .plan import Plan, make_plan
+from .prompt import IMAGES, Prompt, read_prompt
+from .rows import Rows
+from .settings import resolve_config
+from .together import allowed_tokens, check_arguments
+from .transcript import Criteria, Transcript
+from .verified import decode_verified
+from .watcher import StreamerWatcher, Watcher
+
+# Each takes the model, the plan, the prompt, the rows, the transcript and the watchers, and returns the cache if it is whole.
+DECODERS = {"diffusion": decode_canvases, "autoregressive": decode_autoregressively, "verified": decode_verified}
 
 
-def mixes_adapters(module: torch.nn.Module) -> bool:
-    """Whether peft has been told an adapter for each row of the batch (`adapter_names`): rows then stay where they are.
+def start_rows(config: DiffusionGenerationConfig, plan: Plan, prompt: Prompt, model_config, seed, generator, constraint) -> Rows:
+    """All rows of the batch, nothing being written yet; with the caller's cache, or one of their own."""
+    cache, copies, device = prompt.cache, config.num_return_sequences or 1, prompt.real.device
+    if config.decoding == "diffusion" and cache is None:
+        cache = make_cache(config, model_config.get_text_config(), plan.lengths.cache, device)
+    if config.backend == "reference":
+        draws = BatchDraws(generator)
+    else:
+        fixed = plan.rules.greedy and seed is None and generator is None
+        draws = row_draws(0 if fixed else seed, generator, len(prompt.ids) // copies, copies)
+    places = torch.arange(len(prompt.ids), device=device)
+    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters_behind(0), constraint)
 
-    Raises:
-        ValueError: activated LoRA, which begins at a token of the prompt and is told so by its distance from the end of a pass.
-    """
-    hooks = (hook for each in module.modules() for hook in each._forward_pre_hooks.values())
-    told = {name for hook in hooks for name in getattr(hook, "keywords", ())}
-    if "alora_offsets" in told:
-        raise ValueError("`alora_invocation_tokens` are set in an adapter; expected plain LoRA: a canvas has no place at which one begins")
-    return "adapter_names" in told
 
-
-def check_preparation(model: GenerationMixin) -> None:
-    """Refuses a `prepare_inputs_for_generation` that is not transformers' own, since no pass here calls it. It is how peft gives virtual
-    tokens to a model that generates."""
-    method = model.prepare_inputs_for_generation
-    if getattr(method, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
-        owner = type(getattr(method, "__self__", model)).__name__
-        raise ValueError(
-            f"`prepare_inputs_for_generation` is that of {owner}, and block diffusion does not call it; expected the model's own. Prompt "
-            "tuning, prefix tuning and p-tuning need it: train adapters of weights instead, such as LoRA"
-        )
+@contextlib.contextmanager
+def arithmetic(model, config: DiffusionGenerationConfig) -> Iterator[None]:
+    """The model compiled, or rounding as the reference does, for the length of the block, as `config` asks."""
+    with contextlib.ExitStack() as stack:
+        if config.compile_config is not None and not config.disable_compile:
+            stack.enter_context(model.compiling(config.compile_config))
+        if config.backend == "reference" and hasattr(model, "reference_arithmetic"):
+            stack.enter_context(model.reference_arithmetic())
+        yield
 
 
 class DiffusionGenerationMixin(GenerationMixin):
@@ -111,9 +105,19 @@ class DiffusionGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        watcher: Watcher | None = None,
+        constraint: Constraint | None = None,
+        first_step: int | None = None,
         **kwargs,
     ) -> torch.Tensor | DiffusionGenerationOutput:
-        """Continues every prompt, one canvas after another.
+        """Continues every prompt, one canvas after another, in four moves.
+
+        1. read: what is given becomes one configuration and a `Prompt`; whatever is wrong with it is said here, before anything is
+           drawn, cached or told.
+        2. plan: the `Plan` holds lengths, rules and how they are run; `Rows` what belongs to the rows of the batch.
+        3. decode: prefill, denoise a canvas step by step (each `Prediction` advances the `CanvasState`), commit it, and the next one;
+           or in one of the two other ways. The `Transcript` collects what is written and ends rows.
+        4. collect: token ids, or the output object.
 
         Args:
             inputs, input_ids (`int64 (B, P)`): the prompts, padded on the left; the two names mean the same. With
@@ -134,6 +138,9 @@ class DiffusionGenerationMixin(GenerationMixin):
                 scales them. The sequences that are returned then hold the new tokens alone.
             cache (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
             decoder_input_ids (`int64 (B, C)`, *optional*): the first canvas. Default: noise.
+            first_step (*optional*): the denoising step from which that canvas is taken on. Default: 0, as if it were noise.
+            watcher (*optional*): a `generation.watcher.Watcher`: is told of every step and every canvas, and may change the state.
+            constraint (*optional*): a `generation.constraint.Constraint`: what it makes of each prediction is what counts.
             seed (*optional*): one for every row, or one a prompt. A row's tokens depend on its prompt and its seed alone.
             generator (*optional*): source of the rows' seeds, or one generator a row. Default: torch's global one.
             tokenizer (*optional*): needed for `stop_strings`.
@@ -147,89 +154,41 @@ class DiffusionGenerationMixin(GenerationMixin):
         Raises:
             ValueError: an argument that is unknown, out of range, or not honoured, by name; virtual tokens of peft; NaN logits.
         """
-        check_preparation(self)
+        given = {
+            "inputs": inputs, "input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "cache": cache,
+            "decoder_input_ids": decoder_input_ids, "first_step": first_step, "seed": seed, "generator": generator, "streamer": streamer,
+            "watcher": watcher, "constraint": constraint, "tokenizer": tokenizer, "pixel_values": pixel_values,
+            "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids,
+        }  # fmt: skip
+        # 1. Read.
+        check_contract(self, [name for name in IMAGES if given[name] is not None])
         config, use_max_length = resolve_config(generation_config, self.generation_config, kwargs)
-        if (given := sum(value is not None for value in (inputs, input_ids, inputs_embeds))) != 1:
-            found = "the prompt is empty: none is given" if given == 0 else f"{given} are given"
-            raise ValueError(
-                f"`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`; {found}; expected exactly one of them"
-            )
-        if cache is not None and config.cache_implementation is not None:
-            raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `cache` is given")
-        if config.decoding != "diffusion" and (cache is not None or decoder_input_ids is not None):
-            raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `cache` nor `decoder_input_ids`")
-        if config.compile_config is not None and not hasattr(self, "compiling"):
-            raise ValueError(f"`compile_config` is given, and {type(self).__name__} has no method `compiling`; expected None")
-        if config.stop_strings is not None and tokenizer is None:
-            raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        if inputs_embeds is None:
-            ids = inputs if input_ids is None else input_ids
-            attention_mask = infer_mask(ids, config, seen) if attention_mask is None else attention_mask
-            real = check_prompt(ids, attention_mask, seen)  # (B, tokens so far), False at padding
-            check_images(ids, pixel_values, getattr(self.config, "image_token_id", None))
-            prompt = {"input_ids": ids}
-        else:
-            real = check_embeds(inputs_embeds, attention_mask, seen, self.config.get_text_config().hidden_size, pixel_values)
-            ids = torch.zeros((inputs_embeds.shape[0], 0), dtype=torch.int64, device=inputs_embeds.device)
-            prompt = {"inputs_embeds": inputs_embeds}
-        prompts, device, copies = ids.shape[0], ids.device, config.num_return_sequences or 1
-        whole = config.backend == "reference" or config.output_logits or not hasattr(self, "vocabulary_head")
-        stays = cache is not None or (hasattr(self, "peft_config") and mixes_adapters(self))
-        plan = make_plan(
-            config, use_max_length, self.config, real.shape[1], device, logits_processor, prompts * copies,
-            owns_cache=not stays, walks=not whole and self.can_walk_head(device),
-        )  # fmt: skip
-        images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
-        prompt |= {name: value for name, value in images.items() if value is not None}
-        ids, real, decoder_input_ids, prompt = repeat_rows(copies, ids, real, decoder_input_ids, prompt, cache)
-        criteria, shape = Criteria.of(stopping_criteria), (ids.shape[0], plan.canvas_length)
-        check_canvas(decoder_input_ids, shape, self.config.get_text_config().vocab_size)
-        if hasattr(self, "check_prompt"):
-            self.check_prompt(**prompt, attention_mask=real, cache=cache)
-        if config.decoding == "diffusion" and cache is None:
-            cache = make_cache(config, self.config.get_text_config(), plan.cache_length, device)
-        if config.backend == "reference":
-            if seed is not None or isinstance(generator, Sequence):
-                raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
-            draws = BatchDraws(generator)
-        else:
-            draws = row_draws(0 if plan.greedy and seed is None and generator is None else seed, generator, prompts, copies)
-        if config.decoding == "verified" and shape[0] > 1:
-            if streamer is not None or pixel_values is not None:
-                raise ValueError(f"`decoding='verified'` got {shape[0]} rows; expected one together with a streamer or images")
-            config.update(max_new_tokens=plan.new_tokens, max_length=None, num_return_sequences=None)
-            rules = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, "tokenizer": tokenizer}
-            rows = []
-            for row, own_seed in enumerate(draws.seeds):
-                own = {"attention_mask": real[row : row + 1]} | {name: value[row : row + 1] for name, value in prompt.items()}
-                rows.append(self.generate(generation_config=config, seed=own_seed, **rules, **own))
-            return join_rows(rows, plan.pad)
-        written = Written(plan, ids, config.stop_strings, tokenizer, criteria, streamer)
-        compiles = config.compile_config is not None and not config.disable_compile
-        with contextlib.ExitStack() as stack:
-            if compiles:
-                stack.enter_context(self.compiling(config.compile_config))
-            if config.backend == "reference" and hasattr(self, "reference_arithmetic"):
-                stack.enter_context(self.reference_arithmetic())
-            if config.decoding == "diffusion":
-                cache = self._write_canvases(plan, written, real, cache, draws, decoder_input_ids, prompt)
-            else:
-                decode = decode_verified if config.decoding == "verified" else decode_autoregressively
-                decode(self, plan, written, real, draws, prompt)
-        if streamer is not None:
-            streamer.end()
-
-        sequences, counts = written.sequences()
+        check_arguments(self, config, given)
+        prompt = read_prompt(self, config, given)
+        criteria = Criteria.of(stopping_criteria)
+        watchers = [*([] if streamer is None else [StreamerWatcher(streamer)]), *([] if watcher is None else [watcher])]
+        # 2. Plan.
+        new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
+        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint)
+        rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint)
+        # 3. Decode.
+        transcript = Transcript(plan, prompt.ids, config.stop_strings, tokenizer, criteria, watchers)
+        with arithmetic(self, config):
+            cache = DECODERS[config.decoding](self, plan, prompt, rows, transcript, watchers)
+        for each in watchers:
+            each.end()
+        # 4. Collect.
         if not config.return_dict_in_generate:
-            return sequences
+            return transcript.sequences()
         return DiffusionGenerationOutput(
-            sequences=sequences,
-            tokens_per_forward=counts.float() / written.passes.clamp(min=1),
-            denoising_steps=written.passes,
+            sequences=transcript.sequences(),
+            lengths=transcript.lengths,
+            finish_reasons=transcript.finish_reasons(),
+            tokens_per_forward=transcript.lengths.float() / transcript.passes.clamp(min=1),
+            denoising_steps=transcript.passes,
             **{FIELD: cache},
-            scores=written.scores() if config.output_scores else None,
-            logits=written.logits(),
+            scores=transcript.scores() if config.output_scores else None,
+            logits=transcript.logits(),
         )
 
     def compute_transition_scores(
@@ -256,31 +215,6 @@ class DiffusionGenerationMixin(GenerationMixin):
     def generate_batch(self, *args, **kwargs):
         """Refused: transformers' continuous batching schedules single tokens."""
         raise ValueError("`generate_batch` schedules single tokens, and a canvas is written as a whole; expected a call of `generate`")
-
-    def _write_canvases(self, plan, written: Written, real, cache: Cache, draws, first, prompt: dict) -> Cache | None:
-        """The outer loop. `prompt`: what `prefill` takes for it. Returns the cache, or None once rows have left it."""
-        length = plan.canvas_length
-        pending, new, whole = prompt, real.shape[1] - int(cache.get_seq_length()), True
-        # Not where Accelerate moves weights, which no graph holds.
-        records = plan.record and not any(hasattr(module, "_hf_hook") for module in self.modules())
-        recording = Recording() if records else None
-        for number in range(plan.canvases):
-            self.prefill(**pending, attention_mask=real, position_ids=plan.positions(real, new), cache=cache, last_states=1)
-            shape = (real.shape[0], length)
-            noise = draws.at(number, -1).noise(plan.noise, shape, real.device)  # drawn also where a canvas is given, as transformers does
-            real = torch.cat((real, real.new_ones(shape)), dim=1)
-            context = CanvasContext(cache, real, written.context, written.generated, number)
-            state, logits = denoise_canvas(self, plan, noise if first is None else first, context, draws, written.streamer, recording)
-            tokens, new, first = written.add(state, logits), length, None
-            if bool(written.ended.all()) or plan.out_of_time():
-                break
-            if plan.compact and can_select(cache) and bool(written.ended.any()):
-                rows = (~written.ended).nonzero().flatten()
-                cache.batch_select_indices(rows)
-                written.drop_ended()
-                tokens, real, draws, whole = tokens[rows], real[rows], draws.select(rows), False
-            pending = {"input_ids": tokens}
-        return cache if whole else None
 
 
 __all__ = ["DiffusionGenerationMixin"]

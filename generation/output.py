@@ -25,6 +25,10 @@ class DiffusionGenerationOutput(CacheOutput):
 
     Args:
         sequences (`int64 (B, P + N)`): prompt and new tokens; N is the longest row's, shorter rows end in pad.
+        lengths (`int64 (B,)`): new tokens of that row, its end included, padding excluded.
+        finish_reasons: why that row has ended. "stop": an end of sequence, a stop string or a stopping criterion; "length": it got the
+            tokens that it was allowed, `MaxLengthCriteria` included, and the last of them is no end; "time": `max_time` was over, or
+            `MaxTimeCriteria`'s.
         tokens_per_forward (`float32 (B,)`): new tokens, padding excluded, per canvas pass of that row.
         denoising_steps (`int64 (B,)`): canvas passes of that row, over all its canvases.
         cache: the cache, for another turn. It holds the prompt and every canvas but the last. None where rows of a
@@ -35,6 +39,8 @@ class DiffusionGenerationOutput(CacheOutput):
     """
 
     sequences: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    finish_reasons: list[str] | None = None
     tokens_per_forward: torch.Tensor | None = None
     denoising_steps: torch.Tensor | None = None
     cache: Cache | None = None
@@ -42,25 +48,4 @@ class DiffusionGenerationOutput(CacheOutput):
     logits: torch.Tensor | None = None
 
 
-def join_rows(rows: list, pad: int):
-    """One output of several that `generate` returned for one prompt each, all prompts equally long: token ids `(1, P + n)` padded to
-    the longest with `pad`, or `DiffusionGenerationOutput`, the rest of which is padded with 0."""
-
-    def stack(parts: list[torch.Tensor], fill: int = 0) -> torch.Tensor:
-        longest = max(part.shape[1] for part in parts)
-        shape = (1, longest, *parts[0].shape[2:])
-        return torch.cat([part.new_full(shape, fill).slice_scatter(part, 1, 0, part.shape[1]) for part in parts])
-
-    if isinstance(rows[0], torch.Tensor):
-        return stack(rows, pad)
-    scores = None if rows[0].scores is None else TokenScores(*map(stack, zip(*(row.scores for row in rows), strict=True)))
-    return DiffusionGenerationOutput(
-        sequences=stack([row.sequences for row in rows], pad),
-        tokens_per_forward=torch.cat([row.tokens_per_forward for row in rows]),
-        denoising_steps=torch.cat([row.denoising_steps for row in rows]),
-        scores=scores,
-        logits=None if rows[0].logits is None else stack([row.logits for row in rows]),
-    )
-
-
-__all__ = ["DiffusionGenerationOutput", "TokenScores", "join_rows"]
+__all__ = ["DiffusionGenerationOutput", "TokenScores"]

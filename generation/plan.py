@@ -1,84 +1,113 @@
-"""Everything that is fixed for one call of `generate`: the rules, built once from the configuration."""
+"""Everything that is fixed for one call of `generate`: how long, by which rules, and how it is run."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging
 
-from .capture import RECORDED_STEP
 from .configuration import DiffusionGenerationConfig
+from .constraint import Constraint
 from .flags import LATE_FLAGS
 from .noise import MaskNoise, Noise, UniformNoise
+from .prediction import Wanted
 from .processors import Shaping, build_shaping
+from .prompt import Prompt
 from .proofs import works
-from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Sampler
+from .recording import RECORDED_STEP
+from .samplers import SAMPLERS, Sampler
 from .schedule import TemperatureSchedule
-from .stopping import StableAndConfident
+from .stopping import AnyOf, Patience, StableAndConfident, StoppingRule
+from .watcher import Watcher
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The rules of one call.
+class Lengths:
+    """In tokens. `prompt`: cached ones included; `new_tokens`: how many a row may get; `vocab_size`: ids there are."""
 
-    `new_tokens`: how many a row may get. `temperature`: the caller's, which the schedule already holds. `greedy`: take the
-    argmax, not a sample. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as
-    transformers' do. `sure_end`, `patience`: as `denoising_step` takes them. `deadline`: seconds on `time.perf_counter`.
-    `prompt_length`: cached tokens included. `stream_vocabulary`: walk the vocabulary in pieces where `shaping` can. `keep_logits`: hand
-    out the logits of what is committed. `late_flags`: look one step late at which rows are finished, so that the device never
-    waits for the host. `record`: record the denoising step once and replay it.
-    """
-
-    canvas_length: int
+    prompt: int
     new_tokens: int
+    canvas: int
+    vocab_size: int
+
+    @property
+    def canvases(self) -> int:
+        return -(-self.new_tokens // self.canvas)
+
+    @property
+    def cache(self) -> int:
+        """Tokens before the last canvas, which is never committed."""
+        return self.prompt + (self.canvases - 1) * self.canvas
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a step does. `temperature`: the caller's, which the schedule already holds. `greedy`: take the argmax, not a sample.
+    `sure_end`: as `state.advance` takes it. `eos` int64 (n,)."""
+
     max_denoising_steps: int
-    schedule: TemperatureSchedule
     temperature: float
+    schedule: TemperatureSchedule
     sampler: Sampler
-    stopping: StableAndConfident
+    stopping: StoppingRule
+    sure_end: tuple[torch.Tensor, float] | None
     noise: Noise
     shaping: Shaping
     eos: torch.Tensor
     pad: int
     greedy: bool
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How it is run. `why_dense`: what needs whole logits, None where the vocabulary is walked in pieces. `wanted`: what predictions hold.
+    `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as transformers' do. `keep_logits`: hand out
+    the logits of what is committed. `late_flags`: look one step late at which rows are finished, so that the device never waits for the
+    host. `record`: record the denoising step once and replay it. `deadline`: seconds on `time.perf_counter`."""
+
+    why_dense: str | None
+    wanted: Wanted
     compact: bool
     count_padding: bool
-    sure_end: torch.Tensor | None
-    patience: int | None
-    deadline: float | None
-    stream_vocabulary: bool
     keep_logits: bool
     late_flags: bool
     record: bool
-    prompt_length: int
+    deadline: float | None
 
-    @property
-    def canvases(self) -> int:
-        return -(-self.new_tokens // self.canvas_length)
 
-    @property
-    def cache_length(self) -> int:
-        """Tokens before the last canvas, which is never committed."""
-        return self.prompt_length + (self.canvases - 1) * self.canvas_length
+@dataclass(frozen=True)
+class Plan:
+    lengths: Lengths
+    rules: Rules
+    execution: Execution
 
     @property
     def slots(self) -> int:
         """Slots for cached tokens that every canvas's view has at least: a recorded step takes views of one shape."""
-        return self.cache_length if self.record else 0
+        return self.lengths.cache if self.execution.record else 0
 
     def steps(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The steps' numbers, int64, and their temperatures, float32, each `(max_denoising_steps,)`."""
-        return torch.arange(self.max_denoising_steps, device=device), self.schedule.temperatures().to(device)
+        """The steps, counted up from 0, int64, and their temperatures, float32, each `(max_denoising_steps,)`."""
+        return torch.arange(self.rules.max_denoising_steps, device=device), self.rules.schedule.temperatures().to(device)
 
     def out_of_time(self) -> bool:
-        return self.deadline is not None and time.perf_counter() >= self.deadline
+        return self.execution.deadline is not None and time.perf_counter() >= self.execution.deadline
 
-    def positions(self, real: torch.Tensor, length: int) -> torch.Tensor:
-        """Positions of the last `length` tokens of `real` (B, L): each row's real tokens counted from 0. Rotary attention sees
-        only differences, so counting padding too, for the reference backend, changes rounding alone."""
-        if self.count_padding:
-            return torch.arange(real.shape[1] - length, real.shape[1], device=real.device)[None]
-        return (real.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+
+def mixes_adapters(module: torch.nn.Module) -> bool:
+    """Whether peft has been told an adapter for each row of the batch (`adapter_names`): rows then stay where they are.
+
+    Raises:
+        ValueError: activated LoRA, which begins at a token of the prompt and is told so by its distance from the end of a pass.
+    """
+    hooks = (hook for each in module.modules() for hook in each._forward_pre_hooks.values())
+    told = {name for hook in hooks for name in getattr(hook, "keywords", ())}
+    if "alora_offsets" in told:
+        raise ValueError("`alora_invocation_tokens` are set in an adapter; expected plain LoRA: a canvas has no place at which one begins")
+    return "adapter_names" in told
 
 
 def reads_late(device: torch.device) -> bool:
@@ -91,61 +120,88 @@ def records(device: torch.device) -> bool:
     return device.type == "cuda" and works(RECORDED_STEP, device)
 
 
-def make_plan(
-    config: DiffusionGenerationConfig, use_max_length: bool, model_config, prompt_length: int, device: torch.device,
-    logits_processor: Sequence[Callable] | None, rows: int, owns_cache: bool, walks: bool = True,
-) -> Plan:  # fmt: skip
-    """Args: `prompt_length` counts cached tokens; `rows`: of the batch; `owns_cache`: nobody else counts on its rows, so they may leave it;
-    `walks`: the vocabulary is walked in pieces, which gives no logits and not the reference's random numbers.
+def why_dense(model, config: DiffusionGenerationConfig, shaping: Shaping, watchers: Sequence[Watcher], device: torch.device) -> str | None:
+    """What needs whole logits; None where nothing does. What the model's head does so is told once, since nobody asked for it."""
+    if config.decoding == "autoregressive":
+        return "`decoding` is 'autoregressive'"
+    if config.backend == "reference":
+        return "`backend` is 'reference', whose random numbers are drawn from them"
+    if config.output_logits:
+        return "`output_logits` is True"
+    if any(watcher.wants_logits for watcher in watchers):
+        return "a streamer or watcher reads them"
+    if (why := shaping.why_dense()) is not None:
+        return why
+    if not hasattr(model, "vocabulary_head"):
+        return f"{type(model).__name__} has no `vocabulary_head`"
+    if (why := model.why_dense(device)) is not None:
+        logger.warning_once(f"Denoising steps compute whole logits, which is slower than walking the vocabulary in pieces: {why}.")
+    return why
+
+
+def make_rules(
+    config: DiffusionGenerationConfig, vocab_size: int, prompt_length: int, device: torch.device, given: Sequence[Callable] | None
+) -> Rules:
+    """Args: `given`: the caller's `logits_processor`.
 
     Raises:
-        ValueError: lengths that leave no room, or arguments that do not go together.
+        ValueError: a token id outside the vocabulary, a processor that has no meaning here.
     """
-    reference = config.backend == "reference"
-    new_tokens = config.max_length - prompt_length if use_max_length else config.max_new_tokens
-    if new_tokens <= 0:
-        raise ValueError(f"`max_length` is {config.max_length}; expected more than the prompt's {prompt_length} tokens")
-    vocab_size = model_config.get_text_config().vocab_size
-    if config.noise == "mask" and config.mask_token_id >= vocab_size:
-        raise ValueError(f"`mask_token_id` is {config.mask_token_id}; expected a token id from 0 to {vocab_size - 1}")
-    if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
-        raise ValueError(f"`pad_token_id` is {config.pad_token_id}; expected a token id from 0 to {vocab_size - 1}")
     eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.int64, device="cpu").flatten()
     eos = eos[eos < vocab_size].to(device)  # the released ids, on a small vocabulary: others are never predicted
     scale = 1.0 if config.temperature in (None, 0) else config.temperature
-    sampler = {
-        "entropy_bound": lambda: EntropyBoundSampler(config.entropy_bound),
-        "confidence": lambda: ConfidenceSampler(config.confidence),
-        "fixed_steps": FixedStepsSampler,
-        "predictor_corrector": lambda: PredictorCorrectorSampler(vocab_size, config.corrector_steps, config.corrector_positions),
-    }[config.sampler]()
-    stays = config.cache_implementation not in (None, "dynamic") or not owns_cache  # rows cannot leave such a cache
-    record = walks and (stays or rows == 1) and not config.disable_compile and config.decoding == "diffusion" and records(device)
-    return Plan(
-        canvas_length=config.canvas_length or model_config.canvas_length,
-        new_tokens=new_tokens,
+    # As many steps as there are equal none: a longer memory would only take space.
+    stopping = StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold)
+    ignores = config.ignore_after_eos or (config.ignore_after_eos is None and config.backend != "reference")
+    return Rules(
         max_denoising_steps=config.max_denoising_steps,
         temperature=scale,
         schedule=TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps),
-        sampler=sampler,
-        # As many steps as there are equal none: a longer history would only take memory.
-        stopping=StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold),
+        sampler=SAMPLERS[config.sampler].of(config, vocab_size),
+        stopping=stopping if config.patience is None else AnyOf((stopping, Patience(config.patience))),
+        sure_end=(eos, config.confidence_threshold) if ignores else None,
         noise=MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size),
-        shaping=build_shaping(config, logits_processor, eos, prompt_length, vocab_size),
+        shaping=build_shaping(config, given, eos, prompt_length, vocab_size),
         eos=eos,
         pad=config.pad_token_id if config.pad_token_id is not None else int(eos[0]) if len(eos) else 0,
         greedy=config.do_sample is False or config.temperature == 0,
-        compact=not reference and not stays,
-        count_padding=reference,
-        sure_end=eos if config.ignore_after_eos or (config.ignore_after_eos is None and not reference) else None,
-        patience=config.patience,
-        stream_vocabulary=walks,
-        keep_logits=bool(config.output_logits),
-        late_flags=reads_late(device),
-        record=record,
-        prompt_length=prompt_length,
-        deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
     )
 
 
-__all__ = ["Plan", "make_plan"]
+def make_plan(
+    model, config: DiffusionGenerationConfig, prompt: Prompt, new_tokens: int, logits_processor: Sequence[Callable] | None = None,
+    watchers: Sequence[Watcher] = (), constraint: Constraint | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a prompt, of which each row may get `new_tokens`.
+
+    Raises:
+        ValueError: as `make_rules`.
+    """
+    model_config, reference = model.config, config.backend == "reference"
+    (rows, prompt_length), device = prompt.real.shape, prompt.real.device
+    vocab_size = model_config.get_text_config().vocab_size
+    rules = make_rules(config, vocab_size, prompt_length, device, logits_processor)
+    why = why_dense(model, config, rules.shaping, watchers, device)
+    # Rows stay where somebody else counts on them: a caller's cache, adapters, a cache of fixed rows.
+    stays = prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
+    stays = stays or (hasattr(model, "peft_config") and mixes_adapters(model))
+    may_be_recorded = not hasattr(model, "why_not_recorded") or model.why_not_recorded() is None
+    wanted = Wanted() if constraint is None else constraint.wanted
+    return Plan(
+        Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size),
+        rules,
+        Execution(
+            why_dense=why,
+            wanted=wanted._replace(current=wanted.current or rules.sampler.informed),
+            compact=not reference and not stays,
+            count_padding=reference,
+            keep_logits=bool(config.output_logits),
+            late_flags=reads_late(device),
+            record=why is None and constraint is None and (stays or rows == 1) and not config.disable_compile
+            and config.decoding == "diffusion" and may_be_recorded and records(device),
+            deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
+        ),
+    )  # fmt: skip
+
+
+__all__ = ["Execution", "Lengths", "Plan", "Rules", "make_plan", "make_rules", "mixes_adapters", "why_dense"]

@@ -1,15 +1,14 @@
 """The arguments of `GenerationConfig` that change a distribution, carried over to a canvas with transformers' own processors.
 
-`Shaping.before` runs on the raw logits, `Shaping.after` behind the temperature, as in autoregressive generation:
-
-- processors that need only the distribution (top_k, top_p, min_p, ..., suppress_tokens) see every position as a row;
 - processors that need the tokens before a position (repetition_penalty, no_repeat_ngram_size, bad_words_ids, sequence_bias)
   see, for position j, everything committed and then the previous step's argmax canvas up to j, as if it were being written
-  from left to right. They run position by position: exact, and slow;
-- min_new_tokens hides the end-of-sequence ids at the positions it concerns.
+  from left to right. They run position by position on the raw logits: exact, and slow;
+- behind the temperature, what needs only the distribution sees every position as a row: `Filters` (suppress_tokens, top_k, top_p,
+  min_p, and min_new_tokens, which hides the end-of-sequence ids at the positions it concerns), then typical_p, epsilon_cutoff and
+  eta_cutoff.
 
-The caller's own processors come first (`OwnProcessor`): transformers' classes in the same three ways, all others with whole canvases.
-`Shaping.streamable` is the same for a pass over pieces of the vocabulary, where that can be.
+The caller's processors come first of all (`CallersProcessor`): transformers' classes in the same ways, all others with whole canvases.
+`Shaping.why_dense` says what no pass over pieces of the vocabulary can do.
 """
 
 import contextlib
@@ -23,14 +22,10 @@ from transformers import (
     EtaLogitsWarper,
     LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
     TypicalLogitsWarper,
 )
 
@@ -58,7 +53,7 @@ CANVAS_CLASSES = "transformers.models.diffusion_gemma."  # modules of classes th
 
 
 @dataclass(frozen=True)
-class OwnProcessor:
+class CallersProcessor:
     """A processor of the caller's.
 
     Args:
@@ -72,7 +67,7 @@ class OwnProcessor:
     takes_step: bool
 
     @classmethod
-    def of(cls, function: Callable) -> "OwnProcessor":
+    def of(cls, function: Callable) -> "CallersProcessor":
         """Tells transformers' classes, and what is derived from them, from processors written for a canvas, which may take `cur_step`.
 
         Raises:
@@ -159,71 +154,68 @@ class Shaping:
     """Turns raw logits into the shaped ones that are sampled, measured and fed back.
 
     Args:
-        own: the caller's processors, first of all.
-        before, after: of single positions, around the temperature.
+        callers: the caller's processors, first of all.
         contextual: of a position and what stands before it.
-        eos: end-of-sequence ids, int64 (n,).
-        min_new_tokens: generated tokens before which `eos` is hidden.
-        filters: the same as `before` and `after`, for a pass over pieces of the vocabulary; None where only whole logits will do.
+        filters: of single positions, behind the temperature; those of a row may say more.
+        after: of single positions, last of all.
+        min_new_tokens: generated tokens before which end-of-sequence ids are hidden.
     """
 
-    own: tuple[OwnProcessor, ...]
-    before: LogitsProcessorList
+    callers: tuple[CallersProcessor, ...]
     contextual: LogitsProcessorList
+    filters: Filters
     after: LogitsProcessorList
-    eos: torch.Tensor
     min_new_tokens: int
-    filters: Filters | None
 
     def __call__(
         self,
         logits: torch.Tensor,
+        filters: Filters,
         committed: torch.Tensor,
         guess: torch.Tensor | None,
-        generated: int,
         temperature: float | torch.Tensor,
         remaining: int,
     ) -> torch.Tensor:
-        """Args: `logits` float32 (B, C, V); `committed` int64 (B, L), prompt and finished canvases; `guess` int64 (B, C), the last
-        argmax canvas, None at the first step; `generated`: tokens before this canvas; `remaining`: steps left, this one
+        """Args: `logits` float32 (B, C, V); `filters` of these rows and this canvas; `committed` int64 (B, L), prompt and finished
+        canvases; `guess` int64 (B, C), the last argmax canvas, None at the first step; `remaining`: steps left, this one
         included. Returns float32 (B, C, V)."""
-        if self.own:
-            logits = logits.clone()  # the model's own are not theirs to change
-        for processor in self.own:
+        if self.callers:
+            logits = logits.clone()  # the model's are not theirs to change
+        for processor in self.callers:
             logits = processor(logits, committed, guess, remaining)
-        if self.before:
-            logits = _each(self.before, logits)
         if self.contextual:
             logits = _in_context(self.contextual, logits, committed, guess)
-        if len(self.eos) and generated < self.min_new_tokens:
-            early = torch.arange(generated, generated + logits.shape[1], device=logits.device) < self.min_new_tokens
-            hidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device).scatter(0, self.eos, True)
-            logits = logits.masked_fill(early[:, None] & hidden, -float("inf"))
-        logits = logits / temperature
+        logits = filters.apply(logits / temperature)
         return _each(self.after, logits) if self.after else logits
 
-    def streamable(self, generated: int) -> Filters | None:
-        """What `__call__` does besides the temperature to a canvas that begins behind `generated` tokens, for `streamed_statistics`; None
-        where a processor needs whole logits: the caller's own, those of a context, typical_p, epsilon_cutoff and eta_cutoff."""
-        if self.own or self.contextual or self.filters is None:
-            return None
+    def filters_behind(self, generated: int) -> Filters:
+        """The filters of a canvas that begins behind so many generated tokens."""
         return replace(self.filters, hidden_before=max(self.min_new_tokens - generated, 0))
+
+    def why_dense(self) -> str | None:
+        """What of it needs whole logits; None where nothing does."""
+        if (self.filters.top_k or 0) > MOST_TOP_K:
+            return f"`top_k` is more than {MOST_TOP_K}"
+        needed = [shown(processor.function) for processor in self.callers]
+        needed += [type(processor).__name__ for processor in (*self.contextual, *self.after)]
+        return f"{' and '.join(needed)} take whole logits" if needed else None
 
 
 def build_shaping(
-    config: DiffusionGenerationConfig, own: Sequence[Callable] | None, eos: torch.Tensor, prompt_length: int, vocab_size: int
+    config: DiffusionGenerationConfig, given: Sequence[Callable] | None, eos: torch.Tensor, prompt_length: int, vocab_size: int
 ) -> Shaping:
-    """The processors that `config` asks for.
+    """The processors that `config` asks for, behind those `given`.
 
     Raises:
         ValueError: a token id outside the vocabulary, no id left, a processor of the caller's that has no meaning here.
     """
     device = eos.device
-    before, contextual, after = LogitsProcessorList(), LogitsProcessorList(), LogitsProcessorList()
+    allowed, contextual, after = None, LogitsProcessorList(), LogitsProcessorList()
     if config.suppress_tokens:
-        before.append(SuppressTokensLogitsProcessor(_ids("suppress_tokens", config.suppress_tokens, vocab_size), device=device))
+        suppressed = torch.tensor(_ids("suppress_tokens", config.suppress_tokens, vocab_size), dtype=torch.int64, device=device)
         if len(set(config.suppress_tokens)) == vocab_size:
             raise ValueError(f"`suppress_tokens` holds all of {vocab_size} token ids; expected one that is left at least")
+        allowed = torch.ones(vocab_size, dtype=torch.bool, device=device).index_fill(0, suppressed, False)
     if config.sequence_bias is not None:
         for ids, _ in config.sequence_bias:
             _ids("sequence_bias", ids, vocab_size)
@@ -237,25 +229,20 @@ def build_shaping(
             _ids("bad_words_ids", words, vocab_size)
         if any(len(words) > 1 or words[0] not in eos.tolist() for words in config.bad_words_ids):  # an end of sequence is no word
             contextual.append(NoBadWordsLogitsProcessor(config.bad_words_ids, eos_token_id=eos if len(eos) else None))
-    warpers = {
-        "top_k": (TopKLogitsWarper, 0), "top_p": (TopPLogitsWarper, 1.0), "min_p": (MinPLogitsWarper, 0.0),
-        "typical_p": (TypicalLogitsWarper, 1.0), "epsilon_cutoff": (EpsilonLogitsWarper, 0.0),
-    }  # fmt: skip
-    active = {name: getattr(config, name) for name, (_, off) in warpers.items() if getattr(config, name) not in (None, off)}
-    for name, value in active.items():
-        after.append(warpers[name][0](value))
-    filters = None
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    thresholds = {name: getattr(config, name) for name, value in off.items() if getattr(config, name) not in (None, value)}
+    if "top_k" in thresholds:
+        thresholds["top_k"] = min(thresholds["top_k"], vocab_size)
+    filters = Filters(allowed, hidden=eos if len(eos) else None, **thresholds)
+    if config.typical_p not in (None, 1.0):
+        after.append(TypicalLogitsWarper(config.typical_p))
+    if config.epsilon_cutoff not in (None, 0.0):
+        after.append(EpsilonLogitsWarper(config.epsilon_cutoff))
     if config.eta_cutoff not in (None, 0.0):
         with float32_made():
             after.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
-    elif active.keys() <= {"top_k", "top_p", "min_p"} and min(active.get("top_k", 0), vocab_size) <= MOST_TOP_K:
-        allowed = None
-        if config.suppress_tokens:
-            suppressed = torch.tensor(config.suppress_tokens, dtype=torch.int64, device=device)
-            allowed = torch.ones(vocab_size, dtype=torch.bool, device=device).index_fill(0, suppressed, False)
-        filters = Filters(allowed, hidden=eos if len(eos) else None, **active)
     least = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)
-    return Shaping(tuple(map(OwnProcessor.of, own or ())), before, contextual, after, eos, least, filters)
+    return Shaping(tuple(map(CallersProcessor.of, given or ())), contextual, filters, after, least)
 
 
 def _ids(name: str, ids: list[int], vocab_size: int) -> list[int]:
@@ -264,4 +251,4 @@ def _ids(name: str, ids: list[int], vocab_size: int) -> list[int]:
     return ids
 
 
-__all__ = ["OwnProcessor", "Shaping", "build_shaping"]
+__all__ = ["CallersProcessor", "Shaping", "build_shaping"]

@@ -1,8 +1,8 @@
 """What a denoising step makes of the canvas. Pure: tensors in, tensors out, no state.
 
-A sampler is a frozen dataclass with one method, `propose`. Most accept some positions, which get the step's sample, and renoise
-the others; they say which in `accept`, and every one accepts at least one position. The predictor-corrector follows the
-reverse process instead.
+A sampler is a frozen dataclass with one method, `propose`, and a name in `SAMPLERS`. Most accept some positions, which get the step's
+sample, and renoise the others; they say which in `accept`, and every one accepts at least one position. The predictor-corrector follows
+the reverse process instead.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
-from .statistics import RowStatistics
+from .prediction import Prediction
 
 
 class Proposal(NamedTuple):
@@ -21,21 +21,27 @@ class Proposal(NamedTuple):
 
 
 class Sampler(Protocol):
-    """`informed`: whether it needs what the canvas's own tokens are worth: `current_log_probs` and `other` of the statistics, and
-    `uniform`."""
+    """`informed`: whether it needs what the canvas's tokens are worth: `current_log_probs` and `other` of the prediction, and
+    `uniform`. `counts_steps`: whether what it does depends on `step`."""
 
     informed: ClassVar[bool]
+    counts_steps: ClassVar[bool]
+
+    @classmethod
+    def of(cls, config, vocab_size: int) -> "Sampler":
+        """As a `DiffusionGenerationConfig` says, whose fields are all set."""
+        ...
 
     def propose(
         self,
         canvas: torch.Tensor,
-        statistics: RowStatistics,
+        prediction: Prediction,
         noise: torch.Tensor,
         uniform: torch.Tensor | None,
         step: int,
         max_denoising_steps: int,
     ) -> Proposal:
-        """Args: `canvas` int64 (B, C), what the statistics were computed from; `noise` int64 (B, C); `uniform` float32 (B, C) in
+        """Args: `canvas` int64 (B, C), what the prediction was made from; `noise` int64 (B, C); `uniform` float32 (B, C) in
         [0, 1), None unless `informed`; `step`, an int or an int64 tensor without dimensions, counts up from 0."""
         ...
 
@@ -43,15 +49,15 @@ class Sampler(Protocol):
 class AcceptingSampler:
     """A sampler that accepts positions and renoises the others."""
 
-    informed = False
+    informed = counts_steps = False
 
-    def accept(self, statistics: RowStatistics, step: int, max_denoising_steps: int) -> torch.Tensor:
+    def accept(self, prediction: Prediction, step: int, max_denoising_steps: int) -> torch.Tensor:
         """Returns bool `(B, C)`: True where a position is accepted. `step` counts up from 0."""
         raise NotImplementedError
 
-    def propose(self, canvas, statistics, noise, uniform, step, max_denoising_steps) -> Proposal:
-        accepted = self.accept(statistics, step, max_denoising_steps)
-        return Proposal(torch.where(accepted, statistics.sample, noise), accepted)
+    def propose(self, canvas, prediction, noise, uniform, step, max_denoising_steps) -> Proposal:
+        accepted = self.accept(prediction, step, max_denoising_steps)
+        return Proposal(torch.where(accepted, prediction.sample, noise), accepted)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,12 @@ class EntropyBoundSampler(AcceptingSampler):
         if not self.entropy_bound > 0:
             raise ValueError(f"`entropy_bound` is {self.entropy_bound!r}; expected a number > 0, in nats")
 
-    def accept(self, statistics: RowStatistics, step: int = 0, max_denoising_steps: int = 1) -> torch.Tensor:
-        ascending, order = statistics.entropy.sort(dim=-1)
+    @classmethod
+    def of(cls, config, vocab_size: int) -> "EntropyBoundSampler":
+        return cls(config.entropy_bound)
+
+    def accept(self, prediction: Prediction, step: int = 0, max_denoising_steps: int = 1) -> torch.Tensor:
+        ascending, order = prediction.entropy.sort(dim=-1)
         accepted = ascending.cumsum(dim=-1) - ascending <= self.entropy_bound
         return torch.zeros_like(accepted).scatter(-1, order, accepted)
 
@@ -90,8 +100,12 @@ class ConfidenceSampler(AcceptingSampler):
         if not 0 < self.confidence <= 1:
             raise ValueError(f"`confidence` is {self.confidence!r}; expected a probability above 0, at most 1")
 
-    def accept(self, statistics: RowStatistics, step: int = 0, max_denoising_steps: int = 1) -> torch.Tensor:
-        top = statistics.log_probs.exp()
+    @classmethod
+    def of(cls, config, vocab_size: int) -> "ConfidenceSampler":
+        return cls(config.confidence)
+
+    def accept(self, prediction: Prediction, step: int = 0, max_denoising_steps: int = 1) -> torch.Tensor:
+        top = prediction.log_probs.exp()
         best = torch.zeros_like(top, dtype=torch.bool).scatter(-1, top.argmax(dim=-1, keepdim=True), True)
         return (top >= self.confidence) | best
 
@@ -101,10 +115,16 @@ class FixedStepsSampler(AcceptingSampler):
     """Accepts the `ceil(C * (step + 1) / max_denoising_steps)` most confident positions: the same number more at each step,
     the whole canvas at the last. Source: the linear schedule of MaskGIT (Chang et al. 2022, arXiv 2202.04200) and LLaDA."""
 
-    def accept(self, statistics: RowStatistics, step: int, max_denoising_steps: int) -> torch.Tensor:
-        length = statistics.log_probs.shape[-1]
+    counts_steps = True
+
+    @classmethod
+    def of(cls, config, vocab_size: int) -> "FixedStepsSampler":
+        return cls()
+
+    def accept(self, prediction: Prediction, step: int, max_denoising_steps: int) -> torch.Tensor:
+        length = prediction.log_probs.shape[-1]
         count = -(-length * (step + 1) // max_denoising_steps)
-        order = statistics.log_probs.argsort(dim=-1, descending=True, stable=True)
+        order = prediction.log_probs.argsort(dim=-1, descending=True, stable=True)
         among = (torch.arange(length, device=order.device) < count).expand_as(order)
         return torch.zeros_like(among).scatter(-1, order, among)
 
@@ -135,7 +155,7 @@ class PredictorCorrectorSampler:
     vocab_size: int
     corrector_steps: int
     positions: int
-    informed = True
+    informed = counts_steps = True
 
     def __post_init__(self):
         if self.corrector_steps < 0:
@@ -143,39 +163,51 @@ class PredictorCorrectorSampler:
         if self.positions < 1:
             raise ValueError(f"`corrector_positions` is {self.positions!r}; expected a positive integer")
 
-    def propose(self, canvas, statistics, noise, uniform, step, max_denoising_steps) -> Proposal:
+    @classmethod
+    def of(cls, config, vocab_size: int) -> "PredictorCorrectorSampler":
+        return cls(vocab_size, config.corrector_steps, config.corrector_positions)
+
+    def propose(self, canvas, prediction, noise, uniform, step, max_denoising_steps) -> Proposal:
         cycle = 1 + self.corrector_steps
         levels, level = -(-max_denoising_steps // cycle), step // cycle
         level = level.float() if isinstance(level, torch.Tensor) else level  # two integers would divide in torch's default dtype
         following = 1 - (level + 1) / levels  # the noise proportion after this level's predictor
-        predicted = self._predict(canvas, statistics, noise, uniform, 1 - level / levels, following)
-        corrected = self._correct(canvas, statistics, noise, uniform, following)
+        predicted = self._predict(canvas, prediction, noise, uniform, 1 - level / levels, following)
+        corrected = self._correct(canvas, prediction, noise, uniform, following)
         predicts = torch.as_tensor(step % cycle == 0, device=canvas.device)
         return Proposal(*(torch.where(predicts, one, other) for one, other in zip(predicted, corrected, strict=True)))
 
-    def _predict(self, canvas, statistics, noise, uniform, now, following) -> Proposal:
+    def _predict(self, canvas, prediction, noise, uniform, now, following) -> Proposal:
         # The posterior's factors (keep [y = z] + (1 - keep) / V) and (clean [y = x] + (1 - clean) / V), multiplied out.
         clean, keep = 1 - following, (1 - now) / (1 - following)
-        agree = (canvas == statistics.sample).to(uniform.dtype)
+        agree = (canvas == prediction.sample).to(uniform.dtype)
         stays = keep * following / self.vocab_size + agree * keep * clean
         anything = (1 - keep) * following / self.vocab_size
         moves = (1 - keep) * clean / self.vocab_size
         point = uniform * (stays + anything + moves)
         renoised = (point >= stays) & (point < stays + anything)
-        return Proposal(torch.where(point < stays, canvas, torch.where(renoised, noise, statistics.sample)), ~renoised)
+        return Proposal(torch.where(point < stays, canvas, torch.where(renoised, noise, prediction.sample)), ~renoised)
 
-    def _correct(self, canvas, statistics, noise, uniform, now) -> Proposal:
-        probability = statistics.current_log_probs.exp()
+    def _correct(self, canvas, prediction, noise, uniform, now) -> Proposal:
+        probability = prediction.current_log_probs.exp()
         own, others = probability * now, (1 - probability).clamp(min=0) * ((1 - now) * self.vocab_size + now)
         left_out = own / (own + others).clamp(min=torch.finfo(own.dtype).tiny)  # r(z): p(z) at t = 1, 0 at t = 0 unless p(z) = 1
-        worst = statistics.current_log_probs.topk(min(self.positions, canvas.shape[-1]), dim=-1, largest=False).indices
+        worst = prediction.current_log_probs.topk(min(self.positions, canvas.shape[-1]), dim=-1, largest=False).indices
         chosen = torch.zeros_like(canvas, dtype=torch.bool).scatter(-1, worst, True) & torch.as_tensor(now > 0, device=canvas.device)
-        drawn = torch.where(uniform < now + (1 - now) * left_out, canvas, statistics.other)
+        drawn = torch.where(uniform < now + (1 - now) * left_out, canvas, prediction.other)
         renoised = chosen & (uniform < now)
         return Proposal(torch.where(renoised, noise, torch.where(chosen, drawn, canvas)), ~renoised)
 
 
+SAMPLERS: dict[str, type[Sampler]] = {  # as `sampler` of a generation config names them
+    "entropy_bound": EntropyBoundSampler,
+    "confidence": ConfidenceSampler,
+    "fixed_steps": FixedStepsSampler,
+    "predictor_corrector": PredictorCorrectorSampler,
+}
+
 __all__ = [
+    "SAMPLERS",
     "AcceptingSampler",
     "ConfidenceSampler",
     "EntropyBoundSampler",

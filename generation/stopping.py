@@ -1,31 +1,101 @@
-"""When a row's canvas is finished. Pure: tensors in, tensors out."""
+"""When a row's canvas is finished: small rules, each with a memory of its own, and how they go together. Pure: tensors in, tensors out.
+
+A rule has two methods. `start(canvas)` gives its memory before the first step, a tuple of tensors whose first dimension are the rows;
+`update(memory, prediction, counted)` says which rows are done, bool `(B,)`, and gives the memory for the next step. `counted` bool (B, C),
+None for all, are the positions that matter: a canvas need not be waited for behind an end it is sure of (`before_sure_end`).
+"""
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
+from .prediction import Prediction
+
+
+class StoppingRule(Protocol):
+    def start(self, canvas: torch.Tensor) -> Any: ...
+    def update(self, memory: Any, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, Any]: ...
+
 
 @dataclass(frozen=True)
-class StableAndConfident:
+class Stable:
+    """Done when the argmax canvas equals the `steps` before it. Memory: earlier ones, int64 `(B, steps, C)`, of -1 where there is none."""
+
+    steps: int
+
+    def start(self, canvas: torch.Tensor) -> tuple[torch.Tensor]:
+        return (canvas.new_full((canvas.shape[0], self.steps, canvas.shape[1]), -1),)
+
+    def update(self, memory, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+        argmax, (history,) = prediction.argmax[:, None], memory
+        same = history == argmax if counted is None else (history == argmax) | ~counted[:, None]
+        return same.flatten(1).all(dim=1), (torch.cat((history, argmax), dim=1)[:, 1:],)  # all of nothing is True
+
+
+@dataclass(frozen=True)
+class Confident:
+    """Done when the mean entropy is below `nats`. Remembers nothing."""
+
+    nats: float
+
+    def start(self, canvas: torch.Tensor) -> tuple:
+        return ()
+
+    def update(self, memory, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, tuple]:
+        return mean_entropy(prediction.entropy, counted) < self.nats, memory
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Done when the mean entropy has reached no new minimum for `steps` steps. Memory: the lowest so far, float32 `(B,)` nats, and the
+    steps since, int64 `(B,)`."""
+
+    steps: int
+
+    def start(self, canvas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        waited = canvas.new_zeros(canvas.shape[0])
+        return torch.full_like(waited, float("inf"), dtype=torch.float32), waited
+
+    def update(self, memory, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, tuple]:
+        (best, waited), mean = memory, mean_entropy(prediction.entropy, counted)
+        waited = torch.where(mean < best, 0, waited + 1)
+        return waited >= self.steps, (torch.minimum(mean, best), waited)
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """Done when all of `rules` are, of which there is one at least."""
+
+    rules: tuple[StoppingRule, ...]
+
+    def start(self, canvas: torch.Tensor) -> tuple:
+        return tuple(rule.start(canvas) for rule in self.rules)
+
+    def update(self, memory, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, tuple]:
+        found, memory = zip(*(rule.update(own, prediction, counted) for rule, own in zip(self.rules, memory, strict=True)), strict=True)
+        return self.join(torch.stack(found)), memory
+
+    @staticmethod
+    def join(done: torch.Tensor) -> torch.Tensor:
+        """Of the rules' answers, bool (rules, B)."""
+        return done.all(dim=0)
+
+
+class AnyOf(AllOf):
+    """Done when one of `rules` is."""
+
+    @staticmethod
+    def join(done: torch.Tensor) -> torch.Tensor:
+        return done.any(dim=0)
+
+
+class StableAndConfident(AllOf):
     """A row stops when its argmax canvas equals the previous `stability_threshold` ones and the mean entropy of its
     temperature-scaled distributions is below `confidence_threshold` nats. (The released model's rule.)"""
 
-    stability_threshold: int
-    confidence_threshold: float
-
-    def empty_history(self, canvas: torch.Tensor) -> torch.Tensor:
-        """No earlier argmax canvases: int64 `(stability_threshold, B, C)` of -1, which equals no token."""
-        return canvas.new_full((self.stability_threshold, *canvas.shape), -1)
-
-    def check(
-        self, argmax: torch.Tensor, entropy: torch.Tensor, history: torch.Tensor, counted: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args: `argmax` (B, C), `entropy` (B, C) nats, `history` (T, B, C), `counted` bool (B, C): positions that matter, default
-        all. Returns bool `(B,)` and the new history."""
-        same = history == argmax
-        mean = mean_entropy(entropy, counted)
-        stable = (same if counted is None else same | ~counted).all(dim=-1).all(dim=0)  # (B,); all of nothing is True
-        return stable & (mean < self.confidence_threshold), torch.cat((history, argmax[None]))[1:]
+    def __init__(self, stability_threshold: int, confidence_threshold: float):
+        super().__init__((Stable(stability_threshold), Confident(confidence_threshold)))
 
 
 def mean_entropy(entropy: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
@@ -35,14 +105,14 @@ def mean_entropy(entropy: torch.Tensor, counted: torch.Tensor | None) -> torch.T
     return (entropy * counted).sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
 
 
-def before_sure_end(argmax: torch.Tensor, entropy: torch.Tensor, eos: torch.Tensor, threshold: float) -> torch.Tensor:
+def before_sure_end(prediction: Prediction, eos: torch.Tensor, nats: float) -> torch.Tensor:
     """Positions up to and including the first end-of-sequence token the canvas is sure of, bool `(B, C)`; all where there is none.
 
-    Sure means: the argmax is one of `eos` and the position's entropy is below `threshold` nats. What lies behind it is cut
-    off in any case, and need not be waited for.
+    Sure means: the argmax is one of `eos` and the position's entropy is below `nats`. What lies behind it is cut off in any case, and
+    need not be waited for.
     """
-    sure = torch.isin(argmax, eos) & (entropy < threshold)
+    sure = torch.isin(prediction.argmax, eos) & (prediction.entropy < nats)
     return sure.cumsum(dim=-1) - sure.long() == 0
 
 
-__all__ = ["StableAndConfident", "before_sure_end", "mean_entropy"]
+__all__ = ["AllOf", "AnyOf", "Confident", "Patience", "Stable", "StableAndConfident", "StoppingRule", "before_sure_end", "mean_entropy"]

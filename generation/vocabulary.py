@@ -1,13 +1,25 @@
-"""The statistics of a denoising step from a walk over the vocabulary, without any tensor of the vocabulary's size.
+"""What a canvas pass says about the canvas, from a walk over the vocabulary, without any tensor of the vocabulary's size.
 
 From the last hidden states, the head and the embedding, which are mostly one matrix, piece by piece with running sums: argmax, a
 sample, the entropy, the argmax's log-probability, and the soft embedding for self-conditioning. The dense way writes and reads about
-ten float32 tensors of `(canvas, vocabulary)` a step; here the largest is `(canvas, PIECE)`. `statistics.dense_statistics` followed by
+ten float32 tensors of `(canvas, vocabulary)` a step; here the largest is `(canvas, PIECE)`. `prediction.dense_prediction` followed by
 `soft_embed` is the reference (tests/test_vocabulary.py, tests/test_filters.py).
 
+An example, of one position over 6 ids in two pieces of 3, logits in bits and without a cap:
+
+    bits of the piece     top   shrink   mass                    argmax
+    1  3  2                3    2^-inf   1/4 + 1 + 1/2 = 1.75    1
+    4  0  1                4    2^-1     1.75/2 + 1 + 1/16 + 1/8 = 2.0625    3
+
+The probability of id 3 is 1 / 2.0625. The soft embedding, too, is a sum that shrinks before each piece, and is divided by the mass
+at the end.
+
+Legend: N positions (B * C), W ids of a piece, V ids of the vocabulary, D hidden size. A piece is what is computed at a time, a tile what
+shares one random draw: in `absorb` they are the same, in the kernel a piece has many tiles.
+
 One walk gives all of it; filters that are thresholds need walks before (`filters.find_threshold`). What a piece adds is
-`running.absorb`, or its kernel. Nothing here waits for the device. `torch.compile` is not used: over the operations of a
-piece it saved a fifth of the CPU time in float32 and none in bf16, before pieces were computed in one `Room`, and took a minute
+`sums.absorb`, or its kernel. Nothing here waits for the device. `torch.compile` is not used: over the operations of a
+piece it saved a fifth of the CPU time in float32 and none in bf16, before pieces were computed in one `Workspace`, and took a minute
 to begin (256 positions, 262,144 ids, one thread of an Intel Xeon, torch 2.13).
 
 Under autocast both products are in its dtype, as those of the dense way are.
@@ -21,9 +33,10 @@ import torch
 
 from .draws import Draws
 from .filters import Filters, find_threshold, listed
+from .kernel import TILE, absorb_triton, choose_absorb
+from .prediction import NOTHING_MORE, Prediction, Wanted
 from .products import choose_products
-from .running import MASKED, TILE, Room, Running, Shape, absorb_triton, choose_absorb, make_room, start_running
-from .statistics import RowStatistics
+from .sums import MASKED, Running, Shape, Workspace, make_workspace, start_running
 
 # Sizes of a piece's logits that stay in a cache. CPU: 256 positions times 4,096 ids in float32 are 4 MiB. Measured (CPU seconds a pass,
 # median of 8; 256 positions, hidden 256, 262,144 ids, one thread of an Intel Xeon with AMX, torch 2.13) with pieces of
@@ -42,70 +55,89 @@ class VocabularyHead(NamedTuple):
     embedding: torch.Tensor | None = None
 
 
-def streamed_statistics(
+class Way(NamedTuple):
+    """How the pieces are absorbed: `absorb` or its kernel, and how many ids share a random draw."""
+
+    absorb: Callable
+    tile: int
+
+    def chance_shape(self, batch_size: int, length: int, vocab_size: int, wanted: Wanted) -> tuple[int, int, int, int]:
+        """Of the uniform numbers that a walk draws: two for each position and tile, four where the canvas's tokens count."""
+        return (batch_size, length, -(-vocab_size // self.tile), 4 if wanted.current else 2)
+
+
+def choose_way(
+    dtype: torch.dtype, device: torch.device, vocab_size: int, filtered: bool, greedy: bool, wanted: Wanted, piece: int | None = None
+) -> Way:
+    """The way for hidden states of this dtype, which autocast may change."""
+    absorb = choose_absorb(device, cast_dtype(dtype, device), filtered, greedy, wanted.current, vocab_size % 16 != 0)
+    return Way(absorb, TILE if absorb is absorb_triton else piece or PIECE)
+
+
+def cast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What autocast makes of a product's dtype; float64 it leaves alone."""
+    casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if casts and dtype != torch.float64 else dtype
+
+
+def streamed_prediction(
     hidden: torch.Tensor, head: VocabularyHead, temperature: float | torch.Tensor, draws: Draws, greedy: bool = False,
-    current: torch.Tensor | None = None, filters: Filters | None = None, piece: int | None = None,
-) -> tuple[RowStatistics, torch.Tensor]:  # fmt: skip
-    """Statistics of softmax(logits / temperature), and the soft embedding under it.
+    canvas: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE, filters: Filters | None = None, piece: int | None = None,
+) -> Prediction:  # fmt: skip
+    """What softmax(logits / temperature) says, the soft embedding under it included.
 
     Args:
         hidden (`(B, C, D)`): normed output of the canvas pass.
         head: the head, and the embedding.
         temperature: divides the soft-capped logits.
-        draws: two uniform numbers for each position and each `PIECE` ids (with the kernel: `TILE` ids), four with `current`; none if
-            `greedy`, which takes the most probable tokens.
-        current (`int64 (B, C)`, *optional*): the canvas's tokens; with them, `current_log_probs` and `other` are given.
+        draws: two uniform numbers for each position and each `PIECE` ids (with the kernel: `TILE` ids), four with `wanted.current`; none
+            if `greedy`, which takes the most probable tokens.
+        canvas (`int64 (B, C)`, *optional*): the canvas's tokens, for `wanted.current`.
         filters (*optional*): what narrows the distribution; all that is returned is of what they leave, renormalised. Top_k and min_p
             cost one more pass over the vocabulary, top_p three more.
         piece: ids at a time, instead of `PIECE`; on CUDA a multiple of `TILE`. Changes the numbers drawn.
 
     Returns:
-        `RowStatistics` (B, C), and the soft embedding `(B, C, D)` in the weight's dtype.
+        `Prediction` (B, C), without whole logits; `soft_embeds` `(B, C, D)` in the weight's dtype.
 
     Raises:
         ValueError: a piece the kernel cannot take.
     """
-    kind, (batch_size, length, _) = hidden.device.type, hidden.shape
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if casts and head.weight.dtype != torch.float64:  # which autocast leaves alone
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
-    filtered, group = filters is not None and filters.narrow(), batch_size
-    absorb = choose_absorb(hidden.device, hidden.dtype, filtered, greedy, current is not None, len(head.weight) % 16 != 0)
-    if absorb is absorb_triton:
+    kind, (batch_size, length, _), vocab_size = hidden.device.type, hidden.shape, len(head.weight)
+    if head.weight.dtype != torch.float64:
+        hidden = hidden.to(cast_dtype(hidden.dtype, hidden.device))
+    filtered = filters is not None and filters.narrow()
+    way = choose_way(hidden.dtype, hidden.device, vocab_size, filtered, greedy, wanted, piece)
+    for_kernel = way.absorb is absorb_triton
+    if for_kernel:
         piece = max(NUMBERS // (batch_size * length) // TILE, 1) * TILE if piece is None else piece
         if piece % TILE:
             raise ValueError(f"`piece` is {piece}; expected a multiple of {TILE} on CUDA")
-        part = TILE
     else:
-        part = piece = PIECE if piece is None else piece
-    if kind == "cpu":
-        group = max(POSITIONS // length, 1)  # rows at a time, so that a row is computed alike in any batch
-    chance = None
-    if not greedy:
-        parts = -(-head.weight.shape[0] // part)
-        chance = draws.uniforms(batch_size, (length, parts, 2 if current is None else 4), hidden.device)
-    positions, for_kernel = min(group, batch_size) * length, absorb is absorb_triton
+        piece = way.tile
+    at_once = max(POSITIONS // length, 1) if kind == "cpu" else batch_size  # rows, so that a row is computed alike in any batch
+    chance = None if greedy else draws.uniforms(way.chance_shape(batch_size, length, vocab_size, wanted), hidden.device)
     squashed = hidden.dtype == torch.float32 and not for_kernel  # with the product; in fewer bits it would round twice
     shape, found = Shape(head.softcap, temperature, squashed), []
-    room = make_room(positions, min(piece, len(head.weight)), hidden.dtype, hidden.device, for_kernel)
-    for rows in (slice(first, first + group) for first in range(0, batch_size, group)):
+    positions = min(at_once, batch_size) * length
+    workspace = make_workspace(positions, min(piece, vocab_size), hidden.dtype, hidden.device, for_kernel)
+    for rows in (slice(first, first + at_once) for first in range(0, batch_size, at_once)):
         narrowed = None if filters is None else filters.select(rows)
-        given = (None if value is None else value[rows].flatten(0, 1) for value in (current, chance))
-        found.append(_one_pass(hidden[rows], head, shape, narrowed, *given, absorb, piece, part, room))
+        current = canvas[rows].flatten() if wanted.current else None
+        numbers = None if chance is None else chance[rows].flatten(0, 1)
+        found.append(_one_pass(hidden[rows], head, shape, narrowed, current, numbers, wanted, way, piece, workspace))
     if len(found) == 1:
         return found[0]
-    fields = zip(*(statistics for statistics, _ in found), strict=True)
-    statistics = RowStatistics(*(None if field[0] is None else torch.cat(field) for field in fields))
     with torch.autocast(kind, enabled=False):  # which joins nothing but float32 and its own dtype
-        return statistics, torch.cat([soft for _, soft in found])
+        return Prediction(*(None if field[0] is None else torch.cat(field) for field in zip(*found, strict=True)))
 
 
 def _one_pass(
     hidden: torch.Tensor, head: VocabularyHead, shape: Shape, filters: Filters | None, current: torch.Tensor | None,
-    chance: torch.Tensor | None, absorb: Callable, piece: int, part: int, room: Room,
-) -> tuple[RowStatistics, torch.Tensor]:  # fmt: skip
-    """`streamed_statistics` of rows that are computed together: `current` (N,), `chance` (N, parts, 2 or 4), `part` ids for each; in `room`
-    for them and a piece, or more."""
+    chance: torch.Tensor | None, wanted: Wanted, way: Way, piece: int, workspace: Workspace,
+) -> Prediction:  # fmt: skip
+    """`streamed_prediction` of rows that are computed together: `current` (N,), `chance` (N, tiles, 2 or 4); in a `workspace` for
+    them and a piece, or more."""
     batch_size, length, size = hidden.shape
     table = head.weight if head.embedding is None else head.embedding
     rows = hidden.reshape(-1, size)  # (N, D)
@@ -113,14 +145,13 @@ def _one_pass(
         rows = rows * (2 / head.softcap)
     scores, mix = choose_products(rows.device, rows.dtype)
 
-    def walk() -> Iterator[tuple[int, torch.Tensor, Room, torch.Tensor | None]]:
-        """The pieces: first id, embedding (W, D), room with the products of weights and hidden states (N, W), and which ids are left."""
-        pieces = zip(head.weight.split(piece), table.split(piece), strict=True)
-        for number, (weight, embedded) in enumerate(pieces):
-            kept = None if filters is None else listed(filters, number * piece, len(weight), batch_size, length)
-            used = room.narrow(len(rows), len(weight))
+    def walk() -> Iterator[tuple[int, torch.Tensor, Workspace, torch.Tensor | None]]:
+        """The pieces: first id, embedding (W, D), workspace with the products of weights and hidden states (N, W), and the ids left."""
+        for index, (weight, embedded) in enumerate(zip(head.weight.split(piece), table.split(piece), strict=True)):
+            kept = None if filters is None else listed(filters, index * piece, len(weight), batch_size, length)
+            used = workspace.narrow(len(rows), len(weight))
             scores(rows, weight.to(rows.dtype), used.products, shape.squashed)
-            yield number * piece, embedded, used, kept
+            yield index * piece, embedded, used, kept
 
     threshold = None
     if filters is not None and filters.need_threshold():
@@ -130,29 +161,63 @@ def _one_pass(
 
         threshold = find_threshold(filters, logits, len(head.weight))
     running = start_running(len(rows), hidden.device, current)
-    soft, seen = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0
+    soft, seen, asked = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0, Asked(wanted)
     for start, embedded, used, kept in walk():
         if threshold is not None:
             kept, seen = threshold.keep(shape.logits(used.products, kept), seen)
-        numbers = None if chance is None else chance[:, start // part : -(-(start + len(embedded)) // part)]
-        running, exponentials, shrink = absorb(running, used, start, shape, kept, numbers)
+        asked.add(start, used.products, shape, kept)
+        numbers = None if chance is None else chance[:, start // way.tile : -(-(start + len(embedded)) // way.tile)]
+        running, exponentials, shrink = way.absorb(running, used, start, shape, kept, numbers)
         soft.mul_(shrink[:, None]).add_(mix(exponentials, embedded))
     soft = (soft / running.mass[:, None]).to(head.weight.dtype) * head.embed_scale
-    return _summary(running, (batch_size, length)), soft.view(batch_size, length, size)
+    return _summary(running, soft, asked, shape, (batch_size, length))
 
 
-def _summary(running: Running, shape: tuple[int, int]) -> RowStatistics:
+class Asked:
+    """What a walk gathers on request, of N positions: the most probable ids with their logits, falling, and the logits of named ids."""
+
+    def __init__(self, wanted: Wanted):
+        self.wanted, self.ids, self.logits = wanted, None, None
+        self.named: torch.Tensor | None = None
+
+    def add(self, start: int, products: torch.Tensor, shape: Shape, kept: torch.Tensor | None) -> None:
+        count, named = self.wanted.candidates, self.wanted.named
+        if not count and named is None:
+            return
+        logits = shape.logits(products, kept)  # (N, W), a copy
+        if count:
+            best = logits.topk(min(count, logits.shape[1]), dim=-1)
+            ids, found = best.indices + start, best.values
+            if self.ids is not None:
+                ids, found = torch.cat((self.ids, ids), dim=1), torch.cat((self.logits, found), dim=1)
+                best = found.topk(min(count, found.shape[1]), dim=-1)
+                ids, found = ids.gather(1, best.indices), best.values
+            self.ids, self.logits = ids, found
+        if named is not None:
+            place = (named - start).clamp(0, logits.shape[1] - 1)
+            here = torch.where(place == named - start, logits[:, place], MASKED)
+            self.named = here if self.named is None else torch.maximum(self.named, here)
+
+
+def _summary(running: Running, soft_embeds: torch.Tensor, asked: Asked, shape: Shape, size: tuple[int, int]) -> Prediction:
+    """The prediction of N positions, as `size` (B, C)."""
     log_mass, nat = running.mass.log(), math.log(2)  # of bits
-    current_log_probs = other = None
+    given = {}
     if running.current is not None:
         own = torch.where(running.own > MASKED / 2, (running.own - running.top) * nat - log_mass, -float("inf"))
-        current_log_probs, other = own.view(shape), running.other.view(shape)
-    return RowStatistics(
-        sample=running.sample.view(shape), argmax=running.argmax.view(shape), log_probs=-log_mass.view(shape),
-        entropy=(log_mass - running.spread / running.mass * nat).view(shape).clamp(min=0),
-        bad=(running.mass.isnan() | (running.top <= MASKED / 2)).view(shape).any(dim=-1),
-        current_log_probs=current_log_probs, other=other,
-    )  # fmt: skip
+        given |= {"current_log_probs": own, "other": running.other}
+    if asked.ids is not None:
+        top = running.top * nat - shape.softcap / shape.temperature  # of the logits themselves
+        log_probs = torch.where(asked.logits > MASKED / 2, asked.logits - (top + log_mass)[:, None], -float("inf"))
+        given |= {"candidates": asked.ids, "candidate_log_probs": log_probs}
+    if asked.named is not None:
+        given["named_logits"] = asked.named.masked_fill(asked.named <= MASKED / 2, -float("inf"))
+    given |= {
+        "sample": running.sample, "argmax": running.argmax, "log_probs": -log_mass, "soft_embeds": soft_embeds,
+        "entropy": (log_mass - running.spread / running.mass * nat).clamp(min=0),
+    }  # fmt: skip
+    bad = (running.mass.isnan() | (running.top <= MASKED / 2)).view(size).any(dim=-1)
+    return Prediction(bad=bad, **{name: value.view(*size, *value.shape[1:]) for name, value in given.items()})
 
 
-__all__ = ["PIECE", "VocabularyHead", "streamed_statistics"]
+__all__ = ["PIECE", "VocabularyHead", "Way", "choose_way", "streamed_prediction"]

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from generation.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
-from generation.inputs import resolve_config
+from generation.settings import resolve_config
 
 from .console_arguments import MODEL_TYPE, UsageError
 

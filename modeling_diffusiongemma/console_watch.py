@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from generation.canvas import CanvasState
 from generation.events import TextAssembler
+from generation.state import CanvasState
 from generation.streaming import CanvasStreamer, Cell
 
 

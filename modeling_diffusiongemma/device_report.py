@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import transformers
 
-from generation.capture import RECORDED_STEP
 from generation.flags import LATE_FLAGS
+from generation.kernel import KERNEL
 from generation.products import ONEDNN_PRODUCTS
 from generation.proofs import WITHOUT, UnusableDevice, verdict
-from generation.running import KERNEL
+from generation.recording import RECORDED_STEP
 
 from .attention import SHARED_KEYS
 from .caches import OFFLOADED_CACHE

@@ -14,8 +14,8 @@ from transformers import (
 from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache
+from generation.checks import check_images
 from generation.configuration import OWN_FILE, DiffusionGenerationConfig
-from generation.inputs import check_images
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary import VocabularyHead
 

@@ -17,7 +17,8 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear, Ge
 from transformers.utils.generic import can_return_tuple
 
 from generation.cache_names import FIELD, takes_cache
-from generation.inputs import check_ids, dynamic_cache
+from generation.caches import dynamic_cache
+from generation.checks import check_ids
 
 from .caches import StoredLayers, cached_length
 from .checks import (

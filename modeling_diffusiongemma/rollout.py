@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import torch
 
-from generation.canvas import CanvasState, condition, denoising_step, start_canvas
 from generation.draws import BatchDraws
 from generation.noise import Noise, UniformNoise
-from generation.samplers import AcceptingSampler, EntropyBoundSampler
+from generation.prediction import dense_prediction
+from generation.samplers import EntropyBoundSampler, Sampler
 from generation.schedule import TemperatureSchedule
-from generation.statistics import dense_statistics
+from generation.state import CanvasState, advance, start_canvas
 from generation.stopping import StableAndConfident
 
 Inputs = dict[str, torch.Tensor]
@@ -41,21 +41,25 @@ class Rollout:
         max_steps: denoising steps after which a row is given up; at most the schedule's `max_denoising_steps`.
         canvas_length: default: the config's.
         noise (*optional*): what canvases begin with and unaccepted positions become. Default: uniform random ids.
-        sampler (*optional*): chooses the positions that are accepted.
+        sampler (*optional*): makes the next canvas, whichever step a row is at.
 
     Raises:
-        ValueError: `rows` or `max_steps` out of range.
+        ValueError: `rows` or `max_steps` out of range, a sampler that counts steps or needs more than a prediction holds by itself.
     """
 
     def __init__(
         self, model, rows: int, max_steps: int = 24, canvas_length: int | None = None, noise: Noise | None = None,
-        sampler: AcceptingSampler | None = None,
+        sampler: Sampler | None = None,
     ):  # fmt: skip
         config = model.generation_config.filled()
         if rows < 1:
             raise ValueError(f"`rows` is {rows}; expected at least 1")
         if not 1 <= max_steps <= config.max_denoising_steps:
             raise ValueError(f"`max_steps` is {max_steps}; expected 1 to {config.max_denoising_steps}, the schedule's steps")
+        if sampler is not None and (sampler.counts_steps or sampler.informed):
+            raise ValueError(
+                f"`sampler` is {sampler!r}; expected one that asks for no step, such as `EntropyBoundSampler`: rows are at different steps"
+            )
         self.model, self.rows, self.max_steps = model, rows, max_steps
         self.canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
         self.noise = UniformNoise(model.config.text_config.vocab_size) if noise is None else noise
@@ -81,15 +85,14 @@ class Rollout:
             fresh = draw(len(ended))
             device = fresh["input_ids"].device
             shape, size = (len(ended), self.canvas_length), self.model.config.text_config.hidden_size
-            state = start_canvas(self.noise.draw(shape, device), self.stopping)
-            state = state._replace(soft_embeds=torch.zeros(*shape, size, dtype=self.model.dtype, device=device))
+            soft_embeds = torch.zeros(*shape, size, dtype=self.model.dtype, device=device)
+            state = start_canvas(self.noise.draw(shape, device), soft_embeds, self.stopping)
             if self.state is None:
                 self.inputs, self.state = fresh, state
             else:
                 rows = ended.to(device)
                 self.inputs = {name: value.index_copy(0, rows, fresh[name]) for name, value in self.inputs.items()}
-                soft_embeds = self.state.soft_embeds.index_fill(0, rows, 0.0)
-                self.state = self.state.place(rows, state)._replace(soft_embeds=soft_embeds)
+                self.state = self.state.place(rows, state)
         return self.inputs, self.state.canvas, self.state.soft_embeds
 
     @torch.no_grad()
@@ -98,12 +101,10 @@ class Rollout:
         state, draws = self.state, BatchDraws()
         temperatures = self.temperatures.to(logits.device)[state.passes]
         shaped = logits.detach().float() / temperatures[:, None, None]
-        statistics = dense_statistics(shaped, draws)
-        noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
-        # Rows are at different steps. Neither entropy-bound nor confidence sampling asks for the number.
-        stepped = denoising_step(state, 0, len(self.temperatures), statistics, noise, self.sampler, self.stopping)
         soft_embeds = self.model.soft_embed(shaped.to(self.model.dtype)).to(self.model.dtype)  # under autocast it comes in other bits
-        self.state = condition(stepped, state.finished, soft_embeds)
+        prediction = dense_prediction(shaped, draws)._replace(soft_embeds=soft_embeds)
+        noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
+        self.state = advance(state, prediction, 0, len(self.temperatures), noise, self.sampler, self.stopping)
 
     def _ended(self) -> torch.Tensor:
         """Places of the rows that are finished or have taken `max_steps`, int64."""

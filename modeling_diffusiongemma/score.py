@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from generation.arguments import FIELDS, integer, read
-from generation.inputs import check_images
+from generation.checks import check_images
 from generation.noise import UniformNoise
 
 from .checks import check_mask, check_tensors

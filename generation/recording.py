@@ -1,8 +1,8 @@
 """A denoising step recorded once and replayed: on CUDA as one graph, which costs the host one launch instead of thousands.
 
 A graph reads and writes fixed memory. So everything a step reads is held in buffers that are refilled before each replay: the
-state, the canvas's view (once a canvas), and the random numbers, which are drawn outside and thus are the same as without a
-graph. Nothing of the configuration is frozen into a recording: it lives for one call of `generate`.
+canvas's view (once a canvas), and the step's inputs, its random numbers among them, which are drawn outside and thus are the same as
+without a graph. Nothing of the configuration is frozen into a recording: it lives for one call of `generate`.
 
 Knows nothing of models or samplers: it is handed a function of tensors.
 """
@@ -16,8 +16,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
-from .draws import Draws
-from .noise import Noise
 from .proofs import FastPath, difference, needs_cuda, numbers, one_line
 
 logger = logging.get_logger(__name__)
@@ -25,33 +23,6 @@ logger = logging.get_logger(__name__)
 INDEXING = (torch.ops.aten.index.Tensor,)  # counts flags, but not ids
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 CLOSE = 1e-2  # of the largest number: a recorded step computes the same by the same kernels, at most summed in another order
-
-
-class HeldDraws:
-    """Random numbers in buffers: the first step asks for them, `refill` draws the same kinds anew for the next one."""
-
-    def __init__(self, source: Draws):
-        self._source, self._held, self._place = source, [], 0
-
-    def uniforms(self, batch_size: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        return self._next("uniforms", (batch_size, shape, device))
-
-    def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-        return self._next("noise", (noise, shape, device))
-
-    def rewind(self) -> None:
-        """The next number asked for is the first again."""
-        self._place = 0
-
-    def refill(self, source: Draws) -> None:
-        for kind, arguments, buffer in self._held:
-            buffer.copy_(getattr(source, kind)(*arguments))
-
-    def _next(self, kind: str, arguments: tuple) -> torch.Tensor:
-        if self._place == len(self._held):
-            self._held.append((kind, arguments, getattr(self._source, kind)(*arguments)))
-        self._place += 1
-        return self._held[self._place - 1][2]
 
 
 class Held:
@@ -119,45 +90,41 @@ class Recording:
     The first step runs plainly, and the first replay must give the same floating numbers.
 
     Args:
+        function: `(view, inputs) -> outputs`, of structures of tensors, without reading back from the device. Where it cannot be recorded
+            it runs as it is, with a warning that says why.
         record: takes a function without arguments that returns tensors, and the device; returns a function that does its work again into
             the same tensors, and those. Default: a CUDA graph on CUDA, else the plain run that a graph must equal.
     """
 
-    def __init__(self, record: Callable[[Callable, torch.device], tuple[Callable, Any]] | None = None):
-        self._record = record
-        self._function = self._view = self._inputs = self._draws = self._replay = self._outputs = None
+    def __init__(self, function: Callable[[Any, Any], Any], record: Callable[[Callable, torch.device], tuple[Callable, Any]] | None = None):
+        self._function, self._record = function, record
+        self._view = self._inputs = self._replay = self._outputs = None
         self._why_not: str | None = None
 
-    def of(self, function: Callable, view: Any) -> Callable:
-        """`function(view, inputs, draws) -> outputs`, as it was or recorded, for a canvas with this view.
-
-        Args:
-            function: of structures of tensors, without reading back from the device; at every call the same function but for the
-                view. Where it cannot be recorded it is returned as it is, with a warning that says why.
-        """
+    def on(self, view: Any) -> Callable[[Any, Any], Any]:
+        """The function, for a canvas with this view: recorded, or as it is."""
         try:
             if self._why_not is None and self._view is None:
-                self._function, self._view = function, Held(view)
+                self._view = Held(view)
             elif self._why_not is None:
                 self._view.fill(view)
         except ValueError as error:
             self._give_up(str(error))
-        return function if self._why_not else self._step
+        return self._function if self._why_not else self._step
 
-    def _step(self, view: Any, inputs: Any, draws: Draws) -> Any:
+    def _step(self, view: Any, inputs: Any) -> Any:
         if self._why_not:
-            return self._function(view, inputs, draws)
+            return self._function(view, inputs)
         if self._replay is None:
-            return self._first_step(view, inputs, draws)
+            return self._first_step(view, inputs)
         self._inputs.fill(inputs)
-        self._draws.refill(draws)
         self._replay()
         return pytree.tree_map_only(torch.Tensor, torch.clone, self._outputs)
 
-    def _first_step(self, view: Any, inputs: Any, draws: Draws) -> Any:
-        self._inputs, self._draws = Held(inputs), HeldDraws(draws)
+    def _first_step(self, view: Any, inputs: Any) -> Any:
+        self._inputs, first = Held(inputs), None
         device = _tensors(inputs)[0].device
-        record, first = self._record or (record_graph if device.type == "cuda" else record_plainly), None
+        record = self._record or (record_graph if device.type == "cuda" else record_plainly)
         try:
             with NeverWaits(device) if device.type == "cuda" else contextlib.nullcontext():
                 first = pytree.tree_map_only(torch.Tensor, torch.clone, self._run())  # which also lets libraries set themselves up
@@ -172,14 +139,13 @@ class Recording:
             self._replay, self._outputs = replay, outputs
         else:
             self._give_up(why_not)
-        return self._function(view, inputs, draws) if first is None else first
+        return self._function(view, inputs) if first is None else first
 
     def _run(self) -> Any:
-        self._draws.rewind()
-        return self._function(self._view.value, self._inputs.value, self._draws)
+        return self._function(self._view.value, self._inputs.value)
 
     def _give_up(self, why_not: str) -> None:
-        self._why_not, self._view, self._inputs, self._draws = why_not, None, None, None
+        self._why_not, self._view, self._inputs = why_not, None, None
         logger.warning_once(f"The denoising step is not recorded but launched anew each time, which is slower: {why_not}")
 
 
@@ -237,4 +203,4 @@ RECORDED_STEP = FastPath(
 )
 
 
-__all__ = ["RECORDED_STEP", "Held", "HeldDraws", "NeverWaits", "Recording", "record_graph", "record_plainly"]
+__all__ = ["RECORDED_STEP", "Held", "NeverWaits", "Recording", "record_graph", "record_plainly"]

@@ -1,0 +1,40 @@
+"""The outer loop, autoregressive over canvases: prefill, denoise a canvas, commit it (a causal pass over it), denoise the next."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from transformers import Cache
+
+from .canvas import begin_canvas, denoise_canvas
+from .plan import Plan
+from .predict import take_step
+from .prompt import Prompt
+from .recording import Recording
+from .rows import Rows
+from .transcript import Transcript
+from .watcher import Watcher
+
+
+def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: Transcript, watchers: Sequence[Watcher]) -> Cache | None:
+    """Block diffusion. Returns the cache, or None once rows have left it."""
+    recording = Recording(partial(take_step, model, plan)) if plan.execution.record else None
+    pending, length, whole = prompt.inputs, rows.real.shape[1] - int(rows.cache.get_seq_length()), True
+    given, first_step = prompt.canvas, prompt.first_step
+    for canvas_index in range(plan.lengths.canvases):
+        hidden = rows.prefill(model, pending, length, plan.execution.count_padding, last_states=1)
+        rows = rows._replace(filters=plan.rules.shaping.filters_behind(rows.generated))
+        state = begin_canvas(plan, rows, hidden, canvas_index, given)
+        state, logits = denoise_canvas(model, plan, rows, state, canvas_index, watchers, recording, first_step)
+        tokens = transcript.add_canvas(rows, state, logits)
+        ended = transcript.ended[rows.places]
+        if bool(ended.all()):
+            break
+        rows = rows.commit(tokens)
+        if plan.execution.compact and rows.can_leave() and bool(ended.any()):
+            staying = (~ended).nonzero().flatten().cpu()
+            rows, tokens, whole = rows.select(staying), tokens[staying.to(tokens.device)], False
+        pending, length, given, first_step = {"input_ids": tokens}, tokens.shape[1], None, 0
+    return rows.cache if whole else None
+
+
+__all__ = ["decode_canvases"]

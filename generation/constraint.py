@@ -1,0 +1,35 @@
+"""What a canvas must become, beyond the rules of `DiffusionGenerationConfig`: the seam between a prediction and the step it leads to."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from .prediction import Prediction, Wanted
+from .state import CanvasState
+
+
+class Constraint(Protocol):
+    """Sees every prediction before anything is accepted, measured or fed back; pass one to `generate` as `constraint`.
+
+    `wanted`: what predictions must hold beside the rest, such as each position's most probable candidates.
+    """
+
+    wanted: Wanted
+
+    def constrain(self, prediction: Prediction, state: CanvasState, embed: Callable[[torch.Tensor], torch.Tensor]) -> Prediction:
+        """The prediction that counts, for the b rows still computed: `prediction._replace(...)` with another `sample`, `argmax`, `entropy`,
+        `log_probs` or `soft_embeds`, of the same shapes.
+
+        Args:
+            state: of the canvas that the prediction is about.
+            embed: gives ids int64 (b, C) as the model's input embeddings `(b, C, D)`, for another `soft_embeds`.
+        """
+        ...
+
+    def select(self, rows: torch.Tensor) -> "Constraint":
+        """The constraint of some of the rows, int64, once others have left; the constraint itself stays as it is."""
+        ...
+
+
+__all__ = ["Constraint"]

@@ -1,0 +1,86 @@
+"""The two ways to make a prediction, of one signature; the plan says which, once a call, and why (`Execution.why_dense`).
+
+`predict_dense` computes whole logits, which processors and the caller may see; `predict_streamed` walks the vocabulary in pieces and never
+has any. A step is either of them, a constraint, and `state.advance`: the loop and its recording run `take_step`, and nothing else does.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .constraint import Constraint
+from .draws import DrawnStep, Draws
+from .filters import Filters
+from .plan import Plan
+from .prediction import Prediction, dense_prediction
+from .state import CanvasState, advance
+from .vocabulary import choose_way, streamed_prediction
+
+
+class StepInputs(NamedTuple):
+    """What a step reads beside the canvas's view.
+
+    `step` int64 (), counted up from 0, and its `temperature` float32 (). `draws`: those of this step. For whole logits only: `committed`
+    int64 (B, L); `guess` int64 (B, C), the last argmax canvas, None at the first step; `remaining`, steps left with this one. Without
+    these and a constraint, and with a `DrawnStep`, all of it are tensors.
+    """
+
+    state: CanvasState
+    step: torch.Tensor
+    temperature: torch.Tensor
+    draws: Draws | DrawnStep
+    filters: Filters
+    constraint: Constraint | None = None
+    committed: torch.Tensor | None = None
+    guess: torch.Tensor | None = None
+    remaining: int | None = None
+
+
+def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Prediction, CanvasState]:
+    """One denoising step: what the model predicts, what a constraint makes of it, and the next state. With `predict_streamed` nothing is
+    read back from the device (tests/test_recording.py)."""
+    rules, state, draws = plan.rules, inputs.state, inputs.draws
+    predict = predict_streamed if plan.execution.why_dense is None else predict_dense
+    prediction = predict(model, plan, view, inputs)
+    if inputs.constraint is not None:
+        prediction = inputs.constraint.constrain(prediction, state, model.get_input_embeddings())
+    noise = draws.noise(rules.noise, state.canvas.shape, state.canvas.device)
+    uniform = draws.uniforms(state.canvas.shape, state.canvas.device, "acceptance") if rules.sampler.informed else None
+    return prediction, advance(
+        state, prediction, inputs.step, rules.max_denoising_steps, noise, rules.sampler, rules.stopping, rules.sure_end, uniform
+    )
+
+
+def predict_dense(model, plan: Plan, view: Any, inputs: StepInputs) -> Prediction:
+    """By whole logits."""
+    state, rules = inputs.state, plan.rules
+    hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
+    raw = model.compute_logits(hidden)  # (B, C, V)
+    shaped = rules.shaping(raw, inputs.filters, inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
+    prediction = dense_prediction(shaped, inputs.draws, rules.greedy, state.canvas, plan.execution.wanted)
+    return prediction._replace(soft_embeds=model.soft_embed(shaped.to(model.dtype)), raw=raw)
+
+
+def predict_streamed(model, plan: Plan, view: Any, inputs: StepInputs) -> Prediction:
+    """In pieces of the vocabulary."""
+    state = inputs.state
+    hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
+    with model.vocabulary_head() as head:
+        return streamed_prediction(
+            hidden, head, inputs.temperature, inputs.draws, plan.rules.greedy, state.canvas, plan.execution.wanted, inputs.filters
+        )
+
+
+def draw_step(plan: Plan, draws: Draws, state: CanvasState, filters: Filters) -> DrawnStep:
+    """The random numbers of a streamed step."""
+    vocab_size = plan.lengths.vocab_size
+    rules, (batch_size, length), device = plan.rules, state.canvas.shape, state.canvas.device
+    wanted, walk = plan.execution.wanted, None
+    if not rules.greedy:
+        way = choose_way(state.soft_embeds.dtype, device, vocab_size, filters.narrow(), rules.greedy, wanted)
+        walk = draws.uniforms(way.chance_shape(batch_size, length, vocab_size, wanted), device)
+    acceptance = draws.uniforms((batch_size, length), device, "acceptance") if rules.sampler.informed else None
+    return DrawnStep(walk, draws.noise(rules.noise, (batch_size, length), device), acceptance)
+
+
+__all__ = ["StepInputs", "draw_step", "predict_dense", "predict_streamed", "take_step"]

@@ -1,0 +1,103 @@
+"""What a canvas pass says about the canvas: the one currency of a denoising step, and how it is read off whole logits.
+
+Samplers, stopping rules, constraints, watchers and the training rollout take a `Prediction` and nothing else. `dense_prediction` is the
+reference of `vocabulary.streamed_prediction`, which makes the same without logits.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .draws import Draws
+
+
+class Wanted(NamedTuple):
+    """What a prediction holds beside the rest: `current`, what the canvas's tokens are worth; `candidates`, how many of the most probable
+    ids of a position; `named` int64 (n,), ids whose logits are asked for."""
+
+    current: bool = False
+    candidates: int = 0
+    named: torch.Tensor | None = None
+
+
+NOTHING_MORE = Wanted()
+
+
+class Prediction(NamedTuple):
+    """Per position `(B, C)`: `sample` and `argmax`, int64; `entropy` of the distribution, nats, and `log_probs`, nats, of the
+    argmax under it, float32. The distribution is the shaped one: filtered, and divided by the temperature.
+
+    `bad` bool (B,): rows with a NaN logit or a distribution without any token, whose other values mean nothing; `check_finite`
+    raises for them. Reading it waits for the device, so it is left to the caller when.
+
+    `soft_embeds` `(B, C, D)`: the mean embedding under the distribution, which conditions the next step; None where nobody asked.
+
+    As `Wanted` says: `current_log_probs` float32 (B, C), nats, of the canvas's token, -inf where it is filtered out; and `other` int64
+    (B, C), a sample of the distribution without that token: the leave-one-out draw. Where no other token has any mass it is the
+    current token itself. `candidates` int64 and `candidate_log_probs` float32 nats, each (B, C, k): the most probable ids, falling; of
+    those that can be no more than k, the rest has -inf. `named_logits` float32 (B, C, n): shaped logits of the named ids, -inf where
+    filtered out.
+
+    From whole logits alone, each float32 (B, C, V): `raw`, as the model gave them, and `shaped`.
+    """
+
+    sample: torch.Tensor
+    argmax: torch.Tensor
+    entropy: torch.Tensor
+    log_probs: torch.Tensor
+    bad: torch.Tensor | None = None
+    soft_embeds: torch.Tensor | None = None
+    current_log_probs: torch.Tensor | None = None
+    other: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
+    candidate_log_probs: torch.Tensor | None = None
+    named_logits: torch.Tensor | None = None
+    raw: torch.Tensor | None = None
+    shaped: torch.Tensor | None = None
+
+
+def dense_prediction(
+    logits: torch.Tensor, draws: Draws, greedy: bool = False, canvas: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE
+) -> Prediction:
+    """What softmax(logits) says, float32 `(B, C, V)`; without `soft_embeds` and `raw`.
+
+    Draws one number a position, as `torch.multinomial` does, and with `wanted.current` one more, for which `canvas` int64 `(B, C)` is
+    needed; `greedy` draws none and takes the most probable tokens. The order and kind of the operations are transformers', so that
+    equal seeds give equal tokens.
+    """
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    argmax = logits.argmax(dim=-1)
+    top = probabilities.gather(-1, argmax[..., None])  # NaN as soon as one logit is, or all are -inf
+    lost = top.isnan()
+    probabilities.masked_fill_(lost, 1.0)  # multinomial refuses NaN with an error of its own
+    prediction = Prediction(
+        sample=argmax if greedy else draws.tokens(probabilities), argmax=argmax, log_probs=top.squeeze(-1).log(),
+        entropy=torch.distributions.Categorical(logits=logits, validate_args=False).entropy(),
+        bad=lost.flatten(1).any(dim=-1), shaped=logits,
+    )  # fmt: skip
+    log_mass = logits.logsumexp(dim=-1, keepdim=True) if wanted.current or wanted.candidates else None
+    if wanted.current:
+        place = canvas[..., None]
+        current_log_probs = (logits.gather(-1, place) - log_mass).squeeze(-1)
+        probabilities.scatter_(-1, place, 0.0)
+        alone = probabilities.sum(dim=-1, keepdim=True) <= 0
+        probabilities.scatter_(-1, place, alone.float())
+        other = probabilities.argmax(dim=-1) if greedy else draws.tokens(probabilities, "other tokens")
+        prediction = prediction._replace(current_log_probs=current_log_probs, other=other)
+    if wanted.candidates:
+        best = logits.topk(min(wanted.candidates, logits.shape[-1]), dim=-1)
+        prediction = prediction._replace(candidates=best.indices, candidate_log_probs=best.values - log_mass)
+    if wanted.named is not None:
+        prediction = prediction._replace(named_logits=logits[..., wanted.named])
+    return prediction
+
+
+def check_finite(bad: torch.Tensor, places: torch.Tensor | None = None) -> None:
+    """Raises ValueError for the rows that `Prediction.bad` bool (B,) marks; `places` int64 (B,) are the rows' in the batch, where some have
+    left it. Waits for the device."""
+    if rows := bad.nonzero().flatten().tolist():
+        rows = rows if places is None else places[rows].tolist()
+        raise ValueError(f"the model's logits are NaN, or -inf for every token, in batch rows {rows}; expected finite logits")
+
+
+__all__ = ["NOTHING_MORE", "Prediction", "Wanted", "check_finite", "dense_prediction"]

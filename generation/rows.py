@@ -1,0 +1,90 @@
+"""What belongs to the rows of a batch that are still computed, with one owner: rows leave in one place."""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache, DynamicCache
+
+from .constraint import Constraint
+from .draws import Draws
+from .filters import Filters
+
+
+class Rows(NamedTuple):
+    """Of b rows, in the order of the batch.
+
+    Args:
+        places: their places in the batch, int64 (b,).
+        cache: keys and values of their tokens, or None before there are any.
+        real: bool (b, L), which of the tokens so far are no padding.
+        committed: int64 (b, P + N), prompt and what is written, without what is only in the cache or given as embeddings.
+        generated: N, how many tokens of each row are written.
+        draws: where their random numbers come from.
+        filters: which ids they may get.
+        constraint: what their canvases must become.
+    """
+
+    places: torch.Tensor
+    cache: Cache | None
+    real: torch.Tensor
+    committed: torch.Tensor
+    generated: int
+    draws: Draws
+    filters: Filters
+    constraint: Constraint | None = None
+
+    def select(self, rows: torch.Tensor) -> "Rows":
+        """Those of `rows`, int64 on the host; these rows, their cache and their constraint stay as they are."""
+        here = rows.to(self.places.device)
+        return self._replace(
+            places=self.places[here], cache=None if self.cache is None else select_cache(self.cache, here), real=self.real[here],
+            committed=self.committed[here], draws=self.draws.select(rows), filters=self.filters.select(here),
+            constraint=None if self.constraint is None else self.constraint.select(here),
+        )  # fmt: skip
+
+    def can_leave(self) -> bool:
+        """Whether the cache can be narrowed to some of the rows."""
+        return type(self.cache) is DynamicCache and not getattr(self.cache, "offloading", False)
+
+    def within(self, earlier: "Rows") -> torch.Tensor:
+        """Where these rows stand among `earlier` ones, of which they are some: int64 (b,)."""
+        return torch.searchsorted(earlier.places, self.places)
+
+    def commit(self, tokens: torch.Tensor) -> "Rows":
+        """With new tokens int64 (b, n) behind those so far."""
+        return self._replace(
+            real=torch.cat((self.real, torch.ones_like(tokens, dtype=torch.bool)), dim=1),
+            committed=torch.cat((self.committed, tokens), dim=1), generated=self.generated + tokens.shape[1],
+        )  # fmt: skip
+
+    def positions(self, length: int, count_padding: bool) -> torch.Tensor:
+        """Positions of the last `length` tokens, int64 (b or 1, length): each row's real tokens counted from 0. Rotary attention sees
+        only differences, so counting padding too, for the reference backend, changes rounding alone."""
+        if count_padding:
+            return torch.arange(self.real.shape[1] - length, self.real.shape[1], device=self.real.device)[None]
+        return (self.real.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+
+    def prefill(self, model, inputs: dict[str, torch.Tensor], length: int, count_padding: bool, **options: int) -> torch.Tensor:
+        """Runs the last `length` tokens causally into the cache. `inputs`: `input_ids` or `inputs_embeds`, and images; `options` as
+        `prefill` takes them. Returns the last hidden states `(b, n, D)`."""
+        positions = self.positions(length, count_padding)
+        prefilled = model.prefill(**inputs, attention_mask=self.real, position_ids=positions, cache=self.cache, **options)
+        return prefilled.last_hidden_state
+
+    def view(self, model, length: int, count_padding: bool, slots: int) -> Any:
+        """What a canvas of `length` behind these rows sees: it holds for every denoising step."""
+        over = self.commit(self.places.new_zeros(len(self.places), length))
+        positions = over.positions(length, count_padding)
+        return model.prepare_canvas(self.cache, (len(self.places), length), over.real, positions, slots=slots)
+
+
+def select_cache(cache: Cache, rows: torch.Tensor) -> Cache:
+    """A cache of some of the rows; the given one stays as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
+
+
+__all__ = ["Rows", "select_cache"]

@@ -1,0 +1,66 @@
+"""From what a caller of `generate` says in several places to the one configuration of the call."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from .arguments import ARGUMENTS, read, shown
+from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
+from .together import check_fields
+
+logger = logging.get_logger(__name__)
+
+# Arguments of GenerationMixin.generate that mean nothing here: refused by name unless they are None or False.
+FOREIGN_ARGUMENTS = (
+    "assistant_model", "assistant_tokenizer", "custom_generate", "negative_prompt_attention_mask", "negative_prompt_ids",
+    "prefix_allowed_tokens_fn", "synced_gpus", "use_model_defaults",
+)  # fmt: skip
+
+
+def resolve_config(
+    given: GenerationConfig | Mapping[str, Any] | None, model_default: GenerationConfig, kwargs: dict[str, Any]
+) -> tuple[DiffusionGenerationConfig, bool]:
+    """The configuration of one call: keyword arguments, over the given config, over the model's, over the released values.
+
+    Returns:
+        The config, with nothing of the diffusion fields unset, and whether `max_length` counts: it does where the caller set
+        it and did not set `max_new_tokens`.
+
+    Raises:
+        ValueError: an argument that is unknown, out of range or not honoured, by name.
+    """
+    for name in FOREIGN_ARGUMENTS:
+        value = kwargs.pop(name, None)
+        if value is not None and value is not False:
+            why = WHY_REFUSED.get(name, "block diffusion gives it no meaning")
+            raise ValueError(f"`{name}` is {shown(value)}; expected None: {why}")
+    if "eos_token_id" in kwargs and kwargs["eos_token_id"] is None:
+        kwargs["eos_token_id"] = []  # None asks for no end, and must not fall back on the model's
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    config = DiffusionGenerationConfig.from_generation_config(GenerationConfig() if given is None else given)
+    if unknown := sorted(name for name in kwargs if name != "sampler_config" and (name[0] == "_" or name not in config.__dict__)):
+        raise ValueError(f"`generate` got the unknown arguments {unknown}; expected model inputs or fields of DiffusionGenerationConfig")
+    _refuse(refusals({name: value for name, value in kwargs.items() if name != "sampler_config"}))
+    both = "max_length" in kwargs and "max_new_tokens" in kwargs
+    if both:  # a pipeline hands the tokenizer's `max_length` on to here
+        logger.warning_once("`max_new_tokens` and `max_length` are both set; `max_new_tokens` counts, as elsewhere in transformers.")
+    config.update(**kwargs)
+    use_max_length = config.max_length is not None and (config.max_new_tokens is None or ("max_length" in kwargs and not both))
+    model_default = read("generation_config", model_default, ARGUMENTS["generation_config"])  # whatever was assigned to the model
+    models = {} if model_default is None else DiffusionGenerationConfig.from_generation_config(model_default).__dict__
+    config.update(defaults_only=True, **{name: value for name, value in models.items() if value is not None and name[0] != "_"})
+    use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)
+    config.update(defaults_only=True, **RELEASED_DEFAULTS)
+    _refuse(config.refused())
+    check_fields(config, whole=True)
+    return config, use_max_length
+
+
+def _refuse(refused: list[str]) -> None:
+    if refused:
+        raise ValueError(f"block diffusion does not support {', '.join(refused)}; expected these arguments unset")
+
+
+__all__ = ["resolve_config"]

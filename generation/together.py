@@ -1,0 +1,95 @@
+"""Which arguments of `generate` go together: all that is said of two or more of them, and of one and the model or the prompt's length.
+
+What each may be by itself stands in `arguments`; shapes of tensors are checked where tensors are read (`checks`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def check_fields(config, whole: bool = False) -> None:
+    """Fields of a `DiffusionGenerationConfig` with one another. `whole`: of one call, in which what is None is said nowhere else.
+
+    Raises:
+        ValueError: two that contradict each other.
+    """
+    if config.t_min is not None and config.t_max is not None and config.t_min > config.t_max:
+        raise ValueError(f"`t_min` is {config.t_min}; expected at most `t_max`, {config.t_max}")
+    if config.do_sample is False and (config.num_return_sequences or 1) > 1:
+        raise ValueError(f"`num_return_sequences` is {config.num_return_sequences}; expected 1 with `do_sample=False`")
+    if not whole:
+        return
+    greedy = config.do_sample is False or config.temperature == 0
+    if config.decoding == "verified" and not greedy:
+        raise ValueError(f"`do_sample` is {config.do_sample!r}; expected False with `decoding='verified'`, which verifies greedy tokens")
+    if config.decoding != "diffusion" and config.backend == "reference":
+        raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with the reference backend")
+    if config.noise == "mask" and config.mask_token_id is None:
+        raise ValueError("`mask_token_id` is None; expected a token id, since `noise` is 'mask'")
+    if config.noise == "mask" and config.sampler == "predictor_corrector":
+        raise ValueError("`noise` is 'mask'; expected 'uniform' with `sampler='predictor_corrector'`, which reverses uniform noise")
+    if config.output_logits and not config.return_dict_in_generate:
+        raise ValueError("`output_logits` is True; expected `return_dict_in_generate=True` with it, or they have nowhere to go")
+    if config.cache_config is not None and config.cache_implementation != "quantized":
+        raise ValueError(f"`cache_config` is {config.cache_config!r}; expected None unless `cache_implementation` is 'quantized'")
+
+
+def check_arguments(model, config, given: Mapping[str, Any]) -> None:
+    """The arguments `given` to `generate`, None for those that are not, with one another, with the fields of `config`, which are all set,
+    and with the model.
+
+    Raises:
+        ValueError: arguments that do not go together, or a token id outside the vocabulary.
+    """
+    prompts = [name for name in ("inputs", "input_ids", "inputs_embeds") if given[name] is not None]
+    if len(prompts) != 1:
+        found = f"{len(prompts)} are given" if prompts else "the prompt is empty: none is given"
+        raise ValueError(f"`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`; {found}; expected exactly one of them")
+    cache, canvas, copies = given["cache"], given["decoder_input_ids"], config.num_return_sequences or 1
+    if cache is not None and config.cache_implementation is not None:
+        raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `cache` is given")
+    if config.decoding != "diffusion" and (cache is not None or canvas is not None):
+        raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `cache` nor `decoder_input_ids`")
+    if copies > 1 and (cache is not None or given["pixel_values"] is not None):
+        raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `cache` or images")
+    if config.compile_config is not None and not hasattr(model, "compiling"):
+        raise ValueError(f"`compile_config` is given, and {type(model).__name__} has no method `compiling`; expected None")
+    if config.stop_strings is not None and given["tokenizer"] is None:
+        raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
+    if config.backend == "reference" and (given["seed"] is not None or isinstance(given["generator"], Sequence)):
+        raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
+    if given["constraint"] is not None and (config.backend == "reference" or config.decoding != "diffusion"):
+        raise ValueError(
+            f"`constraint` is given, `decoding` is {config.decoding!r} and `backend` {config.backend!r}; expected 'diffusion', and "
+            "another backend than 'reference'"
+        )
+    first_step = given["first_step"]
+    if first_step and (canvas is None or first_step >= config.max_denoising_steps):
+        expected = f"a step before `max_denoising_steps`, {config.max_denoising_steps}, and a canvas as `decoder_input_ids`"
+        raise ValueError(f"`first_step` is {first_step}; expected {expected}")
+    if config.decoding == "verified":
+        rows = copies * len(given[prompts[0]])
+        alone = [name for name in ("streamer", "watcher", "pixel_values") if given[name] is not None]
+        if rows > 1 and alone:
+            raise ValueError(f"`decoding='verified'` got {rows} rows; expected one together with {' and '.join(map('`{}`'.format, alone))}")
+    vocab_size = model.config.get_text_config().vocab_size
+    for name in ("mask_token_id", "pad_token_id"):
+        token = getattr(config, name)
+        if token is not None and token >= vocab_size and (name == "pad_token_id" or config.noise == "mask"):
+            raise ValueError(f"`{name}` is {token}; expected a token id from 0 to {vocab_size - 1}")
+
+
+def allowed_tokens(config, use_max_length: bool, prompt_length: int) -> int:
+    """How many new tokens a row may get behind `prompt_length` ones, cached tokens included.
+
+    Raises:
+        ValueError: a `max_length` that leaves none.
+    """
+    if not use_max_length:
+        return config.max_new_tokens
+    if config.max_length <= prompt_length:
+        raise ValueError(f"`max_length` is {config.max_length}; expected more than the prompt's {prompt_length} tokens")
+    return config.max_length - prompt_length
+
+
+__all__ = ["allowed_tokens", "check_arguments", "check_fields"]

@@ -1,0 +1,103 @@
+"""Who is told what happens while `generate` runs, and may change it: one protocol, and transformers' streamers as one of its kind."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .arguments import shown
+from .prediction import Prediction
+from .state import CanvasState
+
+
+class Watcher(Protocol):
+    """Pass one to `generate` as `watcher`.
+
+    `wants_logits`: whether `step` reads whole logits (`Prediction.shaped`), which costs the walk over the vocabulary.
+    """
+
+    wants_logits: bool
+
+    def start(self, prompt: torch.Tensor) -> None:
+        """`prompt` int64 (B, P)."""
+
+    def step(self, canvas_index: int, step: int, places: torch.Tensor, state: CanvasState, prediction: Prediction) -> CanvasState | None:
+        """A denoising step has been taken, of canvas `canvas_index`; both count up from 0.
+
+        Args: `places` int64 (b,), those of the b rows still computed among the B of the batch; `state` and `prediction` are theirs.
+        Returns: None, or the state to go on with: `state._replace(...)` with another `canvas`, `argmax`, `soft_embeds` or `finished`.
+        """
+
+    def commit(self, tokens: torch.Tensor, lengths: torch.Tensor, finish_reasons: Sequence[str | None]) -> None:
+        """New tokens, int64 (B, n), pad behind a row's end; how many of them each row keeps, int64 (B,); and why a row has ended, as in
+        `DiffusionGenerationOutput`, None where it goes on."""
+
+    def end(self) -> None:
+        """Generation has come to its end; not called after a failure."""
+
+
+class Watching:
+    """A `Watcher` that does nothing, to derive others from."""
+
+    wants_logits = False
+
+    def start(self, prompt: torch.Tensor) -> None: ...
+
+    def step(self, canvas_index, step, places, state, prediction) -> CanvasState | None: ...
+
+    def commit(self, tokens, lengths, finish_reasons) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class StreamerWatcher(Watching):
+    """A streamer of transformers: gets the prompt and what is committed by `put`, and by `put_state`, where it has one, each step's state
+    of all rows the canvas began with, or by `put_draft` its argmax canvas (or its logits, where it asks for them)."""
+
+    def __init__(self, streamer: Any):
+        self.streamer, self.canvas_index, self.places, self.whole = streamer, None, None, None
+        self.wants_logits = bool(getattr(streamer, "_takes_logits", False))
+
+    def start(self, prompt: torch.Tensor) -> None:
+        self.streamer.put(prompt.cpu())
+
+    def step(self, canvas_index, step, places, state, prediction) -> None:
+        if canvas_index != self.canvas_index:
+            self.canvas_index, self.places, self.whole = canvas_index, places, state
+        self.whole = self.whole.place(torch.searchsorted(self.places, places), state)
+        if hasattr(self.streamer, "put_state"):
+            self.streamer.put_state(self.whole)
+        if hasattr(self.streamer, "put_draft"):
+            draft = {"logits": prediction.shaped.cpu()} if self.wants_logits else {"value": self.whole.argmax.cpu()}
+            self.streamer.put_draft(**draft)
+
+    def commit(self, tokens, lengths, finish_reasons) -> None:
+        tokens = tokens.cpu()
+        self.streamer.put(tokens[0] if len(tokens) == 1 else tokens)  # one row as single tokens: who counts them counts right
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: torch.Tensor, state: CanvasState, prediction: Prediction):
+    """Tells all of them of a step. Returns the state to go on with.
+
+    Raises:
+        ValueError: a watcher returned what is no state of these rows.
+    """
+    for watcher in watchers:
+        changed = watcher.step(canvas_index, step, places, state, prediction)
+        if changed is None:
+            continue
+        fits = isinstance(changed, CanvasState) and all(
+            isinstance(new, torch.Tensor) and new.shape == old.shape and new.dtype == old.dtype
+            for old, new in zip(state[:-1], changed[:-1], strict=True)
+        )
+        if not fits:
+            expected = "None, or `state._replace(...)` with tensors of the same shapes and dtypes"
+            raise ValueError(f"`watcher` holds {shown(watcher)}, whose `step` returned {shown(changed)}; expected {expected}")
+        state = changed
+    return state
+
+
+__all__ = ["StreamerWatcher", "Watcher", "Watching", "watch"]
