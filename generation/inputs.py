@@ -75,39 +75,6 @@ def _refuse(refused: list[str]) -> None:
         raise ValueError(f"block diffusion does not support {', '.join(refused)}; expected these arguments unset")
 
 
-def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
-    """Checks shapes and padding. Returns the mask over cached and new tokens, bool `(B, seen + P)`."""
-    if input_ids.numel() == 0:
-        raise ValueError(f"the prompt is empty: `input_ids` has shape {tuple(input_ids.shape)}; expected at least one token")
-    return _real_tokens(attention_mask, (input_ids.shape[0], seen + input_ids.shape[1]), input_ids.device)
-
-
-def check_embeds(
-    embeds: torch.Tensor, attention_mask: torch.Tensor | None, seen: int, hidden_size: int, pixel_values: torch.Tensor | None
-) -> torch.Tensor:
-    """`check_prompt` for a prompt of embeddings `(B, P, D)`."""
-    if embeds.shape[-1] != hidden_size:
-        raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}; expected (batch, length, {hidden_size})")
-    if embeds.numel() == 0:
-        raise ValueError(f"the prompt is empty: `inputs_embeds` has shape {tuple(embeds.shape)}; expected at least one token")
-    if pixel_values is not None:
-        raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
-    return _real_tokens(attention_mask, (embeds.shape[0], seen + embeds.shape[1]), embeds.device)
-
-
-def _real_tokens(attention_mask: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-    if attention_mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    if tuple(attention_mask.shape) != shape:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected a tensor of shape {shape}, cached tokens included"
-        )
-    real = attention_mask.to(device).bool()
-    if not bool(real[:, -1].all()):
-        raise ValueError("`attention_mask` ends in padding; expected padding on the left (`tokenizer.padding_side = 'left'`)")
-    return real
-
-
 def infer_mask(input_ids: torch.Tensor, config: DiffusionGenerationConfig, seen: int) -> torch.Tensor | None:
     """The mask of a batch that comes without one: `pad_token_id` at the beginning of a row is padding. None where there is none.
 
@@ -129,37 +96,6 @@ def infer_mask(input_ids: torch.Tensor, config: DiffusionGenerationConfig, seen:
         return None
     real = ~padding.long().cumprod(dim=1).bool()
     return real | ~real.any(dim=1, keepdim=True)  # of a row of nothing else all is text
-
-
-def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
-    """`ids` must be integers `(B, L)` in `[0, vocab_size)`. The range is read back from the device, so not in a hot loop."""
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"`{name}` is {shown(ids)}; expected ids of shape (batch, length), int64 or int32")
-    if ids.numel() == 0 or torch.compiler.is_compiling() or ids.is_meta:
-        return
-    low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"`{name}` holds ids from {low} to {high}; expected ids from 0 to {vocab_size - 1} (vocab_size - 1)")
-
-
-def check_canvas(canvas: torch.Tensor | None, shape: tuple[int, int], vocab_size: int) -> None:
-    """A caller's first canvas must be integer ids of the vocabulary, one canvas a row."""
-    if canvas is None:
-        return
-    check_ids("decoder_input_ids", canvas, vocab_size)
-    if tuple(canvas.shape) != shape:
-        raise ValueError(f"`decoder_input_ids` has shape {tuple(canvas.shape)}; expected {shape}, one canvas a row")
-
-
-def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, image_token_id: int | None) -> None:
-    """Raises ValueError for image tokens in a prompt that comes without its images. Reads values back, so not while a graph is traced."""
-    if input_ids is None or pixel_values is not None or image_token_id is None or torch.compiler.is_compiling():
-        return
-    if bool((input_ids == image_token_id).any()):
-        raise ValueError(
-            f"`input_ids` holds image tokens (id {image_token_id}) but `pixel_values` is None; "
-            "expected the images: let the processor return a dict and pass all of it"
-        )
 
 
 def repeat_rows(
@@ -233,17 +169,4 @@ def make_cache(config: DiffusionGenerationConfig, model_config, max_length: int,
         return StaticCache(config=model_config, max_cache_len=max_length, offloading=kind.startswith("offloaded"))
 
 
-__all__ = [
-    "check_canvas",
-    "check_embeds",
-    "check_ids",
-    "check_images",
-    "check_prompt",
-    "dynamic_cache",
-    "infer_mask",
-    "make_cache",
-    "on_host",
-    "quantized_cache",
-    "repeat_rows",
-    "resolve_config",
-]
+__all__ = ["dynamic_cache", "infer_mask", "make_cache", "on_host", "quantized_cache", "repeat_rows", "resolve_config"]

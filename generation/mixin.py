@@ -28,10 +28,11 @@ from .arguments import reads_arguments, shown
 from .autoregressive import decode_autoregressively, decode_verified
 from .cache_names import FIELD, takes_cache
 from .capture import Recording
+from .checks import check_canvas, check_embeds, check_images, check_prompt
 from .configuration import DiffusionGenerationConfig
 from .denoise import CanvasContext, can_select, denoise_canvas
 from .draws import BatchDraws, row_draws
-from .inputs import check_canvas, check_embeds, check_images, check_prompt, infer_mask, make_cache, repeat_rows, resolve_config
+from .inputs import infer_mask, make_cache, repeat_rows, resolve_config
 from .output import DiffusionGenerationOutput, TokenScores, join_rows
 from .plan import make_plan
 from .written import Criteria, Written
