@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from .arguments import reads_arguments, shown
 from .autoregressive import decode_autoregressively, decode_verified
@@ -36,6 +37,8 @@ from .inputs import infer_mask, make_cache, repeat_rows, resolve_config
 from .output import DiffusionGenerationOutput, TokenScores, join_rows
 from .plan import make_plan
 from .written import Criteria, Written
+
+logger = logging.get_logger(__name__)
 
 
 def mixes_adapters(module: torch.nn.Module) -> bool:
@@ -179,7 +182,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         stays = cache is not None or (hasattr(self, "peft_config") and mixes_adapters(self))
         plan = make_plan(
             config, use_max_length, self.config, real.shape[1], device, logits_processor, prompts * copies,
-            owns_cache=not stays, walks=not whole and self.can_walk_head(device),
+            owns_cache=not stays, walks=not whole and self._walks(device),
         )  # fmt: skip
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
         prompt |= {name: value for name, value in images.items() if value is not None}
@@ -248,6 +251,12 @@ class DiffusionGenerationMixin(GenerationMixin):
         if not normalize_logits:
             raise ValueError(f"`normalize_logits` is {normalize_logits!r}; expected True: log-probabilities are kept, not logits")
         return scores.log_probs
+
+    def _walks(self, device: torch.device) -> bool:
+        """Whether nothing keeps the vocabulary from being walked in pieces; what does is told, once."""
+        if (why := self.why_dense(device)) is not None:
+            logger.warning_once(f"Denoising steps compute whole logits, which is slower than walking the vocabulary in pieces: {why}.")
+        return why is None
 
     @property
     def init_continuous_batching(self):
