@@ -93,7 +93,7 @@ def watch_stages(model, side: str) -> Iterator[StageClock]:
         else:
             watch(model.model, "prefill", PREFILL)
             # The dense way; a model whose own method is another's no longer walks the vocabulary, so one that does is left as it is.
-            for name in () if model.can_walk_head(model.device) else ("compute_logits", "soft_embed"):
+            for name in () if model.why_dense(model.device) is None else ("compute_logits", "soft_embed"):
                 watch(model, name, "vocabulary pass")
             for file, module in list(sys.modules.items()):
                 for name, value in list(vars(module).items()) if file.startswith("generation.") else ():

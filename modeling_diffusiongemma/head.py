@@ -14,12 +14,11 @@ from transformers import (
 from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache
-from generation.checks import check_images
+from generation.checks import check_images, check_shape, check_tensors, plain_mask
 from generation.configuration import OWN_FILE, DiffusionGenerationConfig
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary import VocabularyHead
 
-from .checks import check_shape, check_tensors, plain_mask
 from .compiling import compiled_layers
 from .configuration import DiffusionGemmaConfig
 from .layers import ScaledEmbedding

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from transformers import Cache, DynamicCache
 
+from generation.checks import check_mask, check_shape
 from generation.noise import Noise, UniformNoise
 
-from .checks import check_mask, check_shape
 from .outputs import PassOutput
 from .ranks import gathering_groups
 

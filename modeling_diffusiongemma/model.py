@@ -18,19 +18,10 @@ from transformers.utils.generic import can_return_tuple
 
 from generation.cache_names import FIELD, takes_cache
 from generation.caches import dynamic_cache
-from generation.checks import check_ids
+from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask
 
 from .caches import StoredLayers, cached_length
-from .checks import (
-    check_cache,
-    check_cached_shapes,
-    check_mask,
-    check_patches,
-    check_shape,
-    check_tensors,
-    chosen_states,
-    plain_mask,
-)
+from .checks import check_cached_shapes, check_patches
 from .configuration import DiffusionGemmaConfig, check_config
 from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
 from .outputs import BlockModelOutput, PassOutput

@@ -49,8 +49,8 @@ def dequantize_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: to
     return (table[codes.int()] * scales).to(dtype)
 
 
-class NVFP4Config(QuantizationConfigMixin):
-    """How an NVFP4 checkpoint is stored; made from its config.json.
+class StoredNVFP4Config(QuantizationConfigMixin):
+    """How an NVFP4 checkpoint is stored; made from its config.json. transformers' `NVFP4Config` asks for a plain one to become NVFP4.
 
     Args:
         producer: `"compressed-tensors"` or `"modelopt"`.
@@ -173,7 +173,7 @@ class NVFP4Quantizer(HfQuantizer):
     """What transformers asks of a quantiser while loading; nothing is left of it afterwards."""
 
     requires_calibration = False
-    quantization_config: NVFP4Config
+    quantization_config: StoredNVFP4Config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = torch.bfloat16 if dtype in (E4M3, torch.uint8) else dtype
@@ -210,7 +210,7 @@ class NVFP4Quantizer(HfQuantizer):
         return True
 
 
-register(METHOD, NVFP4Config, NVFP4Quantizer)
+register(METHOD, StoredNVFP4Config, NVFP4Quantizer)
 
 
-__all__ = ["METHOD", "NVFP4Config", "NVFP4Quantizer", "check_nvfp4_files", "dequantize_nvfp4"]
+__all__ = ["METHOD", "NVFP4Quantizer", "StoredNVFP4Config", "check_nvfp4_files", "dequantize_nvfp4"]

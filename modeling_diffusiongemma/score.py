@@ -6,10 +6,9 @@ import torch
 from transformers import DynamicCache
 
 from generation.arguments import FIELDS, integer, read
-from generation.checks import check_images
+from generation.checks import check_images, check_mask, check_tensors
 from generation.noise import UniformNoise
 
-from .checks import check_mask, check_tensors
 from .loss import IGNORED, canvas_inputs, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions
 from .ranks import gathering_groups, largest
 

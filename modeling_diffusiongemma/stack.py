@@ -12,9 +12,10 @@ from torch import nn
 from transformers import Cache, DiffusionGemmaTextConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from generation.checks import chosen_states
+
 from .attention import Attention
 from .caches import LayerCache, StoredLayers
-from .checks import chosen_states
 from .experts import Experts, Router
 from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from .pretrained import DiffusionGemmaBlockPreTrainedModel

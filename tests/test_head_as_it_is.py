@@ -501,7 +501,7 @@ def test_all_ways_of_decoding_agree(name, monkeypatch):
         assert (model.why_dense(CPU) is None) == CHANGES[name].plain, model.why_dense(CPU)
         default = model.generate(ids, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(type(model), "can_walk_head", lambda self, device: False)
+            patch.setattr(type(model), "why_dense", lambda self, device: "it is told so")
             dense = model.generate(ids, **settings)
         static = model.generate(ids, cache_implementation="static", **settings)
         with monkeypatch.context() as patch:
@@ -556,7 +556,7 @@ def test_training_rollouts_and_scores_see_the_change(name):
 def test_the_reason_is_told_once_a_call(monkeypatch):
     """What decides is asked once a call, whatever the number of canvases and steps."""
     asked, told = [], []
-    monkeypatch.setattr("modeling_diffusiongemma.head.logger.warning_once", told.append)
+    monkeypatch.setattr("generation.mixin.logger.warning_once", told.append)
     with changed("head_bias") as model:
         whole = type(model).why_dense
         monkeypatch.setattr(type(model), "why_dense", lambda self, device: asked.append(device) or whole(self, device))
