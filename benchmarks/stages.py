@@ -21,7 +21,7 @@ STAGES = ("attention", "dense MLP", "router and experts", "norms and residuals",
 PREFILL = "prefill"  # everything in it, and not counted
 OF_MODULE = {"self_attn": "attention", "mlp": "dense MLP", "router": "router and experts", "experts": "router and experts"}
 # Functions of `generation`, by the words in the name of the file they stand in.
-OF_FILE = {"vocabulary": "vocabulary pass", "statistics": "vocabulary pass", "canvas": "sampling"}
+OF_FILE = {"vocabulary": "vocabulary pass", "prediction": "vocabulary pass", "state": "sampling"}
 
 
 class StageClock:

@@ -4,7 +4,7 @@
     python benchmarks/vocabulary.py --cpu-time         # the same on a busy machine: CPU time of one thread
     python benchmarks/vocabulary.py --hidden 2816 --vocab-size 65536
 
-A round is one pass (`generation.vocabulary.streamed_statistics`: argmax, a sample, entropy, soft embedding) and the products alone, by
+A round is one pass (`generation.vocabulary.streamed_prediction`: argmax, a sample, entropy, soft embedding) and the products alone, by
 `torch.mm` and as the pass makes them. Prints the medians over the rounds, and of the ratios of each round.
 """
 
@@ -16,7 +16,7 @@ import time
 import torch
 
 from generation.draws import BatchDraws
-from generation.vocabulary import VocabularyHead, streamed_statistics
+from generation.vocabulary import VocabularyHead, streamed_prediction
 from measure import heading, machine, markdown, number, time_products
 
 
@@ -28,7 +28,7 @@ def measure(weight: torch.Tensor, positions: int, rounds: int, clock) -> dict[st
     found = []
     for _ in range(rounds + 1):  # the first warms up
         start = clock()
-        streamed_statistics(hidden, head, 0.7, BatchDraws(numbers))
+        streamed_prediction(hidden, head, 0.7, BatchDraws(numbers))
         one = {"pass": 1000 * (clock() - start)} | time_products(weight, positions, clock, repeats=1)
         found.append(one | {f"by {way}": one["pass"] / one[way] for way in ("plain", "used")})
     return {name: statistics.median(one[name] for one in found[1:]) for name in found[0]}

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
+from .prediction import Prediction
 from .state import CanvasState
+from .watcher import WholeCanvas
 
 
 class StepEvent(NamedTuple):
@@ -39,39 +40,35 @@ class Closed(Exception):
     """Raised inside `generate` when nobody listens any more."""
 
 
-class _Relay(BaseStreamer):
-    """Puts events into a queue; the prompt, which comes first, is no event."""
+class _Relay(WholeCanvas):
+    """Puts events into a queue."""
 
     def __init__(self):
         self.events: queue.Queue = queue.Queue()
-        self.closed, self.canvas, self.step = threading.Event(), 0, 0
+        self.closed, self.commits = threading.Event(), 0
 
-    def put(self, value: torch.Tensor) -> None: ...
+    def show(self, canvas_index: int, step: int, state: CanvasState, prediction: Prediction) -> None:
+        self._send(StepEvent(canvas_index, step, state.argmax.cpu(), state.accepted.cpu(), state.entropy.cpu()))
 
     def commit(self, tokens: torch.Tensor, lengths: torch.Tensor, finish_reasons: tuple[str | None, ...]) -> None:
-        self._send(CommitEvent(self.canvas, tokens, lengths, finish_reasons))
-        self.canvas, self.step = self.canvas + 1, 0
-
-    def put_state(self, state: CanvasState) -> None:
-        self._send(StepEvent(self.canvas, self.step, state.argmax.cpu(), state.accepted.cpu(), state.entropy.cpu()))
-        self.step += 1
+        self._send(CommitEvent(self.commits, tokens.cpu(), lengths.cpu(), finish_reasons))
+        self.commits += 1
 
     def _send(self, event: StepEvent | CommitEvent) -> None:
         if self.closed.is_set():
             raise Closed
         self.events.put(event)
 
-    def end(self) -> None: ...
-
 
 def stream_events(model, *args, **kwargs) -> Iterator[StepEvent | CommitEvent]:
     """Yields what happens in `model.generate(*args, **kwargs)`, as it happens.
 
     Raises:
-        ValueError: `streamer` is given; and whatever `generate` raises.
+        ValueError: `streamer` or `watcher` is given; and whatever `generate` raises.
     """
-    if "streamer" in kwargs:
-        raise ValueError("`streamer` is given; expected none: the events are the stream")
+    for name in ("streamer", "watcher"):
+        if name in kwargs:
+            raise ValueError(f"`{name}` is given; expected none: the events are the stream")
     return _relayed(model, args, kwargs)
 
 
@@ -81,7 +78,7 @@ def _relayed(model, args: tuple, kwargs: dict) -> Iterator[StepEvent | CommitEve
 
     def run() -> None:
         try:
-            model.generate(*args, streamer=relay, **kwargs)
+            model.generate(*args, watcher=relay, **kwargs)
         except Closed:
             pass
         except BaseException as error:

@@ -11,7 +11,7 @@ from .configuration import DiffusionGenerationConfig
 from .constraint import Constraint
 from .flags import LATE_FLAGS
 from .noise import MaskNoise, Noise, UniformNoise
-from .prediction import Wanted
+from .prediction import NOTHING_MORE, Wanted
 from .processors import Shaping, build_shaping
 from .prompt import Prompt
 from .proofs import works
@@ -186,13 +186,12 @@ def make_plan(
     stays = prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
     stays = stays or (hasattr(model, "peft_config") and mixes_adapters(model))
     may_be_recorded = not hasattr(model, "why_not_recorded") or model.why_not_recorded() is None
-    wanted = Wanted() if constraint is None else constraint.wanted
     return Plan(
         Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size),
         rules,
         Execution(
             why_dense=why,
-            wanted=wanted._replace(current=wanted.current or rules.sampler.informed),
+            wanted=NOTHING_MORE if constraint is None else constraint.wanted,
             compact=not reference and not stays,
             count_padding=reference,
             keep_logits=bool(config.output_logits),

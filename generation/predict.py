@@ -57,28 +57,29 @@ def predict_dense(model, plan: Plan, view: Any, inputs: StepInputs) -> Predictio
     hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
     raw = model.compute_logits(hidden)  # (B, C, V)
     shaped = rules.shaping(raw, inputs.filters, inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
-    prediction = dense_prediction(shaped, inputs.draws, rules.greedy, state.canvas, plan.execution.wanted)
+    current = state.canvas if rules.sampler.informed else None
+    prediction = dense_prediction(shaped, inputs.draws, rules.greedy, current, plan.execution.wanted)
     return prediction._replace(soft_embeds=model.soft_embed(shaped.to(model.dtype)), raw=raw)
 
 
 def predict_streamed(model, plan: Plan, view: Any, inputs: StepInputs) -> Prediction:
     """In pieces of the vocabulary."""
-    state = inputs.state
+    state, rules = inputs.state, plan.rules
     hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
+    current = state.canvas if rules.sampler.informed else None
     with model.vocabulary_head() as head:
         return streamed_prediction(
-            hidden, head, inputs.temperature, inputs.draws, plan.rules.greedy, state.canvas, plan.execution.wanted, inputs.filters
+            hidden, head, inputs.temperature, inputs.draws, rules.greedy, current, inputs.filters, wanted=plan.execution.wanted
         )
 
 
 def draw_step(plan: Plan, draws: Draws, state: CanvasState, filters: Filters) -> DrawnStep:
     """The random numbers of a streamed step."""
-    vocab_size = plan.lengths.vocab_size
     rules, (batch_size, length), device = plan.rules, state.canvas.shape, state.canvas.device
-    wanted, walk = plan.execution.wanted, None
+    vocab_size, walk = plan.lengths.vocab_size, None
     if not rules.greedy:
-        way = choose_way(state.soft_embeds.dtype, device, vocab_size, filters.narrow(), rules.greedy, wanted)
-        walk = draws.uniforms(way.chance_shape(batch_size, length, vocab_size, wanted), device)
+        way = choose_way(state.soft_embeds.dtype, device, vocab_size, filters.narrow(), rules.greedy, rules.sampler.informed)
+        walk = draws.uniforms(way.chance_shape(batch_size, length, vocab_size, rules.sampler.informed), device)
     acceptance = draws.uniforms((batch_size, length), device, "acceptance") if rules.sampler.informed else None
     return DrawnStep(walk, draws.noise(rules.noise, (batch_size, length), device), acceptance)
 

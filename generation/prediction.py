@@ -12,10 +12,9 @@ from .draws import Draws
 
 
 class Wanted(NamedTuple):
-    """What a prediction holds beside the rest: `current`, what the canvas's tokens are worth; `candidates`, how many of the most probable
-    ids of a position; `named` int64 (n,), ids whose logits are asked for."""
+    """What a prediction holds beside the rest: `candidates`, how many of the most probable ids of a position; `named` int64 (n,), ids whose
+    logits are asked for."""
 
-    current: bool = False
     candidates: int = 0
     named: torch.Tensor | None = None
 
@@ -32,9 +31,11 @@ class Prediction(NamedTuple):
 
     `soft_embeds` `(B, C, D)`: the mean embedding under the distribution, which conditions the next step; None where nobody asked.
 
-    As `Wanted` says: `current_log_probs` float32 (B, C), nats, of the canvas's token, -inf where it is filtered out; and `other` int64
-    (B, C), a sample of the distribution without that token: the leave-one-out draw. Where no other token has any mass it is the
-    current token itself. `candidates` int64 and `candidate_log_probs` float32 nats, each (B, C, k): the most probable ids, falling; of
+    With the canvas's current tokens given: `current_log_probs` float32 (B, C), nats, of the current token, -inf where it is filtered
+    out; and `other` int64 (B, C), a sample of the distribution without it: the leave-one-out draw. Where no other token has any mass,
+    `other` is the current token itself. It need not be independent of `sample`.
+
+    As `Wanted` says: `candidates` int64 and `candidate_log_probs` float32 nats, each (B, C, k): the most probable ids, falling; of
     those that can be no more than k, the rest has -inf. `named_logits` float32 (B, C, n): shaped logits of the named ids, -inf where
     filtered out.
 
@@ -57,12 +58,12 @@ class Prediction(NamedTuple):
 
 
 def dense_prediction(
-    logits: torch.Tensor, draws: Draws, greedy: bool = False, canvas: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE
+    logits: torch.Tensor, draws: Draws, greedy: bool = False, current: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE
 ) -> Prediction:
     """What softmax(logits) says, float32 `(B, C, V)`; without `soft_embeds` and `raw`.
 
-    Draws one number a position, as `torch.multinomial` does, and with `wanted.current` one more, for which `canvas` int64 `(B, C)` is
-    needed; `greedy` draws none and takes the most probable tokens. The order and kind of the operations are transformers', so that
+    Draws one number a position, as `torch.multinomial` does, and with `current` int64 `(B, C)` one more; `greedy` draws none and
+    takes the most probable tokens. The order and kind of the operations are transformers', so that
     equal seeds give equal tokens.
     """
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
@@ -75,9 +76,9 @@ def dense_prediction(
         entropy=torch.distributions.Categorical(logits=logits, validate_args=False).entropy(),
         bad=lost.flatten(1).any(dim=-1), shaped=logits,
     )  # fmt: skip
-    log_mass = logits.logsumexp(dim=-1, keepdim=True) if wanted.current or wanted.candidates else None
-    if wanted.current:
-        place = canvas[..., None]
+    log_mass = logits.logsumexp(dim=-1, keepdim=True) if current is not None or wanted.candidates else None
+    if current is not None:
+        place = current[..., None]
         current_log_probs = (logits.gather(-1, place) - log_mass).squeeze(-1)
         probabilities.scatter_(-1, place, 0.0)
         alone = probabilities.sum(dim=-1, keepdim=True) <= 0

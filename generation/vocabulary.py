@@ -61,16 +61,16 @@ class Way(NamedTuple):
     absorb: Callable
     tile: int
 
-    def chance_shape(self, batch_size: int, length: int, vocab_size: int, wanted: Wanted) -> tuple[int, int, int, int]:
+    def chance_shape(self, batch_size: int, length: int, vocab_size: int, with_current: bool) -> tuple[int, int, int, int]:
         """Of the uniform numbers that a walk draws: two for each position and tile, four where the canvas's tokens count."""
-        return (batch_size, length, -(-vocab_size // self.tile), 4 if wanted.current else 2)
+        return (batch_size, length, -(-vocab_size // self.tile), 4 if with_current else 2)
 
 
 def choose_way(
-    dtype: torch.dtype, device: torch.device, vocab_size: int, filtered: bool, greedy: bool, wanted: Wanted, piece: int | None = None
+    dtype: torch.dtype, device: torch.device, vocab_size: int, filtered: bool, greedy: bool, with_current: bool, piece: int | None = None
 ) -> Way:
     """The way for hidden states of this dtype, which autocast may change."""
-    absorb = choose_absorb(device, cast_dtype(dtype, device), filtered, greedy, wanted.current, vocab_size % 16 != 0)
+    absorb = choose_absorb(device, cast_dtype(dtype, device), filtered, greedy, with_current, vocab_size % 16 != 0)
     return Way(absorb, TILE if absorb is absorb_triton else piece or PIECE)
 
 
@@ -82,7 +82,7 @@ def cast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def streamed_prediction(
     hidden: torch.Tensor, head: VocabularyHead, temperature: float | torch.Tensor, draws: Draws, greedy: bool = False,
-    canvas: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE, filters: Filters | None = None, piece: int | None = None,
+    current: torch.Tensor | None = None, filters: Filters | None = None, piece: int | None = None, wanted: Wanted = NOTHING_MORE,
 ) -> Prediction:  # fmt: skip
     """What softmax(logits / temperature) says, the soft embedding under it included.
 
@@ -90,12 +90,13 @@ def streamed_prediction(
         hidden (`(B, C, D)`): normed output of the canvas pass.
         head: the head, and the embedding.
         temperature: divides the soft-capped logits.
-        draws: two uniform numbers for each position and each `PIECE` ids (with the kernel: `TILE` ids), four with `wanted.current`; none
-            if `greedy`, which takes the most probable tokens.
-        canvas (`int64 (B, C)`, *optional*): the canvas's tokens, for `wanted.current`.
+        draws: two uniform numbers for each position and each `PIECE` ids (with the kernel: `TILE` ids), four with `current`; none if
+            `greedy`, which takes the most probable tokens.
+        current (`int64 (B, C)`, *optional*): the canvas's tokens; with them, `current_log_probs` and `other` are given.
         filters (*optional*): what narrows the distribution; all that is returned is of what they leave, renormalised. Top_k and min_p
             cost one more pass over the vocabulary, top_p three more.
         piece: ids at a time, instead of `PIECE`; on CUDA a multiple of `TILE`. Changes the numbers drawn.
+        wanted: what is given on request.
 
     Returns:
         `Prediction` (B, C), without whole logits; `soft_embeds` `(B, C, D)` in the weight's dtype.
@@ -107,7 +108,7 @@ def streamed_prediction(
     if head.weight.dtype != torch.float64:
         hidden = hidden.to(cast_dtype(hidden.dtype, hidden.device))
     filtered = filters is not None and filters.narrow()
-    way = choose_way(hidden.dtype, hidden.device, vocab_size, filtered, greedy, wanted, piece)
+    way = choose_way(hidden.dtype, hidden.device, vocab_size, filtered, greedy, current is not None, piece)
     for_kernel = way.absorb is absorb_triton
     if for_kernel:
         piece = max(NUMBERS // (batch_size * length) // TILE, 1) * TILE if piece is None else piece
@@ -116,16 +117,15 @@ def streamed_prediction(
     else:
         piece = way.tile
     at_once = max(POSITIONS // length, 1) if kind == "cpu" else batch_size  # rows, so that a row is computed alike in any batch
-    chance = None if greedy else draws.uniforms(way.chance_shape(batch_size, length, vocab_size, wanted), hidden.device)
+    chance = None if greedy else draws.uniforms(way.chance_shape(batch_size, length, vocab_size, current is not None), hidden.device)
     squashed = hidden.dtype == torch.float32 and not for_kernel  # with the product; in fewer bits it would round twice
     shape, found = Shape(head.softcap, temperature, squashed), []
     positions = min(at_once, batch_size) * length
     workspace = make_workspace(positions, min(piece, vocab_size), hidden.dtype, hidden.device, for_kernel)
     for rows in (slice(first, first + at_once) for first in range(0, batch_size, at_once)):
         narrowed = None if filters is None else filters.select(rows)
-        current = canvas[rows].flatten() if wanted.current else None
-        numbers = None if chance is None else chance[rows].flatten(0, 1)
-        found.append(_one_pass(hidden[rows], head, shape, narrowed, current, numbers, wanted, way, piece, workspace))
+        given = (None if value is None else value[rows].flatten(0, 1) for value in (current, chance))
+        found.append(_one_pass(hidden[rows], head, shape, narrowed, *given, wanted, way, piece, workspace))
     if len(found) == 1:
         return found[0]
     with torch.autocast(kind, enabled=False):  # which joins nothing but float32 and its own dtype

@@ -50,25 +50,37 @@ class Watching:
     def end(self) -> None: ...
 
 
-class StreamerWatcher(Watching):
-    """A streamer of transformers: gets the prompt and what is committed by `put`, and by `put_state`, where it has one, each step's state
-    of all rows the canvas began with, or by `put_draft` its argmax canvas (or its logits, where it asks for them)."""
+class WholeCanvas(Watching):
+    """A watcher that is shown the state of all rows the canvas began with, those that have left it as they were, by `show`."""
 
-    def __init__(self, streamer: Any):
-        self.streamer, self.canvas_index, self.places, self.whole = streamer, None, None, None
-        self.wants_logits = bool(getattr(streamer, "_takes_logits", False))
-
-    def start(self, prompt: torch.Tensor) -> None:
-        self.streamer.put(prompt.cpu())
+    canvas_index = -1
 
     def step(self, canvas_index, step, places, state, prediction) -> None:
         if canvas_index != self.canvas_index:
             self.canvas_index, self.places, self.whole = canvas_index, places, state
         self.whole = self.whole.place(torch.searchsorted(self.places, places), state)
+        self.show(canvas_index, step, self.whole, prediction)
+
+    def show(self, canvas_index: int, step: int, state: CanvasState, prediction: Prediction) -> None:
+        """A denoising step has been taken; `prediction` is of the rows still computed."""
+        raise NotImplementedError
+
+
+class StreamerWatcher(WholeCanvas):
+    """A streamer of transformers: gets the prompt and what is committed by `put`, and by `put_state`, where it has one, each step's state,
+    or by `put_draft` its argmax canvas (or its logits, where it asks for them)."""
+
+    def __init__(self, streamer: Any):
+        self.streamer, self.wants_logits = streamer, bool(getattr(streamer, "_takes_logits", False))
+
+    def start(self, prompt: torch.Tensor) -> None:
+        self.streamer.put(prompt.cpu())
+
+    def show(self, canvas_index, step, state, prediction) -> None:
         if hasattr(self.streamer, "put_state"):
-            self.streamer.put_state(self.whole)
+            self.streamer.put_state(state)
         if hasattr(self.streamer, "put_draft"):
-            draft = {"logits": prediction.shaped.cpu()} if self.wants_logits else {"value": self.whole.argmax.cpu()}
+            draft = {"logits": prediction.shaped.cpu()} if self.wants_logits else {"value": state.argmax.cpu()}
             self.streamer.put_draft(**draft)
 
     def commit(self, tokens, lengths, finish_reasons) -> None:
@@ -100,4 +112,4 @@ def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: tor
     return state
 
 
-__all__ = ["StreamerWatcher", "Watcher", "Watching", "watch"]
+__all__ = ["StreamerWatcher", "Watcher", "Watching", "WholeCanvas", "watch"]

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from generation import DiffusionGenerationConfig, inputs
+from generation import DiffusionGenerationConfig, prompt
 from generation.configuration import HONOURED, NEUTRAL, PRESETS
 
 FIELDS = sorted(name for name in GenerationConfig().__dict__ if not name.startswith("_"))
@@ -136,7 +136,7 @@ def test_top_k_and_top_p_keep_the_distribution_they_name():
         ({"top_p": 0.6}, lambda p: _nucleus(p, 0.6)),
     ):
         shaping = build_shaping(DiffusionGenerationConfig(**settings), None, torch.tensor([], dtype=torch.int64), 4, VOCAB)
-        shaped = shaping(logits, torch.zeros((1, 4), dtype=torch.int64), None, 0, 1.0, 1)
+        shaped = shaping(logits, shaping.filters, torch.zeros((1, 4), dtype=torch.int64), None, 1.0, 1)
         for place in range(3):
             finite = shaped[0, place].isfinite().nonzero().flatten().tolist()
             assert sorted(finite) == sorted(kept(logits[0, place].softmax(-1)).tolist())
@@ -427,7 +427,7 @@ def test_pad_token_inside_of_a_prompt_and_a_row_of_nothing_else_stay_text(model)
 def warned(monkeypatch):
     """What is warned of once."""
     messages = []
-    monkeypatch.setattr(inputs.logger, "warning_once", messages.append)
+    monkeypatch.setattr(prompt.logger, "warning_once", messages.append)
     return messages
 
 

@@ -9,12 +9,12 @@ from small_models import prompts, small_model
 from test_vocabulary import CAP, case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generation import DiffusionGenerationConfig, denoise
+from generation import DiffusionGenerationConfig, predict
 from generation.draws import BatchDraws, RowDraws
 from generation.filters import Filters
+from generation.prediction import check_finite, dense_prediction
 from generation.processors import build_shaping
-from generation.statistics import check_finite, dense_statistics
-from generation.vocabulary import VocabularyHead, streamed_statistics
+from generation.vocabulary import VocabularyHead, streamed_prediction
 
 SETTINGS = {
     "top_k 1": {"top_k": 1},
@@ -45,7 +45,8 @@ def shaping_of(settings, vocab_size=1000):
 
 def shaped_logits(hidden, head, shaping, temperature):
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight).float() / CAP) * CAP
-    return shaping(logits, torch.zeros((hidden.shape[0], 4), dtype=torch.int64), None, 0, temperature, 1)
+    committed = torch.zeros((hidden.shape[0], 4), dtype=torch.int64)
+    return shaping(logits, shaping.filters_behind(0), committed, None, temperature, 1)
 
 
 def compare(got, expected, tolerance=1e-4):
@@ -63,9 +64,10 @@ def test_filtered_statistics_equal_the_dense_ones(settings, piece):
     for temperature in (0.4, 1.7):
         logits = shaped_logits(hidden, head, shaping, temperature)
         current[0, :3] = logits[0, :3].argmax(dim=-1)  # tokens that are kept, beside those that mostly are not
-        expected = dense_statistics(logits, BatchDraws(torch.Generator().manual_seed(0)), current=current)
+        expected = dense_prediction(logits, BatchDraws(torch.Generator().manual_seed(0)), current=current)
         draws = BatchDraws(torch.Generator().manual_seed(0))
-        got, soft = streamed_statistics(hidden, head, temperature, draws, False, current, shaping.streamable(0), piece)
+        got = streamed_prediction(hidden, head, temperature, draws, False, current, shaping.filters_behind(0), piece)
+        soft = got.soft_embeds
         compare(got, expected)
         assert torch.equal(got.argmax, expected.argmax)
         kept = logits > -float("inf")
@@ -80,8 +82,9 @@ def test_filtered_statistics_in_bf16_are_close_to_the_dense_ones(settings):
     hidden, head = case(rows=(2, 7), dtype=torch.bfloat16)
     shaping, current = shaping_of(settings), torch.zeros((2, 7), dtype=torch.int64)
     logits = shaped_logits(hidden, head, shaping, 0.7)
-    expected = dense_statistics(logits, BatchDraws(), current=current)
-    got, soft = streamed_statistics(hidden, head, 0.7, BatchDraws(), False, current, shaping.streamable(0), 128)
+    expected = dense_prediction(logits, BatchDraws(), current=current)
+    got = streamed_prediction(hidden, head, 0.7, BatchDraws(), False, current, shaping.filters_behind(0), 128)
+    soft = got.soft_embeds
     got, expected = (item._replace(current_log_probs=torch.zeros(1)) for item in (got, expected))
     compare(got, expected, tolerance=2e-3)
     assert soft.dtype == torch.bfloat16 and bool(soft.isfinite().all())
@@ -97,12 +100,12 @@ def test_ties_at_the_edge_of_top_p_are_kept_in_the_order_of_ids(piece, top_p):
     hidden = torch.ones(1, 1, 4)
     filters = Filters(allowed=weight[:, 0] > 0, top_p=top_p)
     tokens = torch.arange(16)[None]
-    got, _ = streamed_statistics(hidden.expand(1, 16, 4), head, 1.0, BatchDraws(), False, tokens, filters, piece)
+    got = streamed_prediction(hidden.expand(1, 16, 4), head, 1.0, BatchDraws(), False, tokens, filters, piece)
     kept = max(math.ceil(8 * top_p), 1)
     assert (got.current_log_probs[0] > -float("inf")).nonzero().flatten().tolist() == list(range(1, 16, 2))[:kept]
     torch.testing.assert_close(got.entropy, torch.full((1, 16), math.log(kept)), atol=1e-6, rtol=0)
     shaping = shaping_of({"top_p": top_p, "suppress_tokens": list(range(0, 16, 2))}, vocab_size=16)
-    dense = dense_statistics(shaped_logits(hidden, head, shaping, 1.0), BatchDraws())
+    dense = dense_prediction(shaped_logits(hidden, head, shaping, 1.0), BatchDraws())
     torch.testing.assert_close(dense.entropy, got.entropy[:, :1], atol=1e-6, rtol=0)
 
 
@@ -112,7 +115,7 @@ def test_ties_at_the_edge_of_top_k_are_all_kept(piece):
     weight = torch.zeros(20, 2)
     weight[4, 0], weight[[0, 3, 9, 18, 19], 0] = 3.0, 2.0
     head, hidden = VocabularyHead(weight, CAP, torch.tensor(2.0)), torch.ones(1, 20, 2)
-    got, _ = streamed_statistics(hidden, head, 1.0, BatchDraws(), False, torch.arange(20)[None], Filters(top_k=3), piece)
+    got = streamed_prediction(hidden, head, 1.0, BatchDraws(), False, torch.arange(20)[None], Filters(top_k=3), piece)
     assert (got.current_log_probs[0] > -float("inf")).nonzero().flatten().tolist() == [0, 3, 4, 9, 18, 19]
 
 
@@ -123,7 +126,7 @@ def test_top_p_keeps_the_smallest_set_of_a_large_vocabulary():
     ascending = logits.double().softmax(-1).sort(dim=-1).values
     kept = ascending.masked_fill(ascending.cumsum(-1) <= 1 - 0.9, 0)
     expected = -(kept / kept.sum(-1, keepdim=True)).xlogy(kept / kept.sum(-1, keepdim=True)).sum(-1)
-    got, _ = streamed_statistics(hidden, head, 1.0, BatchDraws(), filters=Filters(top_p=0.9))
+    got = streamed_prediction(hidden, head, 1.0, BatchDraws(), filters=Filters(top_p=0.9))
     assert int((kept > 0).sum(-1).min()) > 40_000
     torch.testing.assert_close(got.entropy.double(), expected, atol=2e-5, rtol=0)
 
@@ -134,7 +137,7 @@ def test_filtered_sample_follows_the_distribution():
     shaping = shaping_of({"top_k": 5, "top_p": 0.9, "suppress_tokens": [2]}, vocab_size=9)
     expected = shaped_logits(hidden, head, shaping, 1.0).softmax(-1).flatten() * 8_000
     many, draws = hidden.expand(1, 1000, -1), BatchDraws(torch.Generator().manual_seed(1))
-    samples = [streamed_statistics(many, head, 1.0, draws, filters=shaping.streamable(0), piece=4)[0].sample for _ in range(8)]
+    samples = [streamed_prediction(many, head, 1.0, draws, filters=shaping.filters_behind(0), piece=4).sample for _ in range(8)]
     observed, left = torch.bincount(torch.cat(samples).flatten(), minlength=9), expected > 0
     assert int(left.sum()) == 4 and int(observed[~left].sum()) == 0
     assert float(((observed - expected)[left] ** 2 / expected[left]).sum()) < 16.3
@@ -147,15 +150,15 @@ def test_allowed_ids_of_a_row_and_of_a_position(piece):
     by_row[0, 100:200], by_row[1, 640] = True, True
     by_place = torch.tensor([[[5, -1, -1], [999, 0, 500], [-1, -1, -1]]]).repeat(2, 1, 1)
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight) / CAP) * CAP
-    expected = dense_statistics(logits.masked_fill(~by_row[:, None], -float("inf")), BatchDraws(), greedy=True)
-    got, _ = streamed_statistics(hidden, head, 1.0, BatchDraws(), True, filters=Filters(allowed=by_row), piece=piece)
+    expected = dense_prediction(logits.masked_fill(~by_row[:, None], -float("inf")), BatchDraws(), greedy=True)
+    got = streamed_prediction(hidden, head, 1.0, BatchDraws(), True, filters=Filters(allowed=by_row), piece=piece)
     assert torch.equal(got.argmax, expected.argmax) and bool((got.argmax[1] == 640).all()) and float(got.entropy[1].abs().max()) == 0
     torch.testing.assert_close(got.entropy, expected.entropy, atol=1e-5, rtol=0)
     listed = torch.ones_like(logits, dtype=torch.bool)
     listed[:, 0], listed[:, 1] = False, False
     listed[:, 0, 5] = listed[:, 1, 999] = listed[:, 1, 0] = listed[:, 1, 500] = True
-    expected = dense_statistics(logits.masked_fill(~listed, -float("inf")), BatchDraws(), greedy=True)
-    got, _ = streamed_statistics(hidden, head, 1.0, BatchDraws(), True, filters=Filters(allowed_ids=by_place), piece=piece)
+    expected = dense_prediction(logits.masked_fill(~listed, -float("inf")), BatchDraws(), greedy=True)
+    got = streamed_prediction(hidden, head, 1.0, BatchDraws(), True, filters=Filters(allowed_ids=by_place), piece=piece)
     assert torch.equal(got.argmax, expected.argmax)
     torch.testing.assert_close(got.entropy, expected.entropy, atol=1e-5, rtol=0)
 
@@ -167,7 +170,7 @@ def test_no_id_left_and_nan_are_reported_with_their_rows(filters, piece):
     hidden[0, 1, 3] = float("nan")
     allowed = torch.ones(3, 1000, dtype=torch.bool)
     allowed[2] = False
-    got, _ = streamed_statistics(hidden, head, 1.0, BatchDraws(), filters=Filters(allowed=allowed, **filters), piece=piece)
+    got = streamed_prediction(hidden, head, 1.0, BatchDraws(), filters=Filters(allowed=allowed, **filters), piece=piece)
     assert got.bad.tolist() == [True, False, True]
     with pytest.raises(ValueError, match=r"rows \[0, 2\]"):
         check_finite(got.bad)
@@ -180,11 +183,13 @@ def test_a_row_is_the_same_alone_and_among_others():
     allowed = torch.rand((5, 1000), generator=torch.Generator().manual_seed(0)) < 0.5
     filters = Filters(allowed=allowed, allowed_ids=torch.where(current % 2 == 0, current, -1)[..., None], top_p=0.9)
     for given in (None, filters):
-        together, soft = streamed_statistics(hidden, head, 0.8, own_draws(range(5)), False, current, given)
+        together = streamed_prediction(hidden, head, 0.8, own_draws(range(5)), False, current, given)
+        soft = together.soft_embeds
         for row in range(5):
             rows = slice(row, row + 1)
             narrowed = None if given is None else given.select(rows)
-            alone, alone_soft = streamed_statistics(hidden[rows], head, 0.8, own_draws([row]), False, current[rows], narrowed)
+            alone = streamed_prediction(hidden[rows], head, 0.8, own_draws([row]), False, current[rows], narrowed)
+            alone_soft = alone.soft_embeds
             for name in ("sample", "argmax", "other", "bad"):
                 assert torch.equal(getattr(alone, name), getattr(together, name)[rows]), name
             torch.testing.assert_close(alone.entropy, together.entropy[rows], atol=1e-5, rtol=0)
@@ -216,7 +221,7 @@ def test_no_tensor_of_the_vocabularys_size_is_made(filters):
     hidden, head = case(vocab_size=40_000)
     current = torch.zeros(2, 9, dtype=torch.int64)
     with Largest() as largest:
-        streamed_statistics(hidden, head, 1.0, BatchDraws(), False, current, filters, piece=1000)
+        streamed_prediction(hidden, head, 1.0, BatchDraws(), False, current, filters, piece=1000)
     assert 18_000 <= largest.elements <= 18 * 4096
     with Largest() as whole:
         torch.nn.functional.linear(hidden, head.weight)
@@ -235,20 +240,20 @@ def test_filters_out_of_range_are_refused(settings, match):
         Filters(**settings)
 
 
-def test_only_processors_that_need_whole_logits_are_not_streamable():
+def test_only_processors_that_need_whole_logits_take_the_dense_way():
     for settings in SETTINGS.values():
-        assert shaping_of(settings).streamable(0) is not None
+        assert shaping_of(settings).why_dense() is None
     whole = {"typical_p": 0.9, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3, "repetition_penalty": 1.2, "bad_words_ids": [[5]]}
     for name, value in whole.items():
-        assert shaping_of({name: value}).streamable(0) is None, name
-    assert shaping_of({"top_k": 1025}).streamable(0) is not None, "fewer ids than that"
-    assert shaping_of({"top_k": 1025}, vocab_size=5000).streamable(0) is None
+        assert "whole logits" in shaping_of({name: value}).why_dense(), name
+    assert shaping_of({"top_k": 1025}).why_dense() is None, "fewer ids than that"
+    assert shaping_of({"top_k": 1025}, vocab_size=5000).why_dense() == "`top_k` is more than 1024"
 
 
 def test_hidden_ends_of_sequence_are_those_of_the_canvas_at_hand():
     shaping = shaping_of({"min_new_tokens": 12, "eos_token_id": [1]})
-    assert [shaping.streamable(generated).hidden_before for generated in (0, 10, 12, 20)] == [12, 2, 0, 0]
-    assert replace(shaping.streamable(0), allowed=torch.ones(3, dtype=torch.bool)).hidden_before == 12
+    assert [shaping.filters_behind(generated).hidden_before for generated in (0, 10, 12, 20)] == [12, 2, 0, 0]
+    assert replace(shaping.filters_behind(0), allowed=torch.ones(3, dtype=torch.bool)).hidden_before == 12
 
 
 def test_greedy_filtered_generation_is_the_same_by_either_way(monkeypatch):
@@ -260,7 +265,7 @@ def test_greedy_filtered_generation_is_the_same_by_either_way(monkeypatch):
         "suppress_tokens": [5, 4999], "min_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True,
     }  # fmt: skip
     calls = []
-    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a, **k: calls.append(1) or streamed_statistics(*a, **k))
+    monkeypatch.setattr(predict, "streamed_prediction", lambda *a, **k: calls.append(1) or streamed_prediction(*a, **k))
     streamed = model.generate(prompts(2, 9)[0], **settings)
     assert len(calls) == 2
     monkeypatch.setattr(type(model), "why_dense", lambda self, device: "it is told so")

@@ -7,12 +7,12 @@ import torch
 from small_models import prompts, small_model, small_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
-from generation import capture, vocabulary
+from generation import recording, vocabulary
 from generation.draws import BatchDraws
 from generation.filters import Filters
 from generation.proofs import verdict
-from generation.running import absorb
-from generation.vocabulary import VocabularyHead, streamed_statistics
+from generation.sums import absorb
+from generation.vocabulary import VocabularyHead, streamed_prediction
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.device_report import PATHS
 
@@ -68,9 +68,11 @@ def test_vocabulary_kernel_equals_its_reference_on_cuda(dtype, filters, monkeypa
     weight = torch.randn((20_000, 88), device="cuda", generator=generator).to(dtype)
     hidden = torch.randn((3, 47, 88), device="cuda", generator=generator).to(dtype)
     head, current = VocabularyHead(weight, 30.0, torch.tensor(88**0.5, dtype=dtype, device="cuda")), hidden[..., 0].long().abs()
-    got, soft = streamed_statistics(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
+    got = streamed_prediction(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
+    soft = got.soft_embeds
     monkeypatch.setattr(vocabulary, "choose_absorb", lambda *case: absorb)
-    expected, expected_soft = streamed_statistics(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
+    expected = streamed_prediction(hidden, head, 0.7, BatchDraws(generator), False, current, filters)
+    expected_soft = expected.soft_embeds
     assert torch.equal(got.argmax, expected.argmax) and not bool((got.other == current).any())
     for name in ("entropy", "log_probs", "current_log_probs"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-3, rtol=0)
@@ -87,13 +89,13 @@ def test_graph_of_a_step_gives_the_tokens_of_plain_steps_on_cuda(settings, monke
     ids = prompts(1, 9)[0].cuda()
     settings = {"max_new_tokens": 35, "max_denoising_steps": 4, "seed": 0, "eos_token_id": [], "pad_token_id": 0, **settings}
     graph = model.generate(ids, **settings)
-    monkeypatch.setattr(capture, "record_graph", capture.record_plainly)
+    monkeypatch.setattr(recording, "record_graph", recording.record_plainly)
     assert torch.equal(graph, model.generate(ids, **settings))
 
 
 def test_steps_are_recorded_without_a_warning_on_cuda(monkeypatch):
     said = []
-    monkeypatch.setattr(capture.logger, "warning_once", said.append)
+    monkeypatch.setattr(recording.logger, "warning_once", said.append)
     model = small_model(vocab_size=5001).cuda()
     model.generate(prompts(1, 9)[0].cuda(), max_new_tokens=25, max_denoising_steps=4)
     assert said == []
@@ -102,13 +104,13 @@ def test_steps_are_recorded_without_a_warning_on_cuda(monkeypatch):
 def test_a_step_that_waits_is_not_recorded_and_leaves_torch_as_it_was_on_cuda(monkeypatch):
     """Eager experts count tokens on the host. Also where it shows only while the graph is recorded."""
     said = []
-    monkeypatch.setattr(capture.logger, "warning_once", said.append)
+    monkeypatch.setattr(recording.logger, "warning_once", said.append)
     model = small_model(vocab_size=5001).cuda()
     settings = {"max_new_tokens": 25, "max_denoising_steps": 4, "seed": 0}
     model.set_experts_implementation("eager")
     expected = model.generate(prompts(1, 9)[0].cuda(), disable_compile=True, **settings)
-    for look in (capture.NeverWaits, lambda device: contextlib.nullcontext()):
-        monkeypatch.setattr(capture, "NeverWaits", look)
+    for look in (recording.NeverWaits, lambda device: contextlib.nullcontext()):
+        monkeypatch.setattr(recording, "NeverWaits", look)
         assert torch.equal(model.generate(prompts(1, 9)[0].cuda(), **settings), expected)
         assert bool(torch.rand(3, device="cuda").isfinite().all())
     assert len(said) == 2 and "waits for the device" in said[0]

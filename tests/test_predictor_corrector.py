@@ -5,7 +5,7 @@ import torch
 from small_models import prompts, small_model
 
 from generation import PredictorCorrectorSampler
-from generation.statistics import RowStatistics
+from generation.prediction import Prediction
 
 VOCAB, COUNT = 5, 60_000
 CLEAN = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
@@ -36,7 +36,7 @@ def denoiser(z, t, clean=CLEAN):
 def statistics_of(probabilities, canvas, seed):
     without = probabilities.scatter(-1, canvas, 0.0)
     current = probabilities.gather(-1, canvas)
-    return RowStatistics(
+    return Prediction(
         sample=draw(probabilities, seed), argmax=probabilities.argmax(-1, keepdim=True), entropy=torch.zeros_like(current),
         log_probs=torch.zeros_like(current), current_log_probs=current.log(), other=draw(without, seed + 1),
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_corrector_resamples_the_least_likely_positions_alone():
     sampler = PredictorCorrectorSampler(VOCAB, corrector_steps=1, positions=2)
     canvas = torch.zeros((1, 6), dtype=torch.int64)
     current = torch.tensor([[0.9, 0.01, 0.8, 0.02, 0.99, 0.5]])
-    found = RowStatistics(canvas + 4, canvas, current, current, current_log_probs=current.log(), other=canvas + 1)
+    found = Prediction(canvas + 4, canvas, current, current, current_log_probs=current.log(), other=canvas + 1)
     proposal = sampler.propose(canvas, found, canvas + 2, torch.full((1, 6), 0.999), step=1, max_denoising_steps=4)
     assert proposal.canvas.tolist() == [[0, 1, 0, 1, 0, 0]] and bool(proposal.accepted.all())
     renoised = sampler.propose(canvas, found, canvas + 2, torch.full((1, 6), 0.4), step=1, max_denoising_steps=4)
@@ -95,7 +95,7 @@ def test_nothing_is_corrected_behind_the_last_predictor():
     sampler = PredictorCorrectorSampler(VOCAB, corrector_steps=2, positions=6)
     canvas = torch.arange(6)[None] % VOCAB
     current = torch.full((1, 6), 0.3)
-    found = RowStatistics(canvas + 1, canvas, current, current, current_log_probs=current.log(), other=canvas + 1)
+    found = Prediction(canvas + 1, canvas, current, current, current_log_probs=current.log(), other=canvas + 1)
     for step in (4, 5):
         proposal = sampler.propose(canvas, found, canvas + 2, torch.full((1, 6), 0.5), step=step, max_denoising_steps=6)
         assert torch.equal(proposal.canvas, canvas) and bool(proposal.accepted.all())

@@ -32,7 +32,7 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import ConfidenceCriteria, EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import LinearTemperatureScheduleLogitsProcessor
 
-from generation.processors import LOOKS_AT, OwnProcessor
+from generation.processors import LOOKS_AT, CallersProcessor
 
 IDS, MASK = prompts(2, 6, seed=1, padded=2)
 APPLIED = {
@@ -82,7 +82,7 @@ def test_every_class_that_is_applied_is_tried_here():
 def test_transformers_processor_sees_each_position_behind_what_comes_before_it(name, first):
     """A repetition penalty touched the last position alone, n-grams were banned everywhere, others raised or gave NaN."""
     guess, raw = prompts(2, CANVAS, seed=3)[0], logits()
-    shaped = OwnProcessor.of(APPLIED[name]())(raw.clone(), IDS, None if first else guess, 3)
+    shaped = CallersProcessor.of(APPLIED[name]())(raw.clone(), IDS, None if first else guess, 3)
     for place in range(CANVAS):
         before = IDS if first else torch.cat((IDS, guess[:, :place]), dim=1)
         if LOOKS_AT[name] == "length" and first:

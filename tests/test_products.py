@@ -8,7 +8,7 @@ from generation import products
 from generation.draws import BatchDraws
 from generation.products import ONEDNN, ONEDNN_PRODUCTS, PLAIN, choose_products, prefers_onednn
 from generation.proofs import difference, verdict
-from generation.vocabulary import streamed_statistics
+from generation.vocabulary import streamed_prediction
 
 CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(ONEDNN_PRODUCTS.missing(CPU) is not None, reason="this torch carries no oneDNN")
@@ -61,7 +61,8 @@ def test_a_onednn_that_fails_its_proof_is_not_used(monkeypatch, fault):
     monkeypatch.setattr("generation.proofs.logger.warning_once", told.append)
     on_a_cpu(monkeypatch, "Intel Xeon")
     hidden, head = case(vocab_size=300)
-    expected, soft = streamed_statistics(hidden, head, 0.7, BatchDraws(torch.Generator().manual_seed(0)))
+    expected = streamed_prediction(hidden, head, 0.7, BatchDraws(torch.Generator().manual_seed(0)))
+    soft = expected.soft_embeds
 
     def onednn(left, right, squash=False):
         if fault == "raises":
@@ -70,6 +71,7 @@ def test_a_onednn_that_fails_its_proof_is_not_used(monkeypatch, fault):
 
     monkeypatch.setattr(products, "onednn", onednn)
     on_a_cpu(monkeypatch, "AMD EPYC")
-    got, got_soft = streamed_statistics(hidden, head, 0.7, BatchDraws(torch.Generator().manual_seed(0)))
+    got = streamed_prediction(hidden, head, 0.7, BatchDraws(torch.Generator().manual_seed(0)))
+    got_soft = got.soft_embeds
     assert torch.equal(got.sample, expected.sample) and torch.equal(got_soft, soft)
     assert len(told) == 1 and "oneDNN products failed its proof on cpu" in told[0]

@@ -8,11 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from generation import flags, proofs
-from generation.capture import RECORDED_STEP
 from generation.flags import LATE_FLAGS
+from generation.kernel import KERNEL
 from generation.plan import reads_late
 from generation.proofs import WITHOUT, FastPath, UnusableDevice, difference, verdict, works
-from generation.running import KERNEL
+from generation.recording import RECORDED_STEP
 from modeling_diffusiongemma import attention, caches, experts, fp8_math
 from modeling_diffusiongemma.attention import SHARED_KEYS
 from modeling_diffusiongemma.device_report import PATHS

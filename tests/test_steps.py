@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from generation import EntropyBoundSampler, MaskNoise, StableAndConfident, TemperatureSchedule, UniformNoise
-from generation.canvas import condition, denoising_step, start_canvas
 from generation.draws import BatchDraws, row_draws
+from generation.prediction import Prediction, check_finite, dense_prediction
 from generation.samplers import ConfidenceSampler, FixedStepsSampler
-from generation.statistics import RowStatistics, check_finite, dense_statistics
-from generation.stopping import before_sure_end
+from generation.state import advance, start_canvas
+from generation.stopping import AllOf, AnyOf, Patience, before_sure_end
 
 
 def seeded(seed):
@@ -18,13 +19,13 @@ def seeded(seed):
 
 
 def with_entropy(entropy):
-    """Statistics of which only the entropy matters."""
-    return RowStatistics(*[torch.zeros_like(entropy).long()] * 2, entropy, torch.zeros_like(entropy))
+    """A prediction of which only the entropy matters."""
+    return Prediction(*[torch.zeros_like(entropy).long()] * 2, entropy, torch.zeros_like(entropy))
 
 
 def with_probabilities(top):
-    """Statistics of which only the probability of the argmax matters."""
-    return RowStatistics(*[torch.zeros_like(top).long()] * 2, torch.zeros_like(top), top.log())
+    """A prediction of which only the probability of the argmax matters."""
+    return Prediction(*[torch.zeros_like(top).long()] * 2, torch.zeros_like(top), top.log())
 
 
 # Acceptance
@@ -175,10 +176,10 @@ def test_stopping_equals_a_loop_over_the_history(stability_threshold):
         argmaxes.append(torch.where(keep, argmaxes[-1], torch.randint(2, (20, 3), generator=generator)))
     entropies = [torch.rand(20, 3, generator=generator) for _ in argmaxes]
     stopping = StableAndConfident(stability_threshold=stability_threshold, confidence_threshold=0.6)
-    history, got = stopping.empty_history(argmaxes[0]), []
+    memory, got = stopping.start(argmaxes[0]), []
     for argmax, entropy in zip(argmaxes, entropies, strict=True):
-        done, history = stopping.check(argmax, entropy, history)
-        assert history.shape == (stability_threshold, 20, 3)
+        done, memory = stopping.update(memory, with_entropy(entropy)._replace(argmax=argmax), None)
+        assert memory[0][0].shape == (20, stability_threshold, 3)
         got.append(done.tolist())
     expected = finished_slowly(argmaxes, entropies, stability_threshold, 0.6)
     assert got == expected
@@ -191,7 +192,7 @@ def test_mean_entropy_at_the_threshold_is_not_confident():
     stopping = StableAndConfident(stability_threshold=0, confidence_threshold=0.5)
     canvas = torch.zeros(2, 4, dtype=torch.int64)
     entropy = torch.tensor([[0.5] * 4, [0.25, 0.5, 0.5, 0.5]])
-    assert stopping.check(canvas, entropy, stopping.empty_history(canvas))[0].tolist() == [False, True]
+    assert stopping.update(stopping.start(canvas), with_entropy(entropy), None)[0].tolist() == [False, True]
 
 
 def test_what_follows_a_sure_end_does_not_count():
@@ -199,20 +200,21 @@ def test_what_follows_a_sure_end_does_not_count():
     eos = torch.tensor([1, 6])
     argmax = torch.tensor([[9, 6, 9, 1, 9], [9, 6, 9, 1, 9], [9, 9, 9, 9, 9]])
     entropy = torch.tensor([[0.9, 0.1, 0.9, 0.1, 0.9], [0.9, 0.5, 0.9, 0.1, 0.9], [0.0] * 5])
-    counted = before_sure_end(argmax, entropy, eos, 0.5)
+    prediction = with_entropy(entropy)._replace(argmax=argmax)
+    counted = before_sure_end(prediction, eos, 0.5)
     assert counted.tolist() == [[True, True, False, False, False], [True, True, True, True, False], [True] * 5]
     stopping = StableAndConfident(stability_threshold=1, confidence_threshold=0.55)
     other = torch.tensor([[9, 6, 3, 3, 3], [9, 6, 9, 1, 3], [9] * 5])
-    done, _ = stopping.check(argmax, entropy, other[None], counted)
+    done, _ = stopping.update(((other[:, None],), ()), prediction, counted)
     assert done.tolist() == [True, False, True], "means 0.5, 0.6 and 0.0 over what counts, all stable there"
 
 
-# Statistics
+# Predictions
 
 
 def test_entropy_equals_float64():
     logits = torch.randn(4, 10, 1000, generator=seeded(5)) * torch.tensor([0.01, 1.0, 5.0, 30.0])[:, None, None]
-    got = dense_statistics(logits, BatchDraws(seeded(0)))
+    got = dense_prediction(logits, BatchDraws(seeded(0)))
     log_p = logits.double().log_softmax(dim=-1)
     expected = -(log_p.exp() * log_p).sum(dim=-1)
     # 1000 float32 terms of a sum of at most ln(1000) = 6.9 nats
@@ -226,7 +228,7 @@ def test_entropy_of_forbidden_ids_is_finite():
     """A logits processor's -inf times a probability of 0 must not become NaN."""
     logits = torch.randn(1, 3, 7, generator=seeded(6))
     logits[..., 2:5] = -float("inf")
-    got = dense_statistics(logits, BatchDraws(seeded(0)))
+    got = dense_prediction(logits, BatchDraws(seeded(0)))
     kept = logits[..., [0, 1, 5, 6]].double().log_softmax(dim=-1)
     torch.testing.assert_close(got.entropy.double(), -(kept.exp() * kept).sum(dim=-1), atol=1e-6, rtol=0)
     assert not bool(((got.sample >= 2) & (got.sample < 5)).any())
@@ -239,7 +241,7 @@ def test_samples_follow_the_distribution():
     """
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5], [3.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]])
     count = 40_000
-    samples = dense_statistics(logits.repeat(count, 1, 1), BatchDraws(seeded(7))).sample  # (count, 2)
+    samples = dense_prediction(logits.repeat(count, 1, 1), BatchDraws(seeded(7))).sample  # (count, 2)
     for place in range(2):
         expected = logits[place].double().softmax(dim=-1) * count
         observed = torch.bincount(samples[:, place], minlength=7).double()
@@ -250,7 +252,7 @@ def test_samples_follow_the_distribution():
 def test_greedy_statistics_draw_nothing():
     logits, draws = torch.randn(2, 5, 7, generator=seeded(14)), BatchDraws(seeded(15))
     before = draws.generator.get_state()
-    got = dense_statistics(logits, draws, greedy=True)
+    got = dense_prediction(logits, draws, greedy=True)
     assert torch.equal(got.sample, got.argmax) and torch.equal(draws.generator.get_state(), before)
 
 
@@ -258,7 +260,7 @@ def test_logits_that_are_not_numbers_are_refused():
     logits = torch.randn(3, 2, 7, generator=seeded(16))
     logits[1, 0, 3] = float("nan")
     with pytest.raises(ValueError, match=r"NaN.*rows \[1\]"):
-        check_finite(dense_statistics(logits, BatchDraws(seeded(0))).bad)
+        check_finite(dense_prediction(logits, BatchDraws(seeded(0))).bad)
 
 
 def test_row_draws_depend_on_the_rows_seed_alone():
@@ -280,7 +282,7 @@ def test_row_draws_depend_on_the_place_alone():
     later = draws.at(1, 3).noise(noise, (1, 10), device)
     for place in ((0, 3), (1, 2), (1, -1)):
         assert not torch.equal(draws.at(*place).noise(noise, (1, 10), device), later)
-    draws.at(1, 2).uniforms(1, (4,), device)
+    draws.at(1, 2).uniforms((1, 4), device)
     assert torch.equal(draws.at(1, 3).noise(noise, (1, 10), device), later)
 
 
@@ -322,69 +324,93 @@ def test_mask_noise_is_the_mask_token_and_draws_nothing():
 # One step
 
 
-def random_statistics(generator, shape=(3, 10), vocab_size=50):
+def random_prediction(generator, shape=(3, 10), vocab_size=50):
     tokens = [torch.randint(vocab_size, shape, generator=generator) for _ in range(2)]
-    return RowStatistics(*tokens, *(torch.rand(shape, generator=generator) for _ in range(2)))
+    found = Prediction(*tokens, *(torch.rand(shape, generator=generator) for _ in range(2)))
+    return found._replace(soft_embeds=torch.randn(*shape, 6, generator=generator))
+
+
+def start(canvas, stopping):
+    return start_canvas(canvas, torch.zeros(*canvas.shape, 6), stopping)
 
 
 NOISE = torch.full((3, 10), 49)
 
 
-def step_once(state, step, generator, confidence_threshold=1e-9):
-    """One step on random statistics, far from stable; returns them, the soft embeddings and the new state."""
-    statistics, soft_embeds = random_statistics(generator), torch.randn(3, 10, 6, generator=generator)
-    stopping = StableAndConfident(state.history.shape[0], confidence_threshold)
-    new = denoising_step(state, step, 9, statistics, NOISE, EntropyBoundSampler(1.0), stopping)
-    return statistics, soft_embeds, condition(new, state.finished, soft_embeds)
+def step_once(state, step, generator, stopping):
+    """One step on a random prediction, far from stable; returns it and the new state."""
+    prediction = random_prediction(generator)
+    return prediction, advance(state, prediction, step, 9, NOISE, EntropyBoundSampler(1.0), stopping)
 
 
 def test_step_accepts_samples_and_renoises_the_rest():
     generator = seeded(10)
     stopping = StableAndConfident(1, 1e-9)
-    start = start_canvas(torch.randint(50, (3, 10), generator=generator), stopping)
-    assert start.soft_embeds is None and not bool(start.finished.any()) and start.passes.tolist() == [0, 0, 0]
-    statistics, soft_embeds, state = step_once(start, 0, generator)
-    accepted = EntropyBoundSampler(1.0).accept(statistics)
+    before = start(torch.randint(50, (3, 10), generator=generator), stopping)
+    assert not bool(before.soft_embeds.any()) and not bool(before.finished.any()) and before.passes.tolist() == [0, 0, 0]
+    prediction, state = step_once(before, 0, generator, stopping)
+    accepted = EntropyBoundSampler(1.0).accept(prediction)
     assert torch.equal(state.accepted, accepted) and 0 < accepted.sum() < 30
-    assert torch.equal(state.canvas, torch.where(accepted, statistics.sample, 49))
-    assert torch.equal(state.argmax, statistics.argmax) and torch.equal(state.soft_embeds, soft_embeds)
-    assert torch.equal(state.history[-1], statistics.argmax) and state.passes.tolist() == [1, 1, 1]
-    assert torch.equal(start.canvas, start.argmax) and start.passes.tolist() == [0, 0, 0], "the old state is not written to"
+    assert torch.equal(state.canvas, torch.where(accepted, prediction.sample, 49))
+    assert torch.equal(state.argmax, prediction.argmax) and torch.equal(state.soft_embeds, prediction.soft_embeds)
+    assert torch.equal(state.memory[0][0][:, -1], prediction.argmax) and state.passes.tolist() == [1, 1, 1]
+    assert torch.equal(before.canvas, before.argmax) and before.passes.tolist() == [0, 0, 0], "the old state is not written to"
+
+
+def leaves(state):
+    """Every tensor of a state, by name, those that the stopping rules remember included."""
+    memory = {f"memory {index}": tensor for index, tensor in enumerate(tree_leaves(state.memory))}
+    return {name: value for name, value in state._asdict().items() if name != "memory"} | memory
 
 
 def test_step_leaves_finished_rows_untouched():
     """Nothing of a finished row may change, or its result depends on its neighbours."""
-    generator = seeded(11)
-    start = start_canvas(torch.randint(50, (3, 10), generator=generator), StableAndConfident(2, 1e-9))
-    _, _, before = step_once(start, 0, generator)
+    generator, stopping = seeded(11), AnyOf((StableAndConfident(2, 1e-9), Patience(5)))
+    state = start(torch.randint(50, (3, 10), generator=generator), stopping)
+    _, before = step_once(state, 0, generator, stopping)
     before = before._replace(finished=torch.tensor([False, True, False]))
-    _, _, after = step_once(before, 1, generator)
-    for name, old, new in zip(before._fields, before, after, strict=True):
-        old, new = (old.movedim(1, 0), new.movedim(1, 0)) if name == "history" else (old, new)
+    _, after = step_once(before, 1, generator, stopping)
+    assert leaves(before).keys() == leaves(after).keys() and len(leaves(after)) == 13
+    for (name, old), new in zip(leaves(before).items(), leaves(after).values(), strict=True):
         assert torch.equal(new[1], old[1]), name
-        if name in ("canvas", "argmax", "soft_embeds", "accepted", "passes", "history", "entropy", "log_probs"):
+        if name in ("canvas", "argmax", "soft_embeds", "accepted", "passes", "entropy", "log_probs", "memory 0"):
             assert not torch.equal(new[0], old[0]) and not torch.equal(new[2], old[2]), f"{name} of the other rows changes"
     assert after.finished.tolist() == [False, True, False] and after.passes.tolist() == [2, 1, 2]
 
 
+def test_rows_are_chosen_and_put_back_whole():
+    """Whatever a rule remembers: no field is known by name where rows leave."""
+    generator, stopping = seeded(12), AllOf((AnyOf((StableAndConfident(2, 1e-9), Patience(5))), Patience(7)))
+    whole = step_once(start(torch.randint(50, (3, 10), generator=generator), stopping), 0, generator, stopping)[1]
+    rows = torch.tensor([0, 2])
+    some = whole.select(rows)
+    for name, value in leaves(whole.place(rows, some)).items():
+        assert torch.equal(value, leaves(whole)[name]), name
+    changed = some._replace(argmax=some.argmax + 1, memory=tree_map(lambda tensor: tensor + 1, some.memory))
+    back = whole.place(rows, changed)
+    for name, value in leaves(back).items():
+        assert torch.equal(value[1], leaves(whole)[name][1]) and torch.equal(value[rows], leaves(changed)[name]), name
+
+
 def test_finished_rows_stay_finished():
-    """The new statistics of a finished row, unstable and unsure, must not start it again."""
+    """The new prediction of a finished row, unstable and unsure, must not start it again."""
     generator = seeded(12)
-    start = start_canvas(torch.randint(50, (3, 10), generator=generator), StableAndConfident(0, math.inf))
-    _, _, state = step_once(start, 0, generator, confidence_threshold=math.inf)
+    state = start(torch.randint(50, (3, 10), generator=generator), StableAndConfident(0, math.inf))
+    _, state = step_once(state, 0, generator, StableAndConfident(0, math.inf))
     assert state.finished.tolist() == [True] * 3 and state.passes.tolist() == [1] * 3
-    _, _, state = step_once(state, 1, generator)
+    _, state = step_once(state, 1, generator, StableAndConfident(0, 1e-9))
     assert state.finished.tolist() == [True] * 3 and state.passes.tolist() == [1] * 3
 
 
 def test_history_of_changes_is_kept_per_position():
     """`changed_at` and `revisions` against a list of all argmax canvases; the first step is no revision."""
     generator = seeded(18)
-    state, seen = start_canvas(torch.randint(50, (3, 10), generator=generator), StableAndConfident(1, 1e-9)), []
+    stopping = StableAndConfident(1, 1e-9)
+    state, seen = start(torch.randint(50, (3, 10), generator=generator), stopping), []
     for step in range(9):
-        statistics = random_statistics(generator, vocab_size=2)
-        state = denoising_step(state, step, 9, statistics, NOISE, EntropyBoundSampler(1.0), StableAndConfident(1, 1e-9))
-        seen.append(statistics.argmax.tolist())
+        prediction = random_prediction(generator, vocab_size=2)
+        state = advance(state, prediction, step, 9, NOISE, EntropyBoundSampler(1.0), stopping)
+        seen.append(prediction.argmax.tolist())
     for row in range(3):
         for place in range(10):
             tokens = [canvas[row][place] for canvas in seen]
@@ -396,10 +422,10 @@ def test_history_of_changes_is_kept_per_position():
 def test_row_gives_up_after_as_many_steps_as_it_is_patient():
     """Counted from the step of the lowest mean entropy; a new minimum starts the count again."""
     means = [0.9, 0.8, 0.85, 0.7, 0.75, 0.71, 0.72, 0.6]
-    state, finished = start_canvas(torch.zeros(3, 10, dtype=torch.int64), StableAndConfident(1, 1e-9)), []
+    stopping = AnyOf((StableAndConfident(1, 1e-9), Patience(3)))
+    state, finished = start(torch.zeros(3, 10, dtype=torch.int64), stopping), []
     for step, mean in enumerate(means):
-        statistics = random_statistics(seeded(step))._replace(entropy=torch.full((3, 10), mean))
-        stopping = StableAndConfident(1, 1e-9)
-        state = denoising_step(state, step, 9, statistics, NOISE, EntropyBoundSampler(1.0), stopping, patience=3)
+        prediction = random_prediction(seeded(step))._replace(entropy=torch.full((3, 10), mean))
+        state = advance(state, prediction, step, 9, NOISE, EntropyBoundSampler(1.0), stopping)
         finished.append(bool(state.finished.all()))
     assert finished == [False] * 6 + [True] * 2, "0.7 at step 3 is the minimum; steps 4, 5 and 6 do not reach it"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from small_models import prompts, small_model
 
-from generation import denoise
+from generation import predict
 from generation.draws import BatchDraws, RowDraws
-from generation.statistics import check_finite, dense_statistics
-from generation.vocabulary import VocabularyHead, streamed_statistics
+from generation.prediction import check_finite, dense_prediction
+from generation.vocabulary import VocabularyHead, streamed_prediction
 
 CAP = 30.0
 
@@ -22,7 +22,7 @@ def case(vocab_size=1000, size=24, rows=(2, 9), seed=0, spread=4.0, dtype=torch.
 def dense(hidden, head, temperature, draws, greedy=False, current=None):
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight).float() / CAP) * CAP / temperature
     soft = (logits.softmax(-1).to(head.weight.dtype) @ head.weight) * head.embed_scale
-    return dense_statistics(logits, draws, greedy, current), soft
+    return dense_prediction(logits, draws, greedy, current)._replace(soft_embeds=soft)
 
 
 @pytest.mark.parametrize("piece", [1, 63, 100, 999, 1000, 4096])
@@ -30,8 +30,10 @@ def dense(hidden, head, temperature, draws, greedy=False, current=None):
 def test_statistics_equal_the_dense_ones(piece, temperature):
     """1e-4 nats: the sums run in another order."""
     hidden, head = case()
-    expected, soft = dense(hidden, head, temperature, BatchDraws())
-    got, got_soft = streamed_statistics(hidden, head, temperature, BatchDraws(), piece=piece)
+    expected = dense(hidden, head, temperature, BatchDraws())
+    soft = expected.soft_embeds
+    got = streamed_prediction(hidden, head, temperature, BatchDraws(), piece=piece)
+    got_soft = got.soft_embeds
     assert torch.equal(got.argmax, expected.argmax)
     torch.testing.assert_close(got.entropy, expected.entropy, atol=1e-4, rtol=0)
     torch.testing.assert_close(got.log_probs, expected.log_probs, atol=1e-4, rtol=0)
@@ -41,8 +43,10 @@ def test_statistics_equal_the_dense_ones(piece, temperature):
 def test_statistics_in_bf16_are_close_to_the_dense_ones():
     """The logits are rounded alike in both; 2e-2 is what bf16's 8 bits leave of a soft embedding of this size."""
     hidden, head = case(dtype=torch.bfloat16)
-    expected, soft = dense(hidden, head, 0.8, BatchDraws())
-    got, got_soft = streamed_statistics(hidden, head, 0.8, BatchDraws(), piece=128)
+    expected = dense(hidden, head, 0.8, BatchDraws())
+    soft = expected.soft_embeds
+    got = streamed_prediction(hidden, head, 0.8, BatchDraws(), piece=128)
+    got_soft = got.soft_embeds
     assert got_soft.dtype == torch.bfloat16 and torch.equal(got.argmax, expected.argmax)
     torch.testing.assert_close(got.entropy, expected.entropy, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(got_soft.float(), soft.float(), atol=2e-2 * float(soft.float().abs().max()), rtol=0)
@@ -53,7 +57,7 @@ def test_sample_follows_the_distribution(piece):
     """Chi-square over 7 ids and 40,000 draws; 22.5 is the 0.999 quantile of 6 degrees of freedom."""
     hidden, head = case(vocab_size=7, rows=(1, 1), spread=1.5)
     many = hidden.expand(1, 40_000, -1)
-    got, _ = streamed_statistics(many, head, 1.0, BatchDraws(torch.Generator().manual_seed(1)), piece=piece)
+    got = streamed_prediction(many, head, 1.0, BatchDraws(torch.Generator().manual_seed(1)), piece=piece)
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight) / CAP) * CAP
     expected = logits.softmax(-1).flatten() * 40_000
     observed = torch.bincount(got.sample.flatten(), minlength=7)
@@ -63,7 +67,7 @@ def test_sample_follows_the_distribution(piece):
 def test_tokens_of_no_mass_are_never_drawn():
     """Ids whose probability underflows to 0 at the ends of a piece must not be hit by a uniform number of 0 or nearly 1."""
     hidden, head = case(vocab_size=64, rows=(1, 2000), spread=60.0)
-    got, _ = streamed_statistics(hidden, head, 0.05, BatchDraws(torch.Generator().manual_seed(0)), piece=16)
+    got = streamed_prediction(hidden, head, 0.05, BatchDraws(torch.Generator().manual_seed(0)), piece=16)
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight) / CAP) * CAP / 0.05
     assert bool((logits.softmax(-1).gather(-1, got.sample[..., None]) > 0).all())
 
@@ -72,7 +76,7 @@ def test_greedy_draws_nothing_and_takes_the_argmax():
     hidden, head = case()
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    got, _ = streamed_statistics(hidden, head, 1.0, RowDraws((generator, generator)), greedy=True, piece=100)
+    got = streamed_prediction(hidden, head, 1.0, RowDraws((generator, generator)), greedy=True, piece=100)
     assert torch.equal(got.sample, got.argmax) and torch.equal(before, generator.get_state())
 
 
@@ -80,7 +84,7 @@ def test_nan_is_reported_with_its_row():
     hidden, head = case()
     hidden[1, 3, 0] = float("nan")
     with pytest.raises(ValueError, match=r"rows \[1\]"):
-        check_finite(streamed_statistics(hidden, head, 1.0, BatchDraws(), piece=100)[0].bad)
+        check_finite(streamed_prediction(hidden, head, 1.0, BatchDraws(), piece=100).bad)
 
 
 @pytest.mark.parametrize("piece", [1, 63, 1000])
@@ -90,8 +94,8 @@ def test_log_probs_of_the_current_tokens_equal_the_dense_ones(piece, dtype, gree
     """Current tokens in every piece; log-probabilities to 1e-4 nats, whose logits are rounded alike in both ways."""
     hidden, head = case(dtype=dtype)
     current = torch.arange(18).view(2, 9) * 58  # 0 to 986
-    expected, _ = dense(hidden, head, 0.7, BatchDraws(), greedy, current)
-    got, _ = streamed_statistics(hidden, head, 0.7, BatchDraws(), greedy, current, piece=piece)
+    expected = dense(hidden, head, 0.7, BatchDraws(), greedy, current)
+    got = streamed_prediction(hidden, head, 0.7, BatchDraws(), greedy, current, piece=piece)
     torch.testing.assert_close(got.current_log_probs, expected.current_log_probs, atol=1e-4, rtol=0)
     assert not bool((got.other == current).any())
     if greedy:
@@ -100,9 +104,9 @@ def test_log_probs_of_the_current_tokens_equal_the_dense_ones(piece, dtype, gree
 
 def test_greedy_other_is_the_runner_up_of_the_argmax():
     hidden, head = case()
-    argmax = streamed_statistics(hidden, head, 1.0, BatchDraws(), greedy=True)[0].argmax
+    argmax = streamed_prediction(hidden, head, 1.0, BatchDraws(), greedy=True).argmax
     logits = torch.nn.functional.linear(hidden, head.weight)
-    got, _ = streamed_statistics(hidden, head, 1.0, BatchDraws(), greedy=True, current=argmax, piece=100)
+    got = streamed_prediction(hidden, head, 1.0, BatchDraws(), greedy=True, current=argmax, piece=100)
     assert torch.equal(got.other, logits.topk(2, dim=-1).indices[..., 1])
 
 
@@ -114,9 +118,9 @@ def test_other_follows_the_distribution_without_the_current_token(way, token):
     many, current = hidden.expand(1, 40_000, -1), torch.full((1, 40_000), token)
     draws = BatchDraws(torch.Generator().manual_seed(1))
     if way == "dense":
-        got, _ = dense(many, head, 1.0, draws, current=current)
+        got = dense(many, head, 1.0, draws, current=current)
     else:
-        got, _ = streamed_statistics(many, head, 1.0, draws, current=current, piece=way)
+        got = streamed_prediction(many, head, 1.0, draws, current=current, piece=way)
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight) / CAP) * CAP
     left = torch.arange(7) != token
     expected = (logits.flatten()[left]).softmax(-1) * 40_000
@@ -130,8 +134,8 @@ def test_other_is_the_current_token_where_nothing_else_has_mass(greedy):
     """A vocabulary of one id leaves no other."""
     hidden, head = case(vocab_size=1)
     current = torch.zeros(2, 9, dtype=torch.int64)
-    for way in (dense, streamed_statistics):
-        got, _ = way(hidden, head, 1.0, BatchDraws(torch.Generator().manual_seed(0)), greedy, current)
+    for way in (dense, streamed_prediction):
+        got = way(hidden, head, 1.0, BatchDraws(torch.Generator().manual_seed(0)), greedy, current)
         assert torch.equal(got.other, current) and float(got.current_log_probs.abs().max()) == 0
 
 
@@ -147,7 +151,7 @@ def test_greedy_generation_is_the_same_by_either_way(wide, monkeypatch):
     ids = prompts(2, 9)[0]
     settings = {"do_sample": False, "max_new_tokens": 10, "max_denoising_steps": 2, "return_dict_in_generate": True, "output_scores": True}
     calls = []
-    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a, **k: calls.append(1) or streamed_statistics(*a, **k))
+    monkeypatch.setattr(predict, "streamed_prediction", lambda *a, **k: calls.append(1) or streamed_prediction(*a, **k))
     streamed = wide.generate(ids, **settings)
     assert len(calls) == 2
     monkeypatch.setattr(type(wide), "why_dense", lambda self, device: "it is told so")
@@ -157,6 +161,6 @@ def test_greedy_generation_is_the_same_by_either_way(wide, monkeypatch):
 
 
 def test_logits_that_only_a_whole_distribution_shapes_take_the_dense_way(wide, monkeypatch):
-    monkeypatch.setattr(denoise, "streamed_statistics", lambda *a, **k: pytest.fail("typical_p needs the whole distribution"))
+    monkeypatch.setattr(predict, "streamed_prediction", lambda *a, **k: pytest.fail("typical_p needs the whole distribution"))
     wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, typical_p=0.9)
     wide.generate(prompts(1, 5)[0], max_new_tokens=10, max_denoising_steps=1, backend="reference")

@@ -11,14 +11,15 @@ import torch
 from small_models import prompts, small_model
 from torch.utils import _pytree as pytree
 
-from generation import capture
-from generation.canvas import start_canvas
-from generation.capture import Held, HeldDraws, NeverWaits, Recording
-from generation.denoise import streamed_step
-from generation.draws import BatchDraws, row_draws
-from generation.inputs import resolve_config
+from generation import recording
+from generation.draws import row_draws
 from generation.plan import Plan, make_plan
+from generation.predict import StepInputs, draw_step, take_step
+from generation.prompt import Prompt
 from generation.proofs import difference
+from generation.recording import Held, NeverWaits, Recording
+from generation.settings import resolve_config
+from generation.state import start_canvas
 
 VOCAB = 5001  # two pieces of the vocabulary
 
@@ -53,7 +54,7 @@ def records(monkeypatch):
 def test_recorded_steps_give_the_same_tokens(model, settings, request, monkeypatch):
     """Over several canvases, past the sliding window, at every step. Both with as many slots as a recorded step has: those not filled are
     masked, but make sums of another length, which random weights make grow."""
-    monkeypatch.setattr(Plan, "slots", property(lambda plan: plan.cache_length))
+    monkeypatch.setattr(Plan, "slots", property(lambda plan: plan.lengths.cache))
     rows = 3 if "cache_implementation" in settings else 1
     ids, mask = prompts(rows, 9, padded=3 if rows > 1 else 0)
     settings = {"attention_mask": mask, "max_new_tokens": 35, "max_denoising_steps": 4, "seed": list(range(1, 1 + rows)), **settings}
@@ -74,7 +75,7 @@ def test_settings_of_a_call_go_over_those_of_the_call_before(model, records):
 
 
 def test_disable_compile_records_nothing(model, records, monkeypatch):
-    monkeypatch.setattr(Recording, "of", lambda *a: pytest.fail("recorded"))
+    monkeypatch.setattr(Recording, "on", lambda *a: pytest.fail("recorded"))
     model.generate(prompts(1, 9)[0], max_new_tokens=5, max_denoising_steps=2, disable_compile=True)
 
 
@@ -85,9 +86,9 @@ def test_a_step_that_cannot_be_recorded_runs_plainly_with_a_warning(model, recor
         raise RuntimeError("operation not permitted when stream is capturing")
 
     expected = model.generate(ids, **settings)
-    monkeypatch.setattr("generation.capture.record_plainly", fail)
+    monkeypatch.setattr("generation.recording.record_plainly", fail)
     said = []
-    monkeypatch.setattr("generation.capture.logger.warning_once", said.append)
+    monkeypatch.setattr("generation.recording.logger.warning_once", said.append)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert len(said) == 1 and "when stream is capturing" in said[0]
 
@@ -112,18 +113,18 @@ def test_a_recording_that_does_not_give_what_the_step_gives_is_not_used(model, r
 
         return (lambda: None) if fault == "stale" else others, held.value
 
-    monkeypatch.setattr(capture, "record_plainly", record)
+    monkeypatch.setattr(recording, "record_plainly", record)
     said = []
-    monkeypatch.setattr("generation.capture.logger.warning_once", said.append)
+    monkeypatch.setattr("generation.recording.logger.warning_once", said.append)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert len(said) == 1 and ("Strange: ptxas fell over" if fault == "strange" else "numbers in value") in said[0]
 
 
 def test_the_proof_of_recording_finds_a_recording_that_lies(monkeypatch):
     device = torch.device("cpu")
-    assert difference(*capture.RECORDED_STEP.prove(device)) is None
-    monkeypatch.setattr(capture, "record_plainly", lambda run, device: (lambda: None, Held(run()).value))  # never computes again
-    assert difference(*capture.RECORDED_STEP.prove(device)) is not None
+    assert difference(*recording.RECORDED_STEP.prove(device)) is None
+    monkeypatch.setattr(recording, "record_plainly", lambda run, device: (lambda: None, Held(run()).value))  # never computes again
+    assert difference(*recording.RECORDED_STEP.prove(device)) is not None
 
 
 @pytest.mark.parametrize(
@@ -148,18 +149,6 @@ def test_held_values_refuse_what_they_cannot_copy():
         held.fill((torch.zeros(2), 4))
 
 
-def test_held_draws_are_those_of_the_place():
-    """The buffers of the first step must be refilled with what the next step would have drawn."""
-    source, device = row_draws([5, 6], None, 2, 1), torch.device("cpu")
-    held = HeldDraws(source.at(0, 0))
-    first = held.uniforms(2, (3,), device).clone()
-    assert torch.equal(first, source.at(0, 0).uniforms(2, (3,), device))
-    held.refill(source.at(0, 1))
-    held.rewind()
-    second = held.uniforms(2, (3,), device)
-    assert torch.equal(second, source.at(0, 1).uniforms(2, (3,), device)) and not torch.equal(first, second)
-
-
 @pytest.mark.parametrize(
     "settings", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}, {"sampler": "predictor_corrector"}, {"do_sample": False}]
 )
@@ -171,13 +160,18 @@ def test_a_step_never_looks_at_the_device(model, settings):
     cache = model.prefill(prompts(2, 9)[0]).past_key_values
     view = model.prepare_canvas(cache, (2, 10), torch.ones((2, 19), dtype=torch.bool), slots=19)
     device = torch.device("meta")
-    plan = make_plan(config, False, model.config, 9, device, None, 2, True)
-    view = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), view)
-    state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), plan.stopping)
-    steps, temperatures = plan.steps(device)
     model = model.to(device)
+    ids = torch.zeros((2, 9), dtype=torch.int64, device=device)
+    plan = make_plan(model, config, Prompt(ids, ids.bool(), {"input_ids": ids}, None, None, 0), 10)
+    view = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), view)
+    soft_embeds = torch.zeros((2, 10, model.config.text_config.hidden_size), dtype=model.dtype, device=device)
+    state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), soft_embeds, plan.rules.stopping)
+    steps, temperatures = plan.steps(device)
+    filters = plan.rules.shaping.filters_behind(0)
+    drawn = draw_step(plan, row_draws([5, 6], None, 2, 1), state._replace(canvas=state.canvas.new_zeros((2, 10), device="cpu")), filters)
+    drawn = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
     with NeverWaits(device):  # what looks before a GPU records agrees
-        after, bad = streamed_step(model, plan, plan.shaping.streamable(0), view, (state, steps[1], temperatures[1]), BatchDraws())
-    assert after.canvas.shape == (2, 10) and bad.shape == (2,) and after.soft_embeds.is_meta
+        prediction, after = take_step(model, plan, view, StepInputs(state, steps[1], temperatures[1], drawn, filters))
+    assert after.canvas.shape == (2, 10) and prediction.bad.shape == (2,) and after.soft_embeds.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
-        bool(bad.any())
+        bool(prediction.bad.any())
