@@ -15,8 +15,8 @@ from .watcher import Watcher
 
 def next_logits(model, plan: Plan, rows: Rows, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Shaped logits of the next token and the model's, (b, 1, V). There is no schedule here: `temperature` means what it always does."""
-    raw, shaping = model.compute_logits(hidden[:, -1:]), plan.rules.shaping
-    return shaping(raw, shaping.filters_behind(rows.generated), rows.committed, None, plan.rules.temperature, 1), raw
+    raw = model.compute_logits(hidden[:, -1:])
+    return plan.rules.shaping(raw, rows.filters, rows.committed, None, plan.rules.temperature, 1), raw
 
 
 def decode_autoregressively(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: Transcript, watchers: Sequence[Watcher]) -> None:

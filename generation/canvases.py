@@ -22,7 +22,6 @@ def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: T
     given, first_step = prompt.canvas, prompt.first_step
     for canvas_index in range(plan.lengths.canvases):
         hidden = rows.prefill(model, pending, length, plan.execution.count_padding, last_states=1)
-        rows = rows._replace(filters=plan.rules.shaping.filters_behind(rows.generated))
         state = begin_canvas(plan, rows, hidden, canvas_index, given)
         state, logits = denoise_canvas(model, plan, rows, state, canvas_index, watchers, recording, first_step)
         tokens = transcript.add_canvas(rows, state, logits)

@@ -42,7 +42,7 @@ def start_rows(config: DiffusionGenerationConfig, plan: Plan, prompt: Prompt, mo
         fixed = plan.rules.greedy and seed is None and generator is None
         draws = row_draws(0 if fixed else seed, generator, len(prompt.ids) // copies, copies)
     places = torch.arange(len(prompt.ids), device=device)
-    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters_behind(0), constraint)
+    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ The caller's processors come first of all (`CallersProcessor`): transformers' cl
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -158,14 +158,12 @@ class Shaping:
         contextual: of a position and what stands before it.
         filters: of single positions, behind the temperature; those of a row may say more.
         after: of single positions, last of all.
-        min_new_tokens: generated tokens before which end-of-sequence ids are hidden.
     """
 
     callers: tuple[CallersProcessor, ...]
     contextual: LogitsProcessorList
     filters: Filters
     after: LogitsProcessorList
-    min_new_tokens: int
 
     def __call__(
         self,
@@ -187,10 +185,6 @@ class Shaping:
             logits = _in_context(self.contextual, logits, committed, guess)
         logits = filters.apply(logits / temperature)
         return _each(self.after, logits) if self.after else logits
-
-    def filters_behind(self, generated: int) -> Filters:
-        """The filters of a canvas that begins behind so many generated tokens."""
-        return replace(self.filters, hidden_before=max(self.min_new_tokens - generated, 0))
 
     def why_dense(self) -> str | None:
         """What of it needs whole logits; None where nothing does."""
@@ -233,7 +227,8 @@ def build_shaping(
     thresholds = {name: getattr(config, name) for name, value in off.items() if getattr(config, name) not in (None, value)}
     if "top_k" in thresholds:
         thresholds["top_k"] = min(thresholds["top_k"], vocab_size)
-    filters = Filters(allowed, hidden=eos if len(eos) else None, **thresholds)
+    least = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length, 0)
+    filters = Filters(allowed, hidden=eos if len(eos) else None, hidden_before=least, **thresholds)
     if config.typical_p not in (None, 1.0):
         after.append(TypicalLogitsWarper(config.typical_p))
     if config.epsilon_cutoff not in (None, 0.0):
@@ -241,8 +236,7 @@ def build_shaping(
     if config.eta_cutoff not in (None, 0.0):
         with float32_made():
             after.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
-    least = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)
-    return Shaping(tuple(map(CallersProcessor.of, given or ())), contextual, filters, after, least)
+    return Shaping(tuple(map(CallersProcessor.of, given or ())), contextual, filters, after)
 
 
 def _ids(name: str, ids: list[int], vocab_size: int) -> list[int]:

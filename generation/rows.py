@@ -1,6 +1,7 @@
 """What belongs to the rows of a batch that are still computed, with one owner: rows leave in one place."""
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Rows(NamedTuple):
         committed: int64 (b, P + N), prompt and what is written, without what is only in the cache or given as embeddings.
         generated: N, how many tokens of each row are written.
         draws: where their random numbers come from.
-        filters: which ids they may get.
+        filters: which ids they may get; `hidden_before` counts from the next token.
         constraint: what their canvases must become.
     """
 
@@ -53,7 +54,9 @@ class Rows(NamedTuple):
 
     def commit(self, tokens: torch.Tensor) -> "Rows":
         """With new tokens int64 (b, n) behind those so far."""
+        hidden_before = max(self.filters.hidden_before - tokens.shape[1], 0)
         return self._replace(
+            filters=replace(self.filters, hidden_before=hidden_before),
             real=torch.cat((self.real, torch.ones_like(tokens, dtype=torch.bool)), dim=1),
             committed=torch.cat((self.committed, tokens), dim=1), generated=self.generated + tokens.shape[1],
         )  # fmt: skip

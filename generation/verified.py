@@ -36,15 +36,13 @@ def decode_row(model, plan: Plan, inputs: dict[str, torch.Tensor], rows: Rows, t
     chosen = shaped.argmax(dim=-1)  # (1, 1)
     passes, round_index = torch.ones_like(rows.places), 0
     while not bool(transcript.ended[rows.places]):
-        rows = rows._replace(filters=plan.rules.shaping.filters_behind(rows.generated))
         state = begin_canvas(plan, rows, hidden, round_index)
         state, _ = denoise_canvas(model, plan, rows, state, round_index, watchers)
         draft = torch.cat((chosen, state.argmax[:, 1:]), dim=1)
         drafted = rows.commit(draft)
         raw = model.compute_logits(drafted.prefill(model, {"input_ids": draft}, draft.shape[1], count_padding))  # (1, C, V), behind each
-        shaping, behind = plan.rules.shaping, rows.commit(chosen)
-        filters = shaping.filters_behind(behind.generated)
-        choices = shaping(raw, filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1).argmax(dim=-1)
+        behind = rows.commit(chosen)
+        choices = plan.rules.shaping(raw, behind.filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1).argmax(dim=-1)
         kept = 1 + int((choices[:, :-1] == draft[:, 1:]).long().cumprod(dim=1).sum())
         if kept < draft.shape[1]:
             rows.cache.crop(-(draft.shape[1] - kept))

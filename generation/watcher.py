@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import torch
 
-from .arguments import shown
 from .prediction import Prediction
 from .state import CanvasState
 
@@ -106,8 +105,11 @@ def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: tor
             for old, new in zip(state[:-1], changed[:-1], strict=True)
         )
         if not fits:
-            expected = "None, or `state._replace(...)` with tensors of the same shapes and dtypes"
-            raise ValueError(f"`watcher` holds {shown(watcher)}, whose `step` returned {shown(changed)}; expected {expected}")
+            got = "a state of other shapes or dtypes" if isinstance(changed, CanvasState) else f"a {type(changed).__name__}"
+            raise ValueError(
+                f"`watcher` is {type(watcher).__name__}, whose `step` returned {got}; expected None, or `state._replace(...)` with tensors of the "
+                "same shapes and dtypes"
+            )
         state = changed
     return state
 

@@ -14,6 +14,7 @@ from generation.draws import BatchDraws, RowDraws
 from generation.filters import Filters
 from generation.prediction import check_finite, dense_prediction
 from generation.processors import build_shaping
+from generation.rows import Rows
 from generation.vocabulary import VocabularyHead, streamed_prediction
 
 SETTINGS = {
@@ -46,7 +47,7 @@ def shaping_of(settings, vocab_size=1000):
 def shaped_logits(hidden, head, shaping, temperature):
     logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight).float() / CAP) * CAP
     committed = torch.zeros((hidden.shape[0], 4), dtype=torch.int64)
-    return shaping(logits, shaping.filters_behind(0), committed, None, temperature, 1)
+    return shaping(logits, shaping.filters, committed, None, temperature, 1)
 
 
 def compare(got, expected, tolerance=1e-4):
@@ -66,7 +67,7 @@ def test_filtered_statistics_equal_the_dense_ones(settings, piece):
         current[0, :3] = logits[0, :3].argmax(dim=-1)  # tokens that are kept, beside those that mostly are not
         expected = dense_prediction(logits, BatchDraws(torch.Generator().manual_seed(0)), current=current)
         draws = BatchDraws(torch.Generator().manual_seed(0))
-        got = streamed_prediction(hidden, head, temperature, draws, False, current, shaping.filters_behind(0), piece)
+        got = streamed_prediction(hidden, head, temperature, draws, False, current, shaping.filters, piece)
         soft = got.soft_embeds
         compare(got, expected)
         assert torch.equal(got.argmax, expected.argmax)
@@ -83,7 +84,7 @@ def test_filtered_statistics_in_bf16_are_close_to_the_dense_ones(settings):
     shaping, current = shaping_of(settings), torch.zeros((2, 7), dtype=torch.int64)
     logits = shaped_logits(hidden, head, shaping, 0.7)
     expected = dense_prediction(logits, BatchDraws(), current=current)
-    got = streamed_prediction(hidden, head, 0.7, BatchDraws(), False, current, shaping.filters_behind(0), 128)
+    got = streamed_prediction(hidden, head, 0.7, BatchDraws(), False, current, shaping.filters, 128)
     soft = got.soft_embeds
     got, expected = (item._replace(current_log_probs=torch.zeros(1)) for item in (got, expected))
     compare(got, expected, tolerance=2e-3)
@@ -137,7 +138,7 @@ def test_filtered_sample_follows_the_distribution():
     shaping = shaping_of({"top_k": 5, "top_p": 0.9, "suppress_tokens": [2]}, vocab_size=9)
     expected = shaped_logits(hidden, head, shaping, 1.0).softmax(-1).flatten() * 8_000
     many, draws = hidden.expand(1, 1000, -1), BatchDraws(torch.Generator().manual_seed(1))
-    samples = [streamed_prediction(many, head, 1.0, draws, filters=shaping.filters_behind(0), piece=4).sample for _ in range(8)]
+    samples = [streamed_prediction(many, head, 1.0, draws, filters=shaping.filters, piece=4).sample for _ in range(8)]
     observed, left = torch.bincount(torch.cat(samples).flatten(), minlength=9), expected > 0
     assert int(left.sum()) == 4 and int(observed[~left].sum()) == 0
     assert float(((observed - expected)[left] ** 2 / expected[left]).sum()) < 16.3
@@ -252,8 +253,10 @@ def test_only_processors_that_need_whole_logits_take_the_dense_way():
 
 def test_hidden_ends_of_sequence_are_those_of_the_canvas_at_hand():
     shaping = shaping_of({"min_new_tokens": 12, "eos_token_id": [1]})
-    assert [shaping.filters_behind(generated).hidden_before for generated in (0, 10, 12, 20)] == [12, 2, 0, 0]
-    assert replace(shaping.filters_behind(0), allowed=torch.ones(3, dtype=torch.bool)).hidden_before == 12
+    rows = Rows(torch.arange(1), None, torch.ones(1, 4).bool(), torch.zeros(1, 4).long(), 0, BatchDraws(), shaping.filters)
+    behind = [rows.commit(torch.zeros(1, length).long()) for length in (0, 10, 12, 20)]
+    assert [one.filters.hidden_before for one in behind] == [12, 2, 0, 0] and rows.filters.hidden_before == 12
+    assert replace(shaping.filters, allowed=torch.ones(3, dtype=torch.bool)).hidden_before == 12
 
 
 def test_greedy_filtered_generation_is_the_same_by_either_way(monkeypatch):

@@ -1,5 +1,7 @@
 """After how many tokens a row has ended, and why: the same by every way of decoding."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_models import CANVAS, PAD, prompts, small_model
@@ -54,6 +56,15 @@ def test_an_end_at_the_last_allowed_token_is_a_stop_and_one_behind_it_none(model
     assert output.lengths.dtype == torch.int64 and output.lengths.tolist() == COUNTS
     assert output.finish_reasons == WHYS
     assert torch.equal(output.tokens_per_forward, output.lengths.float() / output.denoising_steps)
+
+
+def test_rows_that_are_verified_one_by_one_share_one_clock(model, monkeypatch):
+    """Each used to start `max_time` anew. A clock that moves a second whenever it is looked at: at two rounds a row, the third is late."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr("generation.plan.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    output = finished(model, [None] * 4, decoding="verified", max_time=9.5, max_denoising_steps=1)
+    assert output.finish_reasons[0] == "length" and output.finish_reasons[-1] == "time", output.finish_reasons
+    assert next(ticks) < 25, "rows behind the time take one round each"
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: next(iter(way.values())))

@@ -167,7 +167,7 @@ def test_a_step_never_looks_at_the_device(model, settings):
     soft_embeds = torch.zeros((2, 10, model.config.text_config.hidden_size), dtype=model.dtype, device=device)
     state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), soft_embeds, plan.rules.stopping)
     steps, temperatures = plan.steps(device)
-    filters = plan.rules.shaping.filters_behind(0)
+    filters = plan.rules.shaping.filters
     drawn = draw_step(plan, row_draws([5, 6], None, 2, 1), state._replace(canvas=state.canvas.new_zeros((2, 10), device="cpu")), filters)
     drawn = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
     with NeverWaits(device):  # what looks before a GPU records agrees

@@ -1,5 +1,6 @@
 """The pure pieces of a denoising step, each against a slow reference written in Python loops."""
 
+import itertools
 import math
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from generation import EntropyBoundSampler, MaskNoise, StableAndConfident, TemperatureSchedule, UniformNoise
-from generation.draws import BatchDraws, row_draws
+from generation.draws import BatchDraws, DrawnStep, row_draws
 from generation.prediction import Prediction, check_finite, dense_prediction
 from generation.samplers import ConfidenceSampler, FixedStepsSampler
 from generation.state import advance, start_canvas
-from generation.stopping import AllOf, AnyOf, Patience, before_sure_end
+from generation.stopping import AllOf, AnyOf, Confident, Patience, Stable, before_sure_end
 
 
 def seeded(seed):
@@ -209,6 +210,19 @@ def test_what_follows_a_sure_end_does_not_count():
     assert done.tolist() == [True, False, True], "means 0.5, 0.6 and 0.0 over what counts, all stable there"
 
 
+def test_rules_are_joined_as_all_of_and_any_of():
+    """Each keeps a memory of its own, and every one is asked at every step."""
+    canvas = torch.zeros(2, 4, dtype=torch.int64)
+    entropy = torch.tensor([[0.1] * 4, [0.9] * 4])
+    prediction = with_entropy(entropy)._replace(argmax=canvas + 5)
+    rules = (Stable(1), Confident(0.5), Patience(2))
+    for joined, expected in ((AllOf(rules), [[0, 0], [0, 0], [1, 0], [1, 0]]), (AnyOf(rules), [[1, 0], [1, 1], [1, 1], [1, 1]])):
+        memory = joined.start(canvas)
+        for wanted in expected:
+            done, memory = joined.update(memory, prediction, None)
+            assert done.int().tolist() == wanted
+
+
 # Predictions
 
 
@@ -261,6 +275,34 @@ def test_logits_that_are_not_numbers_are_refused():
     logits[1, 0, 3] = float("nan")
     with pytest.raises(ValueError, match=r"NaN.*rows \[1\]"):
         check_finite(dense_prediction(logits, BatchDraws(seeded(0))).bad)
+
+
+def test_no_two_purposes_of_a_step_get_the_same_numbers():
+    """Streams used to be told apart by the method that draws, so acceptance and the walk got the same numbers; 4 / sqrt(n) is four standard
+    deviations of the correlation of independent ones."""
+    device, count = torch.device("cpu"), 4096
+    here = row_draws([3], None, 1, 1).at(2, 5)
+    alike = torch.full((1, count, 2), 0.5)
+    drawn = {
+        "walk": here.uniforms((1, count), device), "acceptance": here.uniforms((1, count), device, "acceptance"),
+        "tokens": here.tokens(alike), "other tokens": here.tokens(alike, "other tokens"),
+        "noise": here.noise(UniformNoise(1000), (1, count), device),
+    }  # fmt: skip
+    for (one, first), (other, second) in itertools.combinations(drawn.items(), 2):
+        both = torch.stack((first.flatten().double(), second.flatten().double()))
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 4 / count**0.5, f"{one} and {other}"
+    for purpose in ("uniforms", "acceptance"):
+        assert torch.equal(here.uniforms((1, 9), device, purpose), here.uniforms((1, 9), device, purpose))
+
+
+def test_numbers_drawn_before_a_step_are_those_of_the_step():
+    """A recorded step takes them as inputs; one of another shape than was drawn is refused."""
+    drawn = DrawnStep(torch.rand(2, 3, 1, 2), torch.zeros(2, 3, dtype=torch.int64), None)
+    device = torch.device("cpu")
+    assert drawn.uniforms((2, 3, 1, 2), device) is drawn.walk and drawn.noise(UniformNoise(9), (2, 3), device) is drawn.renoised
+    for shape, purpose in (((2, 3, 1, 4), "uniforms"), ((2, 3), "acceptance")):
+        with pytest.raises(ValueError, match=f"the step's {purpose} were drawn with shape .*; expected"):
+            drawn.uniforms(shape, device, purpose)
 
 
 def test_row_draws_depend_on_the_rows_seed_alone():

@@ -6,7 +6,8 @@ from small_models import prompts, small_model
 
 from generation import predict
 from generation.draws import BatchDraws, RowDraws
-from generation.prediction import check_finite, dense_prediction
+from generation.filters import Filters
+from generation.prediction import Wanted, check_finite, dense_prediction
 from generation.vocabulary import VocabularyHead, streamed_prediction
 
 CAP = 30.0
@@ -137,6 +138,21 @@ def test_other_is_the_current_token_where_nothing_else_has_mass(greedy):
     for way in (dense, streamed_prediction):
         got = way(hidden, head, 1.0, BatchDraws(torch.Generator().manual_seed(0)), greedy, current)
         assert torch.equal(got.other, current) and float(got.current_log_probs.abs().max()) == 0
+
+
+@pytest.mark.parametrize("piece", [5, 63, 1000])
+@pytest.mark.parametrize("filters", [None, Filters(top_k=3), Filters(allowed=torch.arange(1000) % 2 == 0)])
+def test_candidates_and_named_logits_equal_the_dense_ones(piece, filters):
+    """1e-4 nats: the sums run in another order."""
+    hidden, head = case()
+    wanted = Wanted(candidates=7, named=torch.tensor([3, 64, 999]))
+    logits = torch.tanh(torch.nn.functional.linear(hidden, head.weight).float() / CAP) * CAP / 0.8
+    expected = dense_prediction(logits if filters is None else filters.apply(logits), BatchDraws(), wanted=wanted)
+    got = streamed_prediction(hidden, head, 0.8, BatchDraws(), filters=filters, piece=piece, wanted=wanted)
+    torch.testing.assert_close(got.candidate_log_probs, expected.candidate_log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got.named_logits, expected.named_logits, atol=1e-4, rtol=0)
+    real = expected.candidate_log_probs.isfinite()
+    assert torch.equal(got.candidates[real], expected.candidates[real]) and int(real.sum()) == 18 * (3 if filters and filters.top_k else 7)
 
 
 @pytest.fixture(scope="module")
