@@ -12,7 +12,7 @@ from .schedule import TemperatureSchedule
 from .state import CanvasState
 from .stopping import StableAndConfident
 from .streaming import CanvasStreamer
-from .watcher import Watcher, Watching
+from .watcher import Watcher
 
 __all__ = [
     "CanvasState",
@@ -38,7 +38,6 @@ __all__ = [
     "UniformNoise",
     "Wanted",
     "Watcher",
-    "Watching",
     "stream_events",
     "stream_text",
 ]

@@ -1,7 +1,7 @@
 """Who is told what happens while `generate` runs, and may change it: one protocol, and transformers' streamers as one of its kind."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -9,18 +9,20 @@ from .prediction import Prediction
 from .state import CanvasState
 
 
-class Watcher(Protocol):
-    """Pass one to `generate` as `watcher`.
+class Watcher:
+    """Does nothing; derive from it and pass an instance to `generate` as `watcher`.
 
     `wants_logits`: whether `step` reads whole logits (`Prediction.shaped`), which costs the walk over the vocabulary.
     """
 
-    wants_logits: bool
+    wants_logits = False
 
     def start(self, prompt: torch.Tensor) -> None:
         """`prompt` int64 (B, P)."""
 
-    def step(self, canvas_index: int, step: int, places: torch.Tensor, state: CanvasState, prediction: Prediction) -> CanvasState | None:
+    def step(
+        self, canvas_index: int, step: int, places: torch.Tensor, state: CanvasState, prediction: Prediction
+    ) -> CanvasState | None:  # fmt: skip
         """A denoising step has been taken, of canvas `canvas_index`; both count up from 0.
 
         Args: `places` int64 (b,), those of the b rows still computed among the B of the batch; `state` and `prediction` are theirs.
@@ -35,21 +37,7 @@ class Watcher(Protocol):
         """Generation has come to its end; not called after a failure."""
 
 
-class Watching:
-    """A `Watcher` that does nothing, to derive others from."""
-
-    wants_logits = False
-
-    def start(self, prompt: torch.Tensor) -> None: ...
-
-    def step(self, canvas_index, step, places, state, prediction) -> CanvasState | None: ...
-
-    def commit(self, tokens, lengths, finish_reasons) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class WholeCanvas(Watching):
+class WholeCanvas(Watcher):
     """A watcher that is shown the state of all rows the canvas began with, those that have left it as they were, by `show`."""
 
     canvas_index = -1
@@ -100,18 +88,14 @@ def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: tor
         changed = watcher.step(canvas_index, step, places, state, prediction)
         if changed is None:
             continue
-        fits = isinstance(changed, CanvasState) and all(
-            isinstance(new, torch.Tensor) and new.shape == old.shape and new.dtype == old.dtype
-            for old, new in zip(state[:-1], changed[:-1], strict=True)
-        )
-        if not fits:
-            got = "a state of other shapes or dtypes" if isinstance(changed, CanvasState) else f"a {type(changed).__name__}"
+        pairs = zip(state[:-1], changed[:-1], strict=True) if isinstance(changed, CanvasState) else ((None, changed),)
+        if any(not isinstance(new, torch.Tensor) or new.shape != old.shape or new.dtype != old.dtype for old, new in pairs):
             raise ValueError(
-                f"`watcher` is {type(watcher).__name__}, whose `step` returned {got}; expected None, or `state._replace(...)` with tensors of the "
-                "same shapes and dtypes"
+                f"`watcher` is a {type(watcher).__name__}, whose `step` returned a {type(changed).__name__}; expected None, or "
+                "`state._replace(...)` with tensors of the same shapes and dtypes"
             )
         state = changed
     return state
 
 
-__all__ = ["StreamerWatcher", "Watcher", "Watching", "WholeCanvas", "watch"]
+__all__ = ["StreamerWatcher", "Watcher", "WholeCanvas", "watch"]

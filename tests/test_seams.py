@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import prompts, small_model
 
-from generation import StepEvent, Wanted, Watching, mixin, stream_events
+from generation import StepEvent, Wanted, Watcher, mixin, stream_events
 from generation.filters import Filters
 
 VOCAB = 5001  # two pieces of the vocabulary
@@ -69,7 +69,7 @@ def test_a_constraint_goes_with_diffusion_alone(model):
         model.generate(prompts(1, 9)[0], constraint=3)
 
 
-class Pinned(Watching):
+class Pinned(Watcher):
     """Holds position 2 of every canvas at token 7, and keeps what it was told."""
 
     def __init__(self):
@@ -99,7 +99,7 @@ def test_a_watcher_is_told_and_may_change_the_canvas(model):
 
 
 def test_a_watcher_may_finish_rows(model):
-    class Impatient(Watching):
+    class Impatient(Watcher):
         def step(self, canvas_index, step, places, state, prediction):
             return state._replace(finished=state.finished | (places == 1))
 
@@ -111,11 +111,11 @@ def test_a_watcher_may_finish_rows(model):
 
 @pytest.mark.parametrize("wrong", [3, "state", "narrow"])
 def test_what_a_watcher_returns_must_be_a_state(model, wrong):
-    class Strange(Watching):
+    class Strange(Watcher):
         def step(self, canvas_index, step, places, state, prediction):
             return state._replace(canvas=state.canvas[:, :3]) if wrong == "narrow" else wrong
 
-    with pytest.raises(ValueError, match="`watcher` is .*Strange.*expected None, or `state._replace"):
+    with pytest.raises(ValueError, match="`watcher` is a Strange.*expected None, or `state._replace"):
         model.generate(prompts(1, 9)[0], watcher=Strange(), **{**SETTINGS, "seed": 0})
 
 
