@@ -62,7 +62,8 @@ def denoise_canvas(
         known = flags.push(state.finished, prediction.bad)
         if known is not None:
             check_finite(known.bad, rows.places)
-        if (known is not None and bool(known.finished.all())) or plan.out_of_time():
+        all_finished = known is not None and bool(known.finished.all())
+        if all_finished or step + 1 == rules.max_denoising_steps or plan.out_of_time():
             break
         # 5. Rows leave.
         if execution.compact and known is not None and bool(known.finished.any()) and rows.can_leave():

@@ -103,16 +103,12 @@ def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, s
     return _real_tokens(attention_mask, (input_ids.shape[0], seen + input_ids.shape[1]), input_ids.device)
 
 
-def check_embeds(
-    embeds: torch.Tensor, attention_mask: torch.Tensor | None, seen: int, hidden_size: int, pixel_values: torch.Tensor | None
-) -> torch.Tensor:
+def check_embeds(embeds: torch.Tensor, attention_mask: torch.Tensor | None, seen: int, hidden_size: int) -> torch.Tensor:
     """`check_prompt` for a prompt of embeddings `(B, P, D)`."""
     if embeds.shape[-1] != hidden_size:
         raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}; expected (batch, length, {hidden_size})")
     if embeds.numel() == 0:
         raise ValueError(f"the prompt is empty: `inputs_embeds` has shape {tuple(embeds.shape)}; expected at least one token")
-    if pixel_values is not None:
-        raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
     return _real_tokens(attention_mask, (embeds.shape[0], seen + embeds.shape[1]), embeds.device)
 
 

@@ -127,10 +127,8 @@ def row_draws(
         generator: one, from which the rows' seeds are drawn, or one a row, from which its seed is. Default: torch's global one.
 
     Raises:
-        ValueError: both are given, or the wrong number of either, or a seed that is no integer.
+        ValueError: the wrong number of either, or a seed that is no integer.
     """
-    if seed is not None and generator is not None:
-        raise ValueError("`seed` and `generator` are both given; expected one of them")
     if seed is not None:
         seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
         if len(seeds) != prompts or not all(isinstance(value, int) and not isinstance(value, bool) for value in seeds):

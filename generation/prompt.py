@@ -67,7 +67,7 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
         inputs = {"input_ids": ids, **inputs}
     else:
         embeds = given["inputs_embeds"]
-        real = check_embeds(embeds, mask, seen, text_config.hidden_size, given["pixel_values"])
+        real = check_embeds(embeds, mask, seen, text_config.hidden_size)
         ids = torch.zeros((embeds.shape[0], 0), dtype=torch.int64, device=embeds.device)
         inputs = {"inputs_embeds": embeds, **inputs}
     canvas, copies = given["decoder_input_ids"], config.num_return_sequences or 1

@@ -45,6 +45,10 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     if len(prompts) != 1:
         found = f"{len(prompts)} are given" if prompts else "the prompt is empty: none is given"
         raise ValueError(f"`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`; {found}; expected exactly one of them")
+    if given["inputs_embeds"] is not None and given["pixel_values"] is not None:
+        raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
+    if given["seed"] is not None and given["generator"] is not None:
+        raise ValueError("`seed` and `generator` are both given; expected one of them")
     cache, canvas, copies = given["cache"], given["decoder_input_ids"], config.num_return_sequences or 1
     if cache is not None and config.cache_implementation is not None:
         raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `cache` is given")
