@@ -26,7 +26,7 @@ class Retired(NamedTuple):
 # Retired as a whole name of a variable, an argument or an attribute, and free inside longer ones.
 NAMES = {
     "number": Retired("canvas_index, step, index, place, count: which of these it is", {"arguments.py": "a kind of argument"}),
-    "padding": Retired("`real`: masks are True at real tokens", {"inputs.py": "True at padding"}),
+    "padding": Retired("`real`: masks are True at real tokens", {"prompt.py": "True at padding"}),
     "cur_step": Retired("`step`, which counts up from 0: transformers' counts down"),
     "x0": Retired("denoiser, argmax or accepted canvas: which of these it is"),
 }
@@ -54,16 +54,13 @@ WORDS = {
 }  # fmt: skip
 # Word, and the files that hold it still.
 NOT_YET = {
-    "capture": "capture",
-    "context": "autoregressive denoise mixin processors written",
-    "number": "autoregressive capture denoise mixin proofs vocabulary console_bench fp8_layout lm_evaluation loss ranks score",
-    "own": "configuration draws mixin processors running samplers vocabulary attention caches console_model experts fp8 "
+    "context": "processors",
+    "number": "proofs recording console_bench fp8_layout lm_evaluation loss ranks score",
+    "own": "configuration draws kernel processors samplers stopping sums vocabulary attention caches console_model experts fp8 "
     "fp8_quantizer head loading plain remote_code serve",
     "padding": "loss masks model",
-    "part": "canvas output running vocabulary attention caches model plain",
-    "parts": "output running vocabulary",
-    "room": "proofs running vocabulary",
-    "statistics": "autoregressive canvas denoise samplers statistics vocabulary rollout",
+    "part": "state attention caches model plain",
+    "room": "proofs",
 }
 PUBLISHED_RULES = {"EntropyBoundSampler"}  # the name of a rule, in a package that holds no weights
 
