@@ -39,7 +39,7 @@ class CanvasConfig(Protocol):
 
 
 class PassOutput(Protocol):
-    """What a pass returns: hidden states as `compute_logits` takes them."""
+    """What a pass returns, with hidden states as `compute_logits` takes them."""
 
     last_hidden_state: torch.Tensor
 
@@ -66,9 +66,11 @@ class GeneratesCanvases(Protocol):
             images: `pixel_values`, `image_position_ids` and `mm_token_type_ids`, each where the caller gave it.
 
         Returns:
-            `last_hidden_state` `(B, P or last_states, D)`.
+            `last_hidden_state` `(B, P or last_states, D)`; soft embeddings begin as zeros of its last size and dtype.
+
+        Raises:
+            ValueError: ids, images or a cache that do not fit the model, by name.
         """
-        ...
 
     def prepare_canvas(
         self, cache: Cache, canvas_shape: tuple[int, int], attention_mask: torch.Tensor, position_ids: torch.Tensor, /, *, slots: int
@@ -85,26 +87,22 @@ class GeneratesCanvases(Protocol):
         Returns:
             The view. One that a recorded step can take is a structure of tensors, numbers and strings (tuples, named tuples, dicts).
         """
-        ...
 
-    def denoise(self, canvas_ids: torch.Tensor, /, *, soft_embeds: torch.Tensor | None, view: Any) -> PassOutput:
+    def denoise(self, canvas_ids: torch.Tensor, /, *, soft_embeds: torch.Tensor, view: Any) -> PassOutput:
         """Runs a canvas `int64 (B, C)` bidirectionally over itself and the cache behind `view`, to which nothing is appended.
 
         Args:
-            soft_embeds (`(B, C, D)`): of the step before, from `soft_embed` or the walk; None or zeros at the first step.
+            soft_embeds (`(B, C, D)`): of the step before, from `soft_embed` or the walk; zeros at the first step.
 
         Returns:
             `last_hidden_state` `(B, C, D)`.
         """
-        ...
 
     def compute_logits(self, hidden_states: torch.Tensor, /) -> torch.Tensor:
         """Logits, float32 `(B, n, V)`, of hidden states `(B, n, D)`."""
-        ...
 
     def soft_embed(self, logits: torch.Tensor, /) -> torch.Tensor:
         """The expected embedding `(B, C, D)` under softmax(logits) `(B, C, V)`: the self-conditioning of the next step."""
-        ...
 
 
 class WalksVocabulary(Protocol):
@@ -112,11 +110,9 @@ class WalksVocabulary(Protocol):
 
     def why_dense(self, device: torch.device, /) -> str | None:
         """What keeps this model, as it is now, from being walked on `device`; None where nothing does. Asked once a call."""
-        ...
 
     def vocabulary_head(self) -> AbstractContextManager[VocabularyHead]:
         """A context in which head and embedding are there as matrices. Entered at every step."""
-        ...
 
 
 class RecordsSteps(Protocol):
@@ -124,7 +120,6 @@ class RecordsSteps(Protocol):
 
     def why_not_recorded(self) -> str | None:
         """What keeps the pass, as it is now, from being recorded, such as weights that are moved; None where nothing does."""
-        ...
 
 
 class Compiles(Protocol):
@@ -136,7 +131,6 @@ class Compiles(Protocol):
         Raises:
             ValueError: settings that torch does not know.
         """
-        ...
 
 
 class RoundsAsReference(Protocol):
@@ -144,7 +138,6 @@ class RoundsAsReference(Protocol):
 
     def reference_arithmetic(self) -> AbstractContextManager:
         """A context in which it rounds as that one does."""
-        ...
 
 
 class ChecksPrompts(Protocol):
@@ -159,10 +152,16 @@ class ChecksPrompts(Protocol):
         Raises:
             ValueError: as `prefill`.
         """
-        ...
 
 
-OFFERS = (WalksVocabulary, RecordsSteps, Compiles, RoundsAsReference, ChecksPrompts)
+class EmbedsTokens(Protocol):
+    """May be offered: a `constraint` gets what it returns, to make soft embeddings of its own."""
+
+    def get_input_embeddings(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What gives ids int64 `(B, C)` their embeddings `(B, C, D)`."""
+
+
+OFFERS = (WalksVocabulary, RecordsSteps, Compiles, RoundsAsReference, ChecksPrompts, EmbedsTokens)
 
 
 def check_contract(model: Any, images: Sequence[str] = ()) -> None:
@@ -228,6 +227,6 @@ def _misfits(given: Any, protocol: type, images: Sequence[str] = ()) -> Iterator
 
 
 __all__ = [
-    "CanvasConfig", "ChecksPrompts", "Compiles", "GeneratesCanvases", "PassOutput", "RecordsSteps", "RoundsAsReference", "TextConfig",
-    "WalksVocabulary", "check_contract",
+    "CanvasConfig", "ChecksPrompts", "Compiles", "EmbedsTokens", "GeneratesCanvases", "PassOutput", "RecordsSteps", "RoundsAsReference",
+    "TextConfig", "WalksVocabulary", "check_contract",
 ]  # fmt: skip

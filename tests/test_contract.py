@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from generation import DiffusionGenerationMixin
 from generation.contract import OFFERS, GeneratesCanvases, check_contract
+from generation.prediction import NOTHING_MORE
 from generation.vocabulary import VocabularyHead
 
 VOCAB, HIDDEN, CANVAS, CAP = 37, 12, 7, 9.0
@@ -21,7 +22,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 17, "max_denoising_steps": 6}
 
 
 class Toy(DiffusionGenerationMixin):
-    """An embedding, and one layer of attention that is causal in a prompt and sees all of a canvas. No module, no weights of anybody."""
+    """An embedding, and a layer of attention, causal in a prompt and over all of a canvas. It takes what the contract says, no more."""
 
     def __init__(self):
         numbers = torch.Generator().manual_seed(0)
@@ -33,18 +34,18 @@ class Toy(DiffusionGenerationMixin):
         mixed = scaled_dot_product_attention(embeds[:, None], keys[:, None], keys[:, None], visible[:, None])
         return SimpleNamespace(last_hidden_state=embeds + mixed[:, 0])
 
-    def prefill(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, last_states=None):
+    def prefill(self, *, input_ids=None, attention_mask, position_ids, cache, inputs_embeds=None, last_states=None):
         embeds = (self.weight[input_ids] if inputs_embeds is None else inputs_embeds) + self.places[position_ids]
         keys = cache.update(embeds[:, None], embeds[:, None], 0)[0][:, 0]
         places = torch.arange(keys.shape[1])
         return self.mix(embeds, keys, (places <= places[-embeds.shape[1] :, None]) & attention_mask[:, None])
 
-    def prepare_canvas(self, cache, canvas_shape, attention_mask, position_ids, slots=0):
+    def prepare_canvas(self, cache, canvas_shape, attention_mask, position_ids, /, *, slots):
         return cache.layers[0].keys[:, 0], attention_mask[:, None].expand(-1, canvas_shape[1], -1), self.places[position_ids]
 
-    def denoise(self, canvas_ids, soft_embeds=None, view=None):
+    def denoise(self, canvas_ids, /, *, soft_embeds, view):
         keys, visible, places = view
-        embeds = self.weight[canvas_ids] + places + (0 if soft_embeds is None else soft_embeds)
+        embeds = self.weight[canvas_ids] + places + soft_embeds
         return self.mix(embeds, torch.cat((keys, embeds), dim=1), visible)
 
     def compute_logits(self, hidden_states):
@@ -81,9 +82,25 @@ class Generous(Toy):
     def reference_arithmetic(self):
         return self.using("reference")
 
-    def check_prompt(self, input_ids=None, attention_mask=None, cache=None, inputs_embeds=None):
+    def get_input_embeddings(self):
+        return self.weight.__getitem__
+
+    def check_prompt(self, *, input_ids=None, attention_mask, cache, inputs_embeds=None):
         if input_ids is not None and int(input_ids.max()) >= VOCAB:
             raise ValueError(f"`input_ids` holds ids up to {int(input_ids.max())}; expected less than {VOCAB}")
+
+
+class Nothing:
+    """A constraint that asks for nothing: tokens are embedded, and every prediction counts as it is."""
+
+    wanted = NOTHING_MORE
+
+    def constrain(self, prediction, state, embed):
+        assert embed(prediction.argmax).shape == prediction.soft_embeds.shape
+        return prediction
+
+    def select(self, rows):
+        return self
 
 
 class Streamer:
@@ -118,8 +135,10 @@ def test_one_step_is_the_argmax_of_the_models_logits():
     model, canvas = Toy(), torch.randint(VOCAB, (2, CANVAS), generator=torch.Generator().manual_seed(1))
     real, positions = torch.ones(2, 5 + CANVAS, dtype=torch.bool), torch.arange(5 + CANVAS)[None]
     model.prefill(input_ids=IDS, attention_mask=real[:, :5], position_ids=positions[:, :5], cache=(cache := DynamicCache()))
-    view = model.prepare_canvas(cache, (2, CANVAS), real, positions[:, 5:])
-    expected = model.compute_logits(model.denoise(canvas, view=view).last_hidden_state).argmax(dim=-1)
+    view = model.prepare_canvas(cache, (2, CANVAS), real, positions[:, 5:], slots=0)
+    expected = model.compute_logits(model.denoise(canvas, soft_embeds=torch.zeros(2, CANVAS, HIDDEN), view=view).last_hidden_state).argmax(
+        dim=-1
+    )
     settings = {**GREEDY, "max_new_tokens": CANVAS, "max_denoising_steps": 1}
     assert torch.equal(model.generate(IDS, decoder_input_ids=canvas, **settings)[:, 5:], expected)
 
@@ -155,6 +174,7 @@ def test_generation_touches_nothing_but_the_contract():
 
     for dense, decoding in ((None, "diffusion"), ("", "diffusion"), (None, "autoregressive"), (None, "verified")):
         Watched(dense).generate(IDS, decoding=decoding, **GREEDY)
+    Watched().generate(IDS, constraint=Nothing(), **GREEDY)
     assert touched > set(REQUIRED)
     assert touched - set(dir(DiffusionGenerationMixin)) <= named | {"peft_config", "__class__"}
 
