@@ -28,7 +28,7 @@ from .outputs import MaskedBlockOutput
 from .plain import brought_in, expected_embedding, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .score import Score, score_responses
-from .stack import View
+from .view import View
 
 logger = logging.get_logger(__name__)
 
