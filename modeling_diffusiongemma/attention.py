@@ -1,9 +1,12 @@
-"""Attention, the same for the prompt pass and the canvas pass: it reads the cached keys and values and its own, and
+"""Attention, the same for the prompt pass and the canvas pass: it reads the cached keys and values and the new ones, and
 appends nothing. The stack above appends the new keys and values to the cache after a prompt pass.
 
 Queries and keys are RMS-normed, so scores are not scaled. Full-attention layers have no value projection: the value is
 the unscaled norm of the key projection.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from generation.proofs import FastPath, numbers, works
 
 from .caches import LayerCache, join
 from .layers import RMSNorm, rotate
+from .masks import additive, block_mask, boolean, expanded
 
 
 def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
@@ -24,8 +28,8 @@ def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     Returns: output `(B, Q, H, head_dim)` and the attention weights `(B, H, Q, S)`.
     """
     batch_size, heads, queries, head_dim = query.shape
-    grouped = query.reshape(batch_size, key.shape[1], -1, head_dim)  # (B, K, H / K * Q, head_dim)
-    scores = torch.matmul(grouped, key.transpose(-2, -1)).view(batch_size, heads, queries, -1) * scaling
+    folded = query.reshape(batch_size, key.shape[1], -1, head_dim)  # (B, K, H / K * Q, head_dim)
+    scores = torch.matmul(folded, key.transpose(-2, -1)).view(batch_size, heads, queries, -1) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
@@ -34,7 +38,7 @@ def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), weights
 
 
-def kernel_takes_groups(key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+def kernel_shares_keys(key: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
     """Whether torch's fused kernel lets several query heads share a key head without repeating it: the CPU's always does, CUDA's
     flash kernel without a mask and up to this head_dim. Elsewhere torch would write the scores out."""
     if key.device.type in ("cpu", "meta"):
@@ -45,7 +49,7 @@ def kernel_takes_groups(key: torch.Tensor, attention_mask: torch.Tensor | None) 
 def sdpa_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, is_causal=False, **kwargs):
     """torch's fused attention; keys and values are never repeated per query head.
 
-    Where the kernel does not take groups, the query heads that share a key head become one long block of queries if no mask
+    Where the kernel does not share them, the query heads that share a key head become one long block of queries if no mask
     tells queries apart (a canvas), and go one after another if one does. transformers' own `"sdpa"` repeats keys and values with a
     mask or a head_dim above 256: eight times, on the released full-attention layers.
 
@@ -53,16 +57,16 @@ def sdpa_attention(module, query, key, value, attention_mask, dropout=0.0, scali
     """
     batch_size, heads, queries, head_dim = query.shape
     options = {"dropout_p": dropout, "scale": scaling, "is_causal": is_causal and attention_mask is None}
-    groups = heads // key.shape[1]
-    if groups == 1 or kernel_takes_groups(key, attention_mask):
-        output = scaled_dot_product_attention(query, key, value, attention_mask, enable_gqa=groups > 1, **options)
+    sharing = heads // key.shape[1]  # query heads a key head
+    if sharing == 1 or kernel_shares_keys(key, attention_mask):
+        output = scaled_dot_product_attention(query, key, value, attention_mask, enable_gqa=sharing > 1, **options)
         return output.transpose(1, 2), None
     if not options["is_causal"] and (attention_mask is None or attention_mask.shape[2] == 1):
-        folded = query.reshape(batch_size, key.shape[1], groups * queries, head_dim)
+        folded = query.reshape(batch_size, key.shape[1], sharing * queries, head_dim)
         output = scaled_dot_product_attention(folded, key, value, attention_mask, **options)
     else:
-        grouped = query.reshape(batch_size, key.shape[1], groups, queries, head_dim).unbind(dim=2)
-        output = torch.stack([scaled_dot_product_attention(part, key, value, attention_mask, **options) for part in grouped], dim=2)
+        singles = query.reshape(batch_size, key.shape[1], sharing, queries, head_dim).unbind(dim=2)  # one query head a key head, each
+        output = torch.stack([scaled_dot_product_attention(single, key, value, attention_mask, **options) for single in singles], dim=2)
     return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), None
 
 
@@ -91,6 +95,28 @@ def shares_keys(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     return works(SHARED_KEYS, device, dtype, head_dim)
 
 
+class Implementation(NamedTuple):
+    """One way to attend: a function as `eager_attention` (weights may be None), the form of its mask (`masks`), and whether without a
+    mask it is causal where `is_causal` says so; else None means everything."""
+
+    attend: Callable
+    form: Callable
+    causal_without: bool = False
+
+
+# By `attn_implementation`: a kernel is a row here.
+ATTENTION = {
+    "eager": Implementation(eager_attention, additive),
+    "sdpa": Implementation(sdpa_attention, boolean, causal_without=True),
+    "flex_attention": Implementation(ALL_ATTENTION_FUNCTIONS["flex_attention"], block_mask),
+}
+
+
+def implementation(name: str) -> Implementation:
+    """The row of `ATTENTION`; for any other name that transformers knows its function, with a boolean mask `(B, 1, Q, S)`."""
+    return ATTENTION.get(name) or Implementation(ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention), expanded)
+
+
 class Attention(nn.Module):
     def __init__(self, config: DiffusionGemmaTextConfig, layer_idx: int):
         super().__init__()
@@ -111,19 +137,14 @@ class Attention(nn.Module):
         self.v_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        mask,
-        cached: LayerCache | None,
-        is_causal: bool,
+        self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask, cached: LayerCache | None, is_causal: bool
     ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
         """Attends from the new tokens to the cached and the new ones.
 
         Args:
             hidden_states (`(B, L, D)`): the new tokens.
             rotary: cos and sin, each `(B, L, 1, head_dim)`.
-            mask: as `masks.for_attention` makes it, over cached then new keys; None: everything, or causal.
+            mask: in the `form` of the implementation, over cached then new keys; None: everything, or causal.
             cached: what the cache holds for this layer; its free slots are written to (`caches.join`).
             is_causal: whether a mask of None means causal.
 
@@ -138,12 +159,12 @@ class Attention(nn.Module):
         value = self.v_norm(value).transpose(1, 2)
         new = LayerCache(key, value)
         key, value = (states.to(query.dtype) for states in join(cached, new)[:2])  # a cache of an autocast call may be in other bits
-        implementation = self.config._attn_implementation
-        own = sdpa_attention if implementation == "sdpa" else None
-        attend = own or ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        attend = implementation(self.config._attn_implementation).attend
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=1.0, is_causal=is_causal)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), new, weights
 
 
-__all__ = ["SHARED_KEYS", "Attention", "eager_attention", "kernel_takes_groups", "sdpa_attention"]
+__all__ = [
+    "ATTENTION", "SHARED_KEYS", "Attention", "Implementation", "eager_attention", "implementation", "kernel_shares_keys", "sdpa_attention",
+]  # fmt: skip

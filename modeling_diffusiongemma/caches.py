@@ -1,7 +1,7 @@
 """What a pass reads from a cache: the filled slots of each layer, and room behind them for a canvas.
 
 While a canvas is denoised the cache does not change. So its keys and values are laid out once a canvas with as many free
-slots behind them as the canvas has tokens, and every step writes its own there, instead of copying the whole cache in
+slots behind them as the canvas has tokens, and every step writes those of its canvas there, instead of copying the whole cache in
 every layer of every step. Nothing is stored twice where the cache allows it: a dynamic layer's tensors are replaced by the
 filled part of the new ones, which holds the same values. (A sliding layer then keeps its window alone; what transformers stores
 after a prompt is a view of the whole prompt's keys.) A static cache keeps its tensors, and its filled slots are stored twice.
@@ -37,9 +37,9 @@ def join(cached: LayerCache | None, new: LayerCache) -> LayerCache:
         return new
     if cached.room == 0 or torch.is_grad_enabled():
         slots = cached.keys.shape[2] - cached.room
-        return LayerCache(*(torch.cat((old[:, :, :slots], own), dim=2) for old, own in zip(cached[:2], new[:2], strict=True)))
-    for whole, own in zip(cached[:2], new[:2], strict=True):
-        whole[:, :, -cached.room :] = own
+        return LayerCache(*(torch.cat((old[:, :, :slots], fresh), dim=2) for old, fresh in zip(cached[:2], new[:2], strict=True)))
+    for whole, fresh in zip(cached[:2], new[:2], strict=True):
+        whole[:, :, -cached.room :] = fresh
     return cached
 
 
@@ -75,6 +75,11 @@ class StoredLayers:
         stored = self.seen if _is_quantized(layer) else min(self.seen, layer.keys.shape[2])
         return stored if window is None else min(stored, window)
 
+    def laid_out(self, least: int = 0) -> tuple[int, ...]:
+        """For each layer how many slots a view lays out: those stored, and at least `least` or, if fewer, the window."""
+        windows = (least if window is None else min(least, window) for window in self.windows)
+        return tuple(max(self.slots(layer_idx), window) for layer_idx, window in enumerate(windows))
+
     def read(self, layer_idx: int) -> LayerCache | None:
         """The last `slots(layer_idx)` tokens of a layer, on the device it computes on."""
         slots = self.slots(layer_idx)
@@ -90,14 +95,14 @@ class StoredLayers:
     def __iter__(self) -> Iterator[LayerCache | None]:
         return (self.read(layer_idx) for layer_idx in range(len(self.windows)))
 
-    def with_room(self, room: int, least: tuple[int, ...]) -> "tuple[LayerCache | None, ...] | StoredLayers":
-        """The layers with `room` free slots behind at least `least[layer_idx]` cached ones, those not filled being zero.
+    def with_room(self, room: int, least: int) -> "tuple[LayerCache | None, ...] | StoredLayers":
+        """The layers with `room` free slots behind the cached ones that `laid_out(least)` counts, those not filled being zero.
 
         An offloaded cache stays as it is: all of its layers at once would not fit.
         """
         if self.cache.offloading:
             return self
-        return tuple(self._with_room(layer_idx, room, least[layer_idx]) for layer_idx in range(len(self.windows)))
+        return tuple(self._with_room(layer_idx, room, slots) for layer_idx, slots in enumerate(self.laid_out(least)))
 
     def _with_room(self, layer_idx: int, room: int, least: int) -> LayerCache | None:
         cached = self.read(layer_idx)
@@ -135,10 +140,10 @@ def _prove_offloaded(device: torch.device):
     values, got = numbers(2, 1, 2, 256, 64).to(device), []
     work = torch.ones(1024, 1024, dtype=torch.float32, device=device)
     for cache in caches:
-        for part in range(2):
+        for canvas in values:
             for place in range(3):
                 work = (work @ work).clamp_(max=1.0)
-                cache.update(values[part] * work[0, 0] + place, -values[part], place)
+                cache.update(canvas * work[0, 0] + place, -canvas, place)
         for layer in cache.layers:
             _await_streams(cache, layer)
             got.append([states[:, :, :512].to(device) for states in (layer.keys, layer.values)])

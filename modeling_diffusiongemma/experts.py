@@ -78,10 +78,10 @@ def eager_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
     for expert, count in enumerate(counts):
         if count == 0:
             continue
-        own, end = token[end : end + count], end + count
-        gate, up = nn.functional.linear(hidden_states.index_select(0, own), self.gate_up_proj[expert]).chunk(2, dim=-1)
+        rows, end = token[end : end + count], end + count
+        gate, up = nn.functional.linear(hidden_states.index_select(0, rows), self.gate_up_proj[expert]).chunk(2, dim=-1)
         partial = nn.functional.linear(self.act_fn(gate).mul_(up), self.down_proj[expert])
-        output.index_add_(0, own, partial.to(dtype).mul_(weight[end - count : end]))
+        output.index_add_(0, rows, partial.to(dtype).mul_(weight[end - count : end]))
     return output.to(hidden_states.dtype)
 
 

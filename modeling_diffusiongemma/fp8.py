@@ -92,8 +92,8 @@ class FP8Experts(FixedDtypes, nn.Module):
         if is_parametrized(self):
             dtype = hidden_states.dtype
             # One after the other: indexing would give each expert a gradient as large as all of them.
-            own = {name: self._parametrized(name).to(dtype).unbind() for name in ("gate_up_proj", "down_proj")}
-            return eager_experts(SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **own), hidden_states, chosen, weights)
+            plain = {name: self._parametrized(name).to(dtype).unbind() for name in ("gate_up_proj", "down_proj")}
+            return eager_experts(SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **plain), hidden_states, chosen, weights)
         tokens, active = chosen.shape
         experts, order = chosen.flatten().sort(stable=True)  # (N * A)
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True).to(torch.int32)

@@ -51,8 +51,8 @@ def check_quantization(quantization: dict) -> None:
     if len(groups) != 1:
         raise ValueError(f"`quantization_config['config_groups']` holds {sorted(groups)}; expected one group")
     name, group = next(iter(groups.items()))
-    for part, expected in QUANTIZATION["config_groups"]["group_0"].items():
-        got, place = group.get(part), f"['config_groups'][{name!r}][{part!r}]"
+    for key, expected in QUANTIZATION["config_groups"]["group_0"].items():
+        got, place = group.get(key), f"['config_groups'][{name!r}][{key!r}]"
         if isinstance(expected, dict) and isinstance(got, dict):
             for field, value in expected.items():
                 check(f"{place}[{field!r}]", got.get(field), value)
@@ -88,9 +88,9 @@ def is_ignored(name: str, ignore: list[str]) -> bool:
     return any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in ignore)
 
 
-def expert_names(experts: str, number: int, projection: str) -> list[str]:
+def expert_names(experts: str, count: int, projection: str) -> list[str]:
     """Stored names of a stacked projection, without `.weight`: expert by expert, gate before up."""
-    return [f"{experts}.{expert}.{name}" for expert in range(number) for name in PROJECTIONS[projection]]
+    return [f"{experts}.{expert}.{name}" for expert in range(count) for name in PROJECTIONS[projection]]
 
 
 def _experts_ignored(ignore: list[str], names: list[str]) -> bool:
@@ -159,8 +159,8 @@ def published_layout(model: nn.Module) -> dict[str, tuple[str | None, tuple[int,
         if name == "lm_head.weight" or owner in modules:
             continue
         if owner.endswith(".experts"):
-            number, rows, columns = tensor.shape
-            for entry in expert_names(owner, number, last):
+            count, rows, columns = tensor.shape
+            for entry in expert_names(owner, count, last):
                 layout[f"{entry}.weight"] = (None, (rows // len(PROJECTIONS[last]), columns))
         else:
             layout[prefix + name] = (None, tuple(tensor.shape))
@@ -222,15 +222,6 @@ def check_scale(scale: torch.Tensor, name: str, file: str | os.PathLike) -> None
 
 
 __all__ = [
-    "PROJECTIONS",
-    "check_files",
-    "check_quantization",
-    "check_scale",
-    "default_ignore",
-    "expert_names",
-    "fp8_modules",
-    "fp8_shapes",
-    "make_fp8",
-    "published_layout",
-    "published_quantization",
-]
+    "PROJECTIONS", "check_files", "check_quantization", "check_scale", "default_ignore", "expert_names", "fp8_modules", "fp8_shapes",
+    "make_fp8", "published_layout", "published_quantization",
+]  # fmt: skip

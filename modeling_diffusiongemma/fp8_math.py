@@ -284,20 +284,7 @@ def _differentiated(inputs: torch.Tensor) -> bool:
 
 
 __all__ = [
-    "E4M3",
-    "LARGEST",
-    "SCALED",
-    "SCALED_GROUPED",
-    "dequantize",
-    "dequantized_grouped_product",
-    "dequantized_product",
-    "fp8_grouped_product",
-    "fp8_product",
-    "has_scaled_products",
-    "quantize_rows",
-    "quantize_weight",
-    "reference_product",
-    "rounding_bound",
-    "scaled_grouped_product",
-    "scaled_product",
-]
+    "E4M3", "LARGEST", "SCALED", "SCALED_GROUPED", "dequantize", "dequantized_grouped_product", "dequantized_product",
+    "fp8_grouped_product", "fp8_product", "has_scaled_products", "quantize_rows", "quantize_weight", "reference_product",
+    "rounding_bound", "scaled_grouped_product", "scaled_product",
+]  # fmt: skip

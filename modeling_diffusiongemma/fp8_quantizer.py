@@ -1,7 +1,7 @@
 """FP8 in transformers' `from_pretrained` and `save_pretrained`: reads the published FP8 layout, quantises any other checkpoint
 on the way in, and writes the published layout.
 
-The quantiser is registered with transformers under a name of its own, so that compressed-tensors, which claims the published
+The quantiser is registered with transformers under this file's name, so that compressed-tensors, which claims the published
 `quant_method`, stays in charge of every other model. Our model classes swap the names while they load (`loading.py`);
 config.json always has the published one.
 """
@@ -122,7 +122,7 @@ class SplitExperts(ConversionOps):
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
         (stacked,) = next(iter(input_dict.values()))
         return {
-            pattern.replace("*", str(expert)): stored_scale(rows) if self.scales else with_own_storage(rows)
+            pattern.replace("*", str(expert)): stored_scale(rows) if self.scales else separately_stored(rows)
             for expert, one in enumerate(stacked)
             for pattern, rows in zip(target_patterns, one.chunk(self.parts), strict=True)
         }
@@ -162,7 +162,7 @@ def stored_scale(scale: torch.Tensor) -> torch.Tensor:
     return rounded if torch.equal(rounded.float(), scale) else scale.clone()
 
 
-def with_own_storage(view: torch.Tensor) -> torch.Tensor:
+def separately_stored(view: torch.Tensor) -> torch.Tensor:
     """The same memory behind a storage of its own: shards are cut by storages, and all experts of a layer would count as one."""
     return torch.from_dlpack(view.view(torch.uint8)).view(view.dtype)
 

@@ -28,7 +28,7 @@ from .outputs import MaskedBlockOutput
 from .plain import brought_in, expected_embedding, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .score import Score, score_responses
-from .stack import View
+from .view import View
 
 logger = logging.get_logger(__name__)
 
@@ -107,6 +107,11 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             logger.warning_once(f"Denoising steps compute whole logits, which is slower than walking the vocabulary in pieces: {why}.")
         return why is None
 
+    def why_not_recorded(self) -> str | None:
+        """What keeps generation from recording a denoising step as a CUDA graph; None where nothing does."""
+        moved = any(hasattr(module, "_hf_hook") for module in self.modules())
+        return "Accelerate moves weights, which no graph holds" if moved else None
+
     @contextlib.contextmanager
     def vocabulary_head(self) -> Iterator[VocabularyHead]:
         """Head and embedding as matrices, for generation that walks the vocabulary in pieces; offloaded ones are there for the length of
@@ -126,17 +131,17 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
     def save_pretrained(self, save_directory, *args, remote_code: bool | None = None, **kwargs):
         """`LoadingMixin.save_pretrained`; generation_config.json says every diffusion field, since vLLM takes them from there alone."""
-        own = self.generation_config
-        if isinstance(own, DiffusionGenerationConfig):
-            own.validate()
-            self.generation_config = own.filled()
+        given = self.generation_config
+        if isinstance(given, DiffusionGenerationConfig):
+            given.validate()
+            self.generation_config = given.filled()
         try:
             super().save_pretrained(save_directory, *args, remote_code=remote_code, **kwargs)
-            if isinstance(own, DiffusionGenerationConfig) and not self.generation_config.published_and_own()[1]:
+            if isinstance(given, DiffusionGenerationConfig) and not self.generation_config.published_and_own()[1]:
                 # Of a checkpoint that stood here before: files of names that are not written stay.
                 (Path(save_directory) / f"{OWN_FILE}generation_config.json").unlink(missing_ok=True)
         finally:
-            self.generation_config = own
+            self.generation_config = given
 
     @takes_cache
     def forward(
@@ -205,54 +210,57 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
                       "self_conditioning_logits": self_conditioning_logits, "output_hidden_states": output_hidden_states or None,
                       "output_attentions": output_attentions or None}  # fmt: skip
-            if given := [name for name, value in unused.items() if value is not None]:
-                virtual = {"cache", "past_key_values", "inputs_embeds"}.intersection(given)
-                hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
-                raise ValueError(
-                    f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
-                )
-            if input_ids is None:
-                raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
-            attention_mask = plain_mask("attention_mask", attention_mask)
-            trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
-            output = MaskedBlockOutput(
-                loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
-                encoder_last_hidden_state=trained.prefilled.last_hidden_state,
-                diffusion_loss=trained.diffusion, causal_loss=trained.causal,
-            )  # fmt: skip
+            output = self._learn_examples(input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused)
             return output.to_tuple() if return_dict is False else output
-
         if labels is None and decoder_input_ids is None and self.training and torch.is_grad_enabled():
             logger.warning_once(
                 "`labels` is None in training: the logits are of a canvas of noise. Trainer takes labels away for `label_smoothing_factor` "
                 "and `compute_loss_func`, which have no meaning with labels of whole examples."
             )
-        soft_embeds = None
         batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
         if batch is not None and batch.dim() > 1:
             size = (batch.shape[0], self.config.canvas_length if decoder_input_ids is None else batch.shape[1])
             check_shape("labels", labels, size)
             check_shape("self_conditioning_logits", self_conditioning_logits, (*size, self.config.text_config.vocab_size))
             check_shape("self_conditioning_mask", self_conditioning_mask, size[:1])
-        if self_conditioning_logits is not None:
-            soft_embeds = self.soft_embed(self_conditioning_logits)
-            if self_conditioning_mask is not None:
-                soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
+        soft_embeds = None if self_conditioning_logits is None else self.soft_embed(self_conditioning_logits)
+        if soft_embeds is not None and self_conditioning_mask is not None:
+            soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
         denoised = self.model(
             input_ids, attention_mask, cache, position_ids, decoder_input_ids, soft_embeds,
             decoder_attention_mask, decoder_position_ids, **images, inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions, use_cache=use_cache,
         )  # fmt: skip
         logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = None if labels is None else self._learn_canvas(logits, labels)
         output = MaskedBlockOutput(
             loss=loss, logits=None if skip_logits and loss is not None else logits, **{FIELD: denoised.cache},
             hidden_states=denoised.hidden_states, attentions=denoised.attentions,
             encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
+
+    def _learn_examples(self, input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused) -> MaskedBlockOutput:
+        """`labels` `(B, P)` of whole examples: the training objective, canvas and noise drawn there. None of `unused` goes with it."""
+        if given := [name for name, value in unused.items() if value is not None]:
+            virtual = {"cache", "past_key_values", "inputs_embeds"}.intersection(given)
+            hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
+            raise ValueError(
+                f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
+            )
+        if input_ids is None:
+            raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
+        attention_mask = plain_mask("attention_mask", attention_mask)
+        trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
+        return MaskedBlockOutput(
+            loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
+            encoder_last_hidden_state=trained.prefilled.last_hidden_state,
+            diffusion_loss=trained.diffusion, causal_loss=trained.causal,
+        )  # fmt: skip
+
+    def _learn_canvas(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """`labels` `(B, C)` of a given canvas: its cross-entropy, -100 left out."""
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 # What a walk over the vocabulary does without calling them: as they are written here, before anybody overrides one.

@@ -26,6 +26,8 @@ from .safetensors_files import INDEX, indexed_files, inspect_header
 from .saving import FINISHED, finish, replacing
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+# Arguments of `from_pretrained` that are not for reading a config, though that would take them.
+KEPT = ("config", "dtype", "quantization_config", "attn_implementation", "experts_implementation", "trust_remote_code", "gguf_file")
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
@@ -69,41 +71,35 @@ def unchanging(path: str | os.PathLike | None, config: object, subfolder: str | 
             raise OSError(f"{changed[0]} in {folder} changed while it was being loaded; load it again")
 
 
-def own_quantization(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """A copy of `config` whose `quantization_config` goes to a quantiser of this package; None where it is of no kind read here."""
+def names_our_quantizer(config: PreTrainedConfig) -> bool:
+    """Hands a published `quantization_config` in `config` to a quantiser of this package; False where it is of no kind read here."""
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
-        return None
+        return False
     four_bits = quantization["quant_method"] == "modelopt" or str(quantization.get("format")).startswith("nvfp4")
-    config = copy.deepcopy(config)
-    config.quantization_config["quant_method"] = NVFP4 if four_bits else FP8
-    return config
+    config.quantization_config = quantization | {"quant_method": NVFP4 if four_bits else FP8}
+    return True
 
 
-def with_own_quantization(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
+def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
     """Arguments of `from_pretrained` in which the config of a checkpoint that this package reads as quantised says so, and a
     `quantization_config` as a mapping in the published words is the one of this package."""
     asked = arguments.get("quantization_config")
     if isinstance(asked, dict) and asked.get("format") == "float-quantized":
         arguments = arguments | {"quantization_config": FP8Config.from_argument(asked)}
-    given = arguments.get("config")
-    if isinstance(given, PreTrainedConfig):
-        config = own_quantization(given)
-        return arguments if config is None else arguments | {"config": config}
-    source = path if given is None else given
-    download = {name: arguments[name] for name in DOWNLOAD if name in arguments}
-    try:
-        config = None if source is None else own_quantization(config_class.from_pretrained(source, **download))
-    except OSError:  # no config there: an adapter's folder, or nothing, of which transformers tells more
+    config, rest = arguments.get("config"), arguments
+    if isinstance(config, PreTrainedConfig):
+        config = copy.copy(config)
+    elif (source := path if config is None else config) is None:
         return arguments
-    if config is None:
-        return arguments
-    arguments = arguments | {"config": config}
-    # As transformers does where it reads the config itself: an argument that is a field of the config sets it.
-    for name in set(arguments) - {*DOWNLOAD, "config", "dtype", "quantization_config", "attn_implementation", "experts_implementation"}:
-        if hasattr(config, name):
-            setattr(config, name, arguments.pop(name))
-    return arguments
+    else:  # read as transformers would, which sets the fields of a config that are among the arguments
+        fields = {name: value for name, value in arguments.items() if name not in KEPT}
+        try:
+            config, rest = config_class.from_pretrained(source, return_unused_kwargs=True, **fields)
+        except OSError:  # no config there: an adapter's folder, or nothing, of which transformers tells more
+            return arguments
+        rest = rest | {name: value for name, value in arguments.items() if name in (*KEPT, *DOWNLOAD)}
+    return rest | {"config": config} if names_our_quantizer(config) else arguments
 
 
 class LoadingMixin:
@@ -122,21 +118,22 @@ class LoadingMixin:
             ValueError: a tensor's shape is not the config's, or the config holds impossible values; or, where the checkpoint is
                 quantised, a scheme that is not read here, or a scale that is missing or no positive number.
         """
-        with unchanging(pretrained_model_name_or_path, kwargs.get("config"), kwargs.get("subfolder")):
-            kwargs = with_own_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
+        path = pretrained_model_name_or_path
+        with unchanging(path, kwargs.get("config"), kwargs.get("subfolder")):
             try:
-                return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+                return super().from_pretrained(path, *model_args, **for_our_quantizers(cls.config_class, path, kwargs))
             except (SafetensorError, FileNotFoundError) as error:
-                problems = damaged_files(pretrained_model_name_or_path) if os.path.isdir(pretrained_model_name_or_path) else []
-                raise OSError(f"cannot load {pretrained_model_name_or_path}: {'; '.join(problems) or error}") from error
-            except RuntimeError as error:
-                if "ignore_mismatched_sizes" not in str(error):
-                    raise
-                # transformers logs the names and raises without them: load once more to have them.
-                again = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
-                mismatched = super().from_pretrained(pretrained_model_name_or_path, *model_args, **again)[1]["mismatched_keys"]
-                found = "; ".join(f"{name} has shape {tuple(got)}, expected {tuple(want)}" for name, got, want in sorted(mismatched))
-                raise ValueError(f"cannot load {pretrained_model_name_or_path}: {found}") from error
+                problems = damaged_files(path) if os.path.isdir(path) else []
+                raise OSError(f"cannot load {path}: {'; '.join(problems) or error}") from error
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        """As in transformers, which raises without the names of tensors whose shapes do not fit."""
+        if loading_info.mismatched_keys and not (load_config.ignore_mismatched_sizes or loading_info.conversion_errors):
+            mismatched = sorted(loading_info.mismatched_keys)
+            found = "; ".join(f"{name} has shape {tuple(got)}, expected {tuple(want)}" for name, got, want in mismatched)
+            raise ValueError(f"cannot load {load_config.pretrained_model_name_or_path}: {found}")
+        return super()._finalize_model_loading(model, load_config, loading_info)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """As in transformers."""

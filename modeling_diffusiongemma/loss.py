@@ -18,6 +18,7 @@ from generation.noise import Noise, UniformNoise
 
 from .outputs import PassOutput
 from .ranks import gathering_groups
+from .view import View
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
@@ -58,13 +59,13 @@ def canvases_in(labels: torch.Tensor, canvas_length: int) -> torch.Tensor:
     return ((labels != IGNORED).sum(dim=1) + canvas_length - 1) // canvas_length
 
 
-def cut_canvas(input_ids: torch.Tensor, labels: torch.Tensor, number: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
-    """Cuts canvas `number` (B,) out of each row's response; what lies behind the response is filled with `fill` (the pad token)."""
+def cut_canvas(input_ids: torch.Tensor, labels: torch.Tensor, canvas_index: torch.Tensor, canvas_length: int, fill: int) -> CleanCanvas:
+    """Cuts canvas `canvas_index` (B,) out of each row's response; what lies behind the response is filled with `fill` (the pad token)."""
     if fill is None:
         raise ValueError("`pad_token_id` of the text config is None; expected the id that fills a canvas behind its response")
     target = labels != IGNORED
     begin, length = target.int().argmax(dim=1), target.sum(dim=1)  # (B,)
-    start = begin + number * canvas_length
+    start = begin + canvas_index * canvas_length
     index = start[:, None] + torch.arange(canvas_length, device=begin.device)  # (B, C)
     inside = index < (begin + length)[:, None]
     ids = input_ids.gather(1, index.clamp(max=input_ids.shape[1] - 1))
@@ -78,15 +79,15 @@ def choose_canvas(input_ids: torch.Tensor, labels: torch.Tensor, canvas_length: 
     return cut_canvas(input_ids, labels, chosen, canvas_length, fill)
 
 
-def canvas_inputs(model, cache: Cache, clean: CleanCanvas, real: torch.Tensor) -> dict:
-    """What `denoise` needs so that a canvas sees the prompt and strictly earlier canvases of its row, and nothing clean of itself.
+def training_view(model, cache: Cache, clean: CleanCanvas, real: torch.Tensor) -> View:
+    """The view by which a canvas sees the prompt and strictly earlier canvases of its row, and nothing clean of itself.
 
-    Args: `cache` holds the tokens of `real`, bool (B, L), False at padding.
+    Args: `cache` holds the tokens of `real`, bool (B, L).
     """
     before = real.cumsum(dim=1).gather(1, clean.start[:, None] - 1)  # (B, 1), real tokens before the canvas
-    padding = torch.cat((real, torch.ones_like(clean.ids, dtype=torch.bool)), dim=1)
+    real = torch.cat((real, torch.ones_like(clean.ids, dtype=torch.bool)), dim=1)
     positions = before + torch.arange(clean.ids.shape[1], device=before.device)
-    return {"view": model.prepare_canvas(cache, tuple(clean.ids.shape), padding, positions, prefix_length=clean.start)}
+    return model.prepare_canvas(cache, tuple(clean.ids.shape), real, positions, prefix_length=clean.start)
 
 
 def noise_proportions(batch_size: int, device: torch.device) -> torch.Tensor:
@@ -179,17 +180,17 @@ def block_diffusion_loss(
         next_logits = model.compute_logits(prefilled.last_hidden_state[:, :-1][target])
         causal_loss = torch.nn.functional.cross_entropy(next_logits, labels[:, 1:][target])
 
-    inputs = canvas_inputs(model, prefilled.cache, clean, real[:, :length])
+    view = training_view(model, prefilled.cache, clean, real[:, :length])
     if self_conditioning_mask is None and soft_embeds is None:
         chance = torch.rand(batch_size, dtype=torch.float32, device=noised.device)
         self_conditioning_mask = chance < SELF_CONDITIONING_PROBABILITY
     # Rows that are not conditioned get zeros, as without this pass: one process may save it, ranks of which others drew a row may not.
     if soft_embeds is None and (together or bool(self_conditioning_mask.any())):
         with torch.no_grad():
-            first = model.compute_logits(model.denoise(noised, **inputs).last_hidden_state)
+            first = model.compute_logits(model.denoise(noised, view=view).last_hidden_state)
             soft_embeds = model.soft_embed(first)
             soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
-    denoised = model.denoise(noised, soft_embeds=soft_embeds, **inputs)
+    denoised = model.denoise(noised, soft_embeds=soft_embeds, view=view)
     logits = model.compute_logits(denoised.last_hidden_state)  # (B, C, V)
     diffusion_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.ids.flatten())
     return TrainingLoss(logits, diffusion_loss, causal_loss, prefilled)

@@ -1,11 +1,22 @@
-"""What may attend to what: one rule for the prompt pass and for the canvas pass.
+r"""What may attend to what: one rule for the prompt pass and for the canvas pass, and the forms in which attention takes it.
 
 A pass sees the slots of the cache followed by its own new tokens. Slot j of a layer that stores K of the L tokens seen
-so far holds token j + max(L - K, 0). Token t is visible to a query when it is not padding and
+so far holds token j + max(L - K, 0). Token t is visible to a query when it is real and
 
 - prompt pass, query at i:  t <= i, and on sliding layers t > i - sliding_window; or both lie in the same image;
 - canvas pass, any query:   t < n, and on sliding layers t > n - sliding_window, where n is the row's prompt length
   (the canvas begins there); and every token of the canvas.
+
+With sliding_window = 3, tokens 2 and 3 being an image (x: visible in every layer, o: in full-attention layers alone):
+
+    prompt pass, 6 tokens      canvas pass, 3 tokens behind them
+    i\t 0 1 2 3 4 5            i\t 0 1 2 3 4 5 6 7 8
+     0  x                       6  o o o o x x x x x
+     1  x x                     7  o o o o x x x x x
+     2  x x x x                 8  o o o o x x x x x
+     3  o x x x
+     4  o o x x x
+     5  o o o x x x
 
 "Strictly earlier" in the canvas rule is the invariant of training: `t <= n` would show the canvas its own first clean
 token (guarded by tests/test_loss.py::test_canvas_sees_nothing_clean_from_itself_on).
@@ -15,7 +26,7 @@ ones the last sliding_window (one more than may be seen), and a `DynamicCache()`
 """
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def slot_tokens(slots: int, seen: int, new: int, device: torch.device) -> torch.Tensor:
@@ -25,7 +36,7 @@ def slot_tokens(slots: int, seen: int, new: int, device: torch.device) -> torch.
 
 
 def prompt_mask(
-    token: torch.Tensor, query: torch.Tensor, window: int | None, padding: torch.Tensor | None, images: torch.Tensor | None
+    token: torch.Tensor, query: torch.Tensor, window: int | None, real: torch.Tensor | None, images: torch.Tensor | None
 ) -> torch.Tensor:
     """Boolean `(B or 1, 1, Q, S)` of the prompt rule.
 
@@ -33,70 +44,77 @@ def prompt_mask(
         token (`int64 (S,)`): token in each key slot, from `slot_tokens`.
         query (`int64 (Q,)`): token index of each query; the queries are the last Q keys.
         window (`int`, *optional*): `sliding_window` on sliding layers.
-        padding (`bool (B, L + Q)`, *optional*): False at padding, which a window does not count.
-        images (`int64 (B, Q)`, *optional*): number of the image each new token belongs to, -1 for text.
+        real (`bool (B, L + Q)`, *optional*): True at real tokens, which a window counts.
+        images (`int64 (B, Q)`, *optional*): which image of its row each new token belongs to, -1 for text.
     """
     visible = ((token >= 0) & (token <= query[:, None]))[None]  # (1, Q, S)
     if window is not None:
-        rank = _ranks(token, padding)  # (B or 1, S)
+        rank = _ranks(token, real)  # (B or 1, S)
         visible = visible & (rank[:, None] > rank[:, -query.shape[0] :, None] - window)
     if images is not None:
         cached = images.new_full((images.shape[0], token.shape[0] - query.shape[0]), -1)
         key_images = torch.cat((cached, images), dim=1)
         visible = visible | ((images[:, :, None] == key_images[:, None]) & (images[:, :, None] >= 0))  # (B, Q, S)
-    if padding is not None:
-        visible = visible & padding[:, token.clamp(min=0)][:, None]
+    if real is not None:
+        visible = visible & real[:, token.clamp(min=0)][:, None]
         # A padding query would see nothing and softmax to NaN, which a zero weight does not erase: it sees itself.
         visible = visible | (token == query[:, None])
     return visible[:, None]
 
 
 def canvas_mask(
-    token: torch.Tensor, canvas_length: int, prefix: torch.Tensor, window: int | None, padding: torch.Tensor | None
+    token: torch.Tensor, canvas_length: int, prefix: torch.Tensor, window: int | None, real: torch.Tensor | None
 ) -> torch.Tensor:
     """Boolean `(B or 1, 1, 1, S)` of the canvas rule: the same for every query of a row.
 
-    Args:
-        token (`int64 (S,)`): token in each key slot, from `slot_tokens`; the last `canvas_length` are the canvas.
-        prefix (`int64 (B or 1,)`): n, the index of the first token the canvas must not see.
-        window (`int`, *optional*): `sliding_window` on sliding layers.
-        padding (`bool (B, L + C)`, *optional*): False at padding, which a window does not count.
+    Args: as in `prompt_mask`; the last `canvas_length` of `token` are the canvas, and `prefix` (`int64 (B or 1,)`) is n, the index of
+    the first token the canvas must not see.
     """
     visible = (token >= 0) & (token < prefix[:, None])  # (B or 1, S)
     if window is not None:
-        start = prefix if padding is None else (padding.cumsum(dim=1) * _before(padding, prefix)).amax(dim=1)
-        visible = visible & (_ranks(token, padding) > start[:, None] - window)
+        start = prefix if real is None else (real.cumsum(dim=1) * _before(real, prefix)).amax(dim=1)
+        visible = visible & (_ranks(token, real) > start[:, None] - window)
     visible[:, -canvas_length:] = True
-    if padding is not None:
-        visible = visible & padding[:, token.clamp(min=0)]
+    if real is not None:
+        visible = visible & real[:, token.clamp(min=0)]
     return visible[:, None, None]
 
 
-def _ranks(token: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """Place of each slot's token among the tokens that are no padding, `(B or 1, S)`: what a sliding window counts."""
-    return token[None] if padding is None else (padding.cumsum(dim=1) - 1)[:, token.clamp(min=0)]
+def _ranks(token: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Place of each slot's token among the real tokens, `(B or 1, S)`: what a sliding window counts."""
+    return token[None] if real is None else (real.cumsum(dim=1) - 1)[:, token.clamp(min=0)]
 
 
-def _before(padding: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+def _before(real: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
     """1 at the tokens before each row's canvas, `(B, L + C)`."""
-    return (torch.arange(padding.shape[1], device=padding.device) < prefix[:, None]).long()
+    return (torch.arange(real.shape[1], device=real.device) < prefix[:, None]).long()
 
 
-def for_attention(visible: torch.Tensor, queries: int, batch_size: int, implementation: str, dtype: torch.dtype):
-    """Turns a boolean mask `(B or 1, 1, Q or 1, S)` into what `attn_implementation` takes: boolean for sdpa, additive
-    for eager, a `BlockMask` for flex_attention."""
-    if implementation == "sdpa":
-        return visible  # it broadcasts by itself: one row of a canvas mask serves every query
-    visible = visible.expand(batch_size, 1, queries, visible.shape[-1])
-    if implementation == "flex_attention":
-        return create_block_mask(
-            lambda batch, head, query, key: visible[batch, 0, query, key],
-            batch_size, None, queries, visible.shape[-1], device=visible.device,
-        )  # fmt: skip
-    if implementation == "eager":
-        hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=visible.device)
-        return torch.where(visible, torch.zeros((), dtype=dtype, device=visible.device), hidden)
+def boolean(visible: torch.Tensor, batch_size: int, queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """As it is: what takes this form broadcasts by itself, and one row of a canvas mask serves every query."""
     return visible
+
+
+def expanded(visible: torch.Tensor, batch_size: int, queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """Boolean `(B, 1, Q, S)`."""
+    return visible.expand(batch_size, 1, queries, visible.shape[-1])
+
+
+def additive(visible: torch.Tensor, batch_size: int, queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """`(B, 1, Q, S)` in `dtype`: 0 where a key is visible, and the lowest number elsewhere."""
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=visible.device)
+    seen = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(expanded(visible, batch_size, queries, dtype), seen, hidden)
+
+
+def block_mask(visible: torch.Tensor, batch_size: int, queries: int, dtype: torch.dtype) -> BlockMask:
+    """flex_attention's `BlockMask`."""
+    visible = expanded(visible, batch_size, queries, dtype)
+
+    def look_up(batch, head, query, key):
+        return visible[batch, 0, query, key]
+
+    return create_block_mask(look_up, batch_size, None, queries, visible.shape[-1], device=visible.device)
 
 
 def image_numbers(mm_token_type_ids: torch.Tensor) -> torch.Tensor:
@@ -106,4 +124,4 @@ def image_numbers(mm_token_type_ids: torch.Tensor) -> torch.Tensor:
     return torch.where(is_image, (is_image & ~before).cumsum(dim=1), -1)
 
 
-__all__ = ["canvas_mask", "for_attention", "image_numbers", "prompt_mask", "slot_tokens"]
+__all__ = ["additive", "block_mask", "boolean", "canvas_mask", "expanded", "image_numbers", "prompt_mask", "slot_tokens"]

@@ -1,7 +1,7 @@
 """`DiffusionGemmaBlockModel`: one stack of layers that prefills a cache from the prompt and denoises a canvas over it.
 
 Parameter names are the released checkpoint's, so its files load and save unchanged. "encoder" and "decoder" in them are
-the two passes; here both are the stack in `decoder`, and `encoder` holds only what the prompt pass has of its own: the
+the two passes; here both are the stack in `decoder`, and `encoder` holds only what the prompt pass has beyond it: the
 vision tower, its projection, and one `layer_scalar` a layer.
 """
 
@@ -20,23 +20,24 @@ from generation.cache_names import FIELD, takes_cache
 from generation.caches import dynamic_cache
 from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask
 
-from .caches import StoredLayers, cached_length
+from .caches import cached_length
 from .checks import check_cached_shapes, check_patches
 from .configuration import DiffusionGemmaConfig, check_config
-from .masks import canvas_mask, for_attention, image_numbers, prompt_mask, slot_tokens
+from .masks import image_numbers
 from .outputs import BlockModelOutput, PassOutput
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .ranks import gathering_groups
-from .stack import BlockStack, View
+from .stack import BlockStack
+from .view import View, canvas_view, positions, prompt_view
 from .views import PromptPassView
 
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
 
 
 def chunks(length: int, chunk_length: int, images: torch.Tensor | None = None) -> list[tuple[int, int]]:
-    """Cuts `length` tokens into pieces of at most `chunk_length`, longer only where an image would be cut.
+    """Cuts `length` tokens into chunks of at most `chunk_length`, longer only where an image would be cut.
 
-    Args: `images` int64 (B, length), the image each token belongs to (`image_numbers`). Returns: start and end of each piece.
+    Args: `images` int64 (B, length), the image each token belongs to (`image_numbers`). Returns: start and end of each chunk.
     """
     cuts = range(length + 1)
     if images is not None:
@@ -123,22 +124,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """`PromptSide.get_image_features`."""
         return self.encoder.get_image_features(*args, **kwargs)
 
-    def embed_prompt(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_position_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Embeddings of the prompt, `(B, P, D)`, with the images' soft tokens in the places of `image_token_id`."""
-        embeds = self.decoder.embed_tokens(input_ids)
-        if pixel_values is None:
-            return embeds
-        places = input_ids == self.config.image_token_id
-        features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(embeds)
-        if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0]:
-            raise ValueError(
-                f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
-                f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
-            )
-        return embeds.masked_scatter(places[..., None], features)
-
     @takes_cache
     def prefill(
         self,
@@ -184,88 +169,103 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, pixel_values=pixel_values,
             image_position_ids=image_position_ids, mm_token_type_ids=mm_token_type_ids,
         )  # fmt: skip
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        length, at_once = new.shape[1], output_hidden_states or output_attentions
+        self._check_prefill(input_ids, new, position_ids, at_once, chunk_length, last_states)
+        seen = cached_length(cache)
+        real, cache = self._mask_and_cache(attention_mask, cache, new, seen)
+        inputs_embeds, images = self._embed_images(input_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids)
+        if position_ids is None:
+            position_ids = positions(real, seen, length, new.device)
+        last_states = length if last_states is None else last_states
+        scalars, kept = [layer() for layer in self.encoder.language_model.layers], []
+        for start, end in self._chunks(length, images, at_once, chunk_length):
+            here = slice(start, end)
+            embeds = self.decoder.embed_tokens(input_ids[:, here]) if inputs_embeds is None else inputs_embeds[:, here]
+            view = prompt_view(
+                self.decoder, cache, seen + start, embeds, position_ids[:, here],
+                None if real is None else real[:, : seen + end], None if images is None else images[:, here],
+            )  # fmt: skip
+            hidden_states, states, weights = self.decoder(embeds, view, scalars, cache, output_hidden_states, output_attentions)
+            if end > length - last_states:
+                kept.append(hidden_states[:, max(length - last_states - start, 0) :])
+        return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
+
+    def _check_prefill(self, input_ids, new: torch.Tensor, position_ids, at_once, chunk_length, last_states) -> None:
+        """What `prefill` demands of its arguments before it looks at the cache. `new`: ids or embeddings."""
         if input_ids is not None:
             check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
-        new = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, length = new.shape[:2]
         if length == 0:
             raise ValueError(f"the prompt is empty: got shape {tuple(new.shape)}; expected at least one token")
         check_shape("position_ids", position_ids, (batch_size, length), (1, length))
-        at_once = output_hidden_states or output_attentions
         for name, value in (("chunk_length", chunk_length), ("last_states", last_states)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected a positive integer or None")
         if chunk_length is not None and (at_once or torch.is_grad_enabled()):
             why = "with gradients" if torch.is_grad_enabled() else "together with `output_hidden_states` or `output_attentions`"
             raise ValueError(f"`chunk_length` is {chunk_length}; expected None {why}")
-        seen = cached_length(cache)
+
+    def _mask_and_cache(self, attention_mask, cache: Cache | None, new: torch.Tensor, seen: int) -> tuple[torch.Tensor | None, Cache]:
+        """Real tokens, bool `(B, seen + P)` or None where all are, and the cache to append to, made here where none is given."""
+        config, (batch_size, length) = self.config.text_config, new.shape[:2]
         if cache is not None:
             check_cache(cache, batch_size, seen, length)
-        padding = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
-        if padding is not None:
-            padding = padding.to(new.device)
-            traced = torch.compiler.is_compiling()  # the side is not known then: a cache made here is right for both
-            padded_left = not traced and bool((padding.int().diff(dim=1) >= 0).all())
-            if cache is None and not padded_left:
-                cache = DynamicCache()
-            elif not (padded_left or traced) and any(cache.is_sliding) and seen + length >= self.config.text_config.sliding_window:
-                raise ValueError(
-                    f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
-                    f"sliding_window={self.config.text_config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
-                )
+        real = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
+        if real is None:
+            return None, dynamic_cache(config) if cache is None else cache
+        real = real.to(new.device)
+        traced = torch.compiler.is_compiling()  # the side is not known then: a cache made here is right for both
+        padded_left = not traced and bool((real.int().diff(dim=1) >= 0).all())
         if cache is None:
-            cache = dynamic_cache(self.config.text_config)
+            return real, dynamic_cache(config) if padded_left else DynamicCache()
+        if not (padded_left or traced) and any(cache.is_sliding) and seen + length >= config.sliding_window:
+            raise ValueError(
+                f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
+                f"sliding_window={config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
+            )
+        return real, cache
+
+    def _embed_images(self, input_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids):
+        """Embeddings `(B, P, D)` of a prompt with images, their soft tokens at the image tokens' places, else `inputs_embeds` as given;
+        and which image each token belongs to, int64 `(B, P)`, or None."""
         check_patches(self.config, input_ids, pixel_values, image_position_ids)
         if pixel_values is not None:
             if inputs_embeds is not None:
                 raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
-            inputs_embeds = self.embed_prompt(input_ids, pixel_values, image_position_ids)
-            if mm_token_type_ids is None:
-                mm_token_type_ids = input_ids == self.config.image_token_id
-        if position_ids is None:
-            position_ids = self._positions(padding, seen, length, new.device)
-        images = None
-        if self.config.text_config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
-            check_mask("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
-            images = image_numbers(mm_token_type_ids.to(new.device))
+            inputs_embeds, places = self.decoder.embed_tokens(input_ids), input_ids == self.config.image_token_id
+            features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(inputs_embeds)
+            if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0]:
+                raise ValueError(
+                    f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
+                    f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
+                )
+            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
+            mm_token_type_ids = places if mm_token_type_ids is None else mm_token_type_ids
+        if self.config.text_config.use_bidirectional_attention != "vision" or mm_token_type_ids is None:
+            return inputs_embeds, None
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        check_mask("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
+        return inputs_embeds, image_numbers(mm_token_type_ids.to(new.device))
 
+    def _chunks(self, length: int, images: torch.Tensor | None, at_once, chunk_length: int | None) -> list[tuple[int, int]]:
+        """Start and end of what goes through at a time, as `prefill` says under `chunk_length`."""
         whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
-        whole = whole or (chunk_length is None and bool(gathering_groups(self)))
-        last_states = length if last_states is None else last_states
-        scalars = [layer() for layer in self.encoder.language_model.layers]
-        kept = []
-        for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
-            part = slice(start, end)
-            embeds = self.decoder.embed_tokens(input_ids[:, part]) if inputs_embeds is None else inputs_embeds[:, part]
-            view = self._prompt_view(
-                cache,
-                seen + start,
-                embeds,
-                position_ids[:, part],
-                None if padding is None else padding[:, : seen + end],
-                None if images is None else images[:, part],
-            )
-            hidden_states, states, weights = self.decoder(embeds, view, scalars, cache, output_hidden_states, output_attentions)
-            if end > length - last_states:
-                kept.append(hidden_states[:, max(length - last_states - start, 0) :])
-        return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
+        if whole or (chunk_length is None and gathering_groups(self)):
+            return [(0, length)]
+        return chunks(length, chunk_length or CHUNK, images)
 
     def check_prompt(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_position_ids: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-    ) -> None:
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None, pixel_values: torch.Tensor | None = None,
+        image_position_ids: torch.Tensor | None = None, mm_token_type_ids: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Raises what `prefill` would for these, changing nothing."""
         new = input_ids if inputs_embeds is None else inputs_embeds
         if input_ids is not None:
             check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
-        elif inputs_embeds.dtype != self._embed_dtype:
-            raise ValueError(f"`inputs_embeds` is {inputs_embeds.dtype}; expected {self._embed_dtype}, as the model's embeddings are")
+        elif inputs_embeds.dtype != (expected := self.decoder.embed_dtype):
+            raise ValueError(f"`inputs_embeds` is {inputs_embeds.dtype}; expected {expected}, as the model's embeddings are")
         if cache is not None:
             check_cache(cache, new.shape[0], cached_length(cache), new.shape[1])
             check_cached_shapes(cache, self.config.text_config)
@@ -306,7 +306,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if (view is None) == (cache is None):
             raise ValueError("`denoise` takes the cache as `cache` or inside a `view`; expected exactly one of them")
         if view is None:
-            view = self._canvas_view(cache, tuple(canvas_ids.shape), attention_mask, position_ids)
+            view = canvas_view(self.decoder, cache, tuple(canvas_ids.shape), attention_mask, position_ids)
         elif attention_mask is not None or position_ids is not None:
             raise ValueError("`view` holds masks and positions already; expected `attention_mask` and `position_ids` to be None")
         elif tuple(canvas_ids.shape) != view.shape:
@@ -339,85 +339,11 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             prefix_length (`int64 (B,)`, *optional*): how many cached tokens come before each row's canvas; later ones stay
                 unseen. Default: all.
             slots: at least so many slots for cached tokens, those not filled being masked (and a mask also where all are). With the
-                length that the cache will reach, the views of all canvases have equal shapes, which a captured CUDA graph needs.
+                length that the cache will reach, the views of all canvases have equal shapes, which a recorded step needs.
         """
-        view = self._canvas_view(cache, canvas_shape, attention_mask, position_ids, prefix_length, slots)
-        if torch.is_grad_enabled():
-            return view  # steps concatenate, since gradients need what every one of them wrote
-        return view._replace(cached=view.cached.with_room(canvas_shape[1], self._slots(view.cached, slots)))
-
-    def _canvas_view(self, cache, shape, attention_mask=None, position_ids=None, prefix_length=None, slots=0) -> View:
-        """The view without room: every layer is read from the cache when it is its turn."""
-        config, (batch_size, length) = self.config.text_config, shape
-        seen = cached_length(cache)
-        attention_mask = plain_mask("decoder_attention_mask", attention_mask)
-        padding = check_mask("decoder_attention_mask", attention_mask, (batch_size, seen + length))
-        check_shape("decoder_position_ids", position_ids, (batch_size, length), (1, length))
-        filled = next((layer for layer in cache.layers if layer.is_initialized), None)
-        device = self.decoder.norm.weight.device if filled is None else filled.device
-        dtype = self._embed_dtype if filled is None else filled.keys.dtype
-        padding = None if padding is None else padding.to(device)
-        if position_ids is None:
-            position_ids = self._positions(padding, seen, length, device)
-        prefix = torch.full((1,), seen, dtype=torch.int64, device=device) if prefix_length is None else prefix_length.to(device)
-        stored = self._stored(cache, seen, padding is not None, prefix_length is not None)
-        laid_out, masks = self._slots(stored, slots), {}
-        for layer_type in sorted(set(config.layer_types)):
-            layer_idx = config.layer_types.index(layer_type)
-            window = config.sliding_window if layer_type == "sliding_attention" else None
-            if slots == 0 and padding is None and prefix_length is None and laid_out[layer_idx] == stored.slots(layer_idx):
-                masks[layer_type] = None  # everything is visible
-                continue
-            visible = canvas_mask(slot_tokens(laid_out[layer_idx], seen, length, device), length, prefix, window, padding)
-            masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, dtype)
-        return View((batch_size, length), masks, self.decoder.rotary(position_ids.to(device), dtype), stored)
-
-    def _prompt_view(self, cache, seen, embeds, position_ids, padding, images) -> View:
-        config, (batch_size, length) = self.config.text_config, embeds.shape[:2]
-        stored = self._stored(cache, seen, padding is not None)
-        query = torch.arange(seen, seen + length, device=embeds.device)
-        plain = padding is None and images is None and seen == 0 and config._attn_implementation == "sdpa"
-        masks = {}
-        for layer_type in sorted(set(config.layer_types)):
-            window = config.sliding_window if layer_type == "sliding_attention" else None
-            if plain and (window is None or length <= window):
-                masks[layer_type] = None  # sdpa's own causal mask
-                continue
-            slots = stored.slots(config.layer_types.index(layer_type))
-            visible = prompt_mask(slot_tokens(slots, seen, length, embeds.device), query, window, padding, images)
-            masks[layer_type] = for_attention(visible, length, batch_size, config._attn_implementation, embeds.dtype)
-        return View((batch_size, length), masks, self.decoder.rotary(position_ids.to(embeds.device), embeds.dtype), stored)
-
-    @property
-    def _embed_dtype(self) -> torch.dtype:
-        """Of the hidden states: also where the other weights are quantized, and whatever wraps the embedding."""
-        return next(self.decoder.embed_tokens.parameters(), self.decoder.norm.weight).dtype
-
-    def _stored(self, cache: Cache, seen: int, padded: bool, later: bool = False) -> StoredLayers:
-        """The layers of `cache`, of which sliding ones are read no further back than the window reaches.
-
-        It counts real tokens: where rows are padded in a cache that keeps all, it may reach further back. The window of a
-        canvas that stands before the last cached token (`later`) does too.
-        """
-        config = self.config.text_config
-        windows = []
-        for layer_idx, layer_type in enumerate(config.layer_types):
-            forgets = layer_idx < len(cache.layers) and cache.layers[layer_idx].is_sliding
-            narrow = layer_type == "sliding_attention" and not later and (forgets or not padded)
-            windows.append(config.sliding_window - 1 if narrow else None)
-        return StoredLayers(cache, seen, tuple(windows))
-
-    def _slots(self, stored: StoredLayers, least: int) -> tuple[int, ...]:
-        """For each layer how many slots a view lays out: those stored, and at least `least` or, if fewer, the window."""
-        windows = (least if window is None else min(least, window) for window in stored.windows)
-        return tuple(max(stored.slots(layer_idx), window) for layer_idx, window in enumerate(windows))
-
-    @staticmethod
-    def _positions(padding: torch.Tensor | None, seen: int, length: int, device: torch.device) -> torch.Tensor:
-        """Positions of the last `length` of `seen + length` tokens: how many real tokens of the row come before each."""
-        if padding is None:
-            return torch.arange(seen, seen + length, device=device)[None]
-        return (padding.cumsum(dim=1) - 1).clamp(min=0)[:, -length:].to(device)
+        view = canvas_view(self.decoder, cache, canvas_shape, attention_mask, position_ids, prefix_length, slots)
+        # With gradients steps concatenate: what every one of them wrote is needed.
+        return view if torch.is_grad_enabled() else view._replace(cached=view.cached.with_room(canvas_shape[1], slots))
 
     @takes_cache
     def forward(
@@ -461,21 +387,13 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             )  # fmt: skip
             cache, prompt_states = prefilled.cache, prefilled.last_hidden_state
         denoised = self.denoise(
-            decoder_input_ids,
-            cache,
-            soft_embeds,
-            decoder_attention_mask,
-            decoder_position_ids,
-            output_hidden_states=keep_states,
-            output_attentions=keep_weights,
-        )
+            decoder_input_ids, cache, soft_embeds, decoder_attention_mask, decoder_position_ids,
+            output_hidden_states=keep_states, output_attentions=keep_weights,
+        )  # fmt: skip
         output = BlockModelOutput(
-            last_hidden_state=denoised.last_hidden_state,
-            **{FIELD: given if use_cache is False else cache},
-            hidden_states=denoised.hidden_states,
-            attentions=denoised.attentions,
-            encoder_last_hidden_state=prompt_states,
-        )
+            last_hidden_state=denoised.last_hidden_state, **{FIELD: given if use_cache is False else cache},
+            hidden_states=denoised.hidden_states, attentions=denoised.attentions, encoder_last_hidden_state=prompt_states,
+        )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
 
     def _prepare_canvas(self, prompt, attention_mask, cache, canvas_ids, canvas_attention_mask, canvas_position_ids, soft_embeds):

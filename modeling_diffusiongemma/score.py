@@ -9,12 +9,12 @@ from generation.arguments import FIELDS, integer, read
 from generation.checks import check_images, check_mask, check_tensors
 from generation.noise import UniformNoise
 
-from .loss import IGNORED, canvas_inputs, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions
+from .loss import IGNORED, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions, training_view
 from .ranks import gathering_groups, largest
 
 MODES = ("diffusion", "autoregressive")
 SAMPLES = integer(2, 2**20)  # two at least, for a standard error
-PIECE = 256  # response tokens whose logits are held at a time: 268 MB at 262,144 ids
+TOKENS = 256  # of responses, whose logits are held at a time: 268 MB at 262,144 ids
 
 
 class Score(NamedTuple):
@@ -70,9 +70,9 @@ def score_responses(
         rows, places = target[:, 1:].nonzero(as_tuple=True)  # of the response tokens, as they are predicted
         total = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=device)
         greedy = torch.ones_like(tokens, dtype=torch.bool)
-        pieces = largest(-(-len(rows) // PIECE), groups, device)
-        for row, place in zip(rows.tensor_split(pieces), places.tensor_split(pieces), strict=True):
-            logits = model.compute_logits(prefilled.last_hidden_state[row, place])  # (piece, V)
+        turns = largest(-(-len(rows) // TOKENS), groups, device)
+        for row, place in zip(rows.tensor_split(turns), places.tensor_split(turns), strict=True):
+            logits = model.compute_logits(prefilled.last_hidden_state[row, place])  # (tokens of a turn, V)
             ids = input_ids[row, place + 1]
             total = total.index_add(0, row, _log_probs(logits, ids))
             greedy[row[logits.argmax(dim=-1) != ids]] = False
@@ -84,15 +84,14 @@ def score_responses(
     noise = UniformNoise(config.text_config.vocab_size)
     proportions = torch.stack([noise_proportions(samples, device) for _ in range(rows)], dim=1)  # (samples, B)
     sums = torch.zeros((samples, rows), dtype=torch.float32, device=device)
-    for number in range(largest(int(canvases.max()), groups, device)):
-        clean = cut_canvas(
-            input_ids, labels, torch.full_like(canvases, number).clamp(max=canvases - 1), length, config.text_config.pad_token_id
-        )
-        counted = clean.inside & (number < canvases)[:, None]
-        inputs = canvas_inputs(model, prefilled.cache, clean, real)
+    for canvas_index in range(largest(int(canvases.max()), groups, device)):
+        index = torch.full_like(canvases, canvas_index).clamp(max=canvases - 1)
+        clean = cut_canvas(input_ids, labels, index, length, config.text_config.pad_token_id)
+        counted = clean.inside & (canvas_index < canvases)[:, None]
+        view = training_view(model, prefilled.cache, clean, real)
         for sample in range(samples):
             noised = corrupt(clean.ids, proportions[sample], noise)
-            logits = model.compute_logits(model.denoise(noised, **inputs).last_hidden_state)
+            logits = model.compute_logits(model.denoise(noised, view=view).last_hidden_state)
             sums[sample] += _log_probs(logits, clean.ids).masked_fill(~counted, 0).sum(dim=1)
     means = sums / tokens
     return Score(means.mean(dim=0), means.std(dim=0) / samples**0.5, tokens)

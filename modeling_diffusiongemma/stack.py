@@ -5,8 +5,6 @@ stack does so after each layer of a prompt pass. With gradients a layer is there
 what gradient checkpointing wants; without, it writes into the free slots that `caches.join` finds.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from transformers import Cache, DiffusionGemmaTextConfig
@@ -15,27 +13,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from generation.checks import chosen_states
 
 from .attention import Attention
-from .caches import LayerCache, StoredLayers
+from .caches import LayerCache
 from .experts import Experts, Router
 from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
+from .view import View
 from .views import CanvasMasksView
-
-
-class View(NamedTuple):
-    """What new tokens see, and where they stand. Holds for every denoising step of one canvas.
-
-    Args:
-        shape: (B, L), how many rows and new tokens.
-        masks: per layer type, what `masks.for_attention` made, or None.
-        rotary: per layer type, cos and sin of the new tokens' positions, each `(B or 1, L, 1, head_dim)`.
-        cached: per layer, what is stored of the tokens before.
-    """
-
-    shape: tuple[int, int]
-    masks: dict
-    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    cached: tuple[LayerCache | None, ...] | StoredLayers
 
 
 class BlockLayer(GradientCheckpointingLayer):
@@ -62,14 +45,9 @@ class BlockLayer(GradientCheckpointingLayer):
         self.layer_scalar = nn.Buffer(torch.ones(1))  # the canvas pass's
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        mask,
-        cached: LayerCache | None,
-        is_causal: bool,
+        self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask, cached: LayerCache | None, is_causal: bool,
         layer_scalar: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:  # fmt: skip
         """Args and Returns as `Attention.forward`, for the whole layer; `layer_scalar` is the prompt pass's, None in the canvas pass."""
         attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask=mask, cached=cached, is_causal=is_causal)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
@@ -100,6 +78,11 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         self.rotary = RotaryPositions(config)
         self.post_init()
 
+    @property
+    def embed_dtype(self) -> torch.dtype:
+        """Of the hidden states: also where the other weights are quantized, and whatever wraps the embedding."""
+        return next(self.embed_tokens.parameters(), self.norm.weight).dtype
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -114,7 +97,7 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         Args:
             hidden_states (`(B, L, D)`): embeddings of the new tokens.
             view: what they see.
-            layer_scalars: the prompt pass's, one tensor a layer. None: the layers' own, which are the canvas pass's.
+            layer_scalars: the prompt pass's, one tensor a layer. None: the layers', which are the canvas pass's.
             cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
             keep_states, keep_weights: whether to return what every layer put out; or which of the states, by index.
 
@@ -127,15 +110,10 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         for layer_idx, (layer, cached) in enumerate(zip(self.layers, view.cached, strict=True)):
             layer_type = self.config.layer_types[layer_idx]
             states.append(hidden_states if layer_idx in chosen else None)
-            scalar = None if layer_scalars is None else layer_scalars[layer_idx]
             hidden_states, new, weights = layer(
-                hidden_states,
-                view.rotary[layer_type],
-                mask=view.masks[layer_type],
-                cached=cached,
-                is_causal=cache is not None,
-                layer_scalar=scalar,
-            )
+                hidden_states, view.rotary[layer_type], mask=view.masks[layer_type], cached=cached, is_causal=cache is not None,
+                layer_scalar=None if layer_scalars is None else layer_scalars[layer_idx],
+            )  # fmt: skip
             if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)
             if keep_weights:
@@ -148,4 +126,4 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         )
 
 
-__all__ = ["BlockLayer", "BlockStack", "View"]
+__all__ = ["BlockLayer", "BlockStack"]

@@ -95,6 +95,15 @@ def tiny_model():
 
 
 @pytest.mark.parametrize("offload", OFFLOADS[1:])
+def test_steps_are_not_recorded_where_weights_move(offload, tiny_model, tmp_path):
+    """A CUDA graph holds the addresses of weights; Accelerate takes them away again. Without hooks there is no reason."""
+    assert tiny_model.why_not_recorded() is None
+    assert "Accelerate moves weights" in offload(tiny_model, tmp_path, False).why_not_recorded()
+    accelerate.hooks.remove_hook_from_module(tiny_model, recurse=True)
+    assert tiny_model.why_not_recorded() is None
+
+
+@pytest.mark.parametrize("offload", OFFLOADS[1:])
 def test_every_way_through_the_model_fetches_its_weights(offload, tiny_model, tmp_path):
     """Padded rows, images, a static cache, scoring, both losses: whatever reads a weight must go through its module."""
     ids, mask, images = image_inputs("one_row_of_two_padded")

@@ -171,6 +171,8 @@ def test_auto_class_loads_without_an_argument(published, model):
 def test_fields_of_the_config_are_still_arguments(published):
     model = DiffusionGemmaForMaskedBlockLM.from_pretrained(published, canvas_length=6, attn_implementation="eager")
     assert model.config.canvas_length == 6 and model.config._attn_implementation == "eager"
+    nested = DiffusionGemmaForMaskedBlockLM.from_pretrained(published, text_config={"sliding_window": 5}).config.text_config
+    assert nested.sliding_window == 5 and nested.hidden_size == model.config.text_config.hidden_size
     config = AutoConfig.from_pretrained(published)
     DiffusionGemmaForMaskedBlockLM.from_pretrained(published, config=config)
     assert config.quantization_config["quant_method"] == "compressed-tensors"  # the caller's own is left alone
@@ -348,6 +350,25 @@ def damaged(published, tmp_path):
 def refused(folder, match, error=ValueError):
     with pytest.raises(error, match=match):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_checkpoint_is_read_once_also_where_a_shape_does_not_fit(damaged, monkeypatch):
+    """transformers names no tensor in its error; once the weights were loaded a second time to learn which they are."""
+    model_class, read = DiffusionGemmaForMaskedBlockLM, []
+
+    def count(owner, name):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: read.append(name) or call(*args))
+
+    count(model_class.config_class, "_dict_from_json_file")
+    count(model_class, "_load_pretrained_model")
+    name = "model.decoder.norm.weight"
+    folder = damaged(lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    with pytest.raises(ValueError, match=rf"cannot load .*damaged: {name} has shape \(31,\), expected \(32,\)$"):
+        model_class.from_pretrained(folder)
+    assert sorted(read) == ["_dict_from_json_file", "_load_pretrained_model"]
+    model, info = model_class.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert [one[0] for one in info["mismatched_keys"]] == [name] and model.get_parameter(name).shape == (32,)
 
 
 @pytest.mark.parametrize("layer", [EXPERT, LINEAR])

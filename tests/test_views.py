@@ -4,16 +4,19 @@ Tolerances: `tiny.TOLERANCE` where two ways of computing the same are compared, 
 differ (values of about 2 through four layers), and 0 where the same kernel reads the same numbers.
 """
 
+import re
+
 import pytest
 import tiny
 import torch
 from tiny import CANVAS, LAYERS, PAD, WINDOW, caches, close, ours, pad_rows, rows_of, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Cache, DynamicCache, StaticCache, cache_utils
+from transformers import AttentionInterface, Cache, DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import QuantizedLayer
 
 from modeling_diffusiongemma import attention as attention_module
-from modeling_diffusiongemma.attention import eager_attention, sdpa_attention
+from modeling_diffusiongemma import masks
+from modeling_diffusiongemma.attention import Implementation, eager_attention, sdpa_attention
 from modeling_diffusiongemma.layers import ScaledEmbedding
 from modeling_diffusiongemma.masks import image_numbers
 from modeling_diffusiongemma.model import CHUNK, chunks
@@ -205,6 +208,61 @@ def test_denoise_refuses_a_view_that_does_not_fit():
             model.denoise(tokens(*shape), view=view)
 
 
+# Masks, and the table of implementations
+
+
+def test_the_picture_of_the_masks_is_what_they_are():
+    rows = {int(token): marks.split() for token, marks in re.findall(r"(\d)  ((?:[xo] ?)+)", masks.__doc__)}
+    assert sorted(rows) == list(range(9))
+    images = torch.tensor([[-1, -1, 0, 0, -1, -1]])
+    for window, visible in ((None, "xo"), (3, "x")):
+        prompt = masks.prompt_mask(torch.arange(6), torch.arange(6), window, None, images)[0, 0]
+        canvas = masks.canvas_mask(torch.arange(9), 3, torch.tensor([6]), window, None)[0, 0].expand(3, -1)
+        got = [*prompt.tolist(), *canvas.tolist()]
+        assert got == [[place < len(rows[i]) and rows[i][place] in visible for place in range(6 if i < 6 else 9)] for i in range(9)]
+
+
+def everything(model):
+    """Logits after both passes: padded with an image, plain, and over cached tokens."""
+    ids, mask, images = tiny.image_inputs("one_row_of_two_padded")
+    canvas = tokens(2, CANVAS)
+    outputs = [model(ids, mask, **images, decoder_input_ids=canvas), model(tokens(2, 13), decoder_input_ids=canvas)]
+    outputs.append(model(tokens(2, 9, 1), cache=outputs[1].cache, decoder_input_ids=canvas))
+    return torch.cat([output.logits for output in outputs])
+
+
+def test_a_kernel_is_a_row_of_the_table(monkeypatch):
+    """Its function, the form of its mask, and whether None will do: nothing else names it."""
+    for like, row in (
+        ("eager", Implementation(eager_attention, masks.additive)),
+        ("sdpa", Implementation(sdpa_attention, masks.boolean, causal_without=True)),
+    ):
+        monkeypatch.setitem(attention_module.ATTENTION, "new", row)
+        model = tiny.same_weights(tiny.pair()[0], like)
+        model.config.text_config._attn_implementation = "new"
+        close(everything(model), everything(ours(like)), 0)
+
+
+def test_other_attention_that_transformers_knows_gets_a_mask_of_every_query():
+    """Boolean `(B, 1, Q, S)`, in every causal pass, and None where a canvas sees everything."""
+    model, given = tiny.same_weights(tiny.pair()[0]), []
+
+    def registered(module, query, key, value, attention_mask, is_causal, **kwargs):
+        given.append((is_causal, attention_mask))
+        assert attention_mask is None or attention_mask.shape == (len(query), 1, query.shape[2], key.shape[2])
+        return sdpa_attention(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
+
+    AttentionInterface.register("of_a_user", registered)
+    try:
+        model.config.text_config._attn_implementation = "of_a_user"
+        close(everything(model), everything(ours("eager")))
+    finally:
+        AttentionInterface._global_mapping.pop("of_a_user")
+    assert {mask is None for is_causal, mask in given if is_causal} == {False}
+    assert {mask is None for is_causal, mask in given if not is_causal} == {False, True}
+    assert {mask.dtype for _, mask in given if mask is not None} == {torch.bool}
+
+
 # Every kind of cache
 
 
@@ -281,13 +339,13 @@ def test_an_fp8_cache_stays_close():
 # Keys and values are not repeated
 
 
-@pytest.mark.parametrize("takes_groups", [True, False])
+@pytest.mark.parametrize("shares_keys", [True, False])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", [None, "canvas", "row", "query"])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
-def test_sdpa_equals_eager_however_groups_are_given(heads, mask, causal, takes_groups, monkeypatch):
-    """`takes_groups` False is what CUDA gets with a mask or wide heads; the same code runs here."""
-    monkeypatch.setattr(attention_module, "kernel_takes_groups", lambda key, attention_mask: takes_groups)
+def test_sdpa_equals_eager_however_keys_are_shared(heads, mask, causal, shares_keys, monkeypatch):
+    """`shares_keys` False is what CUDA gets with a mask or wide heads; the same code runs here."""
+    monkeypatch.setattr(attention_module, "kernel_shares_keys", lambda key, attention_mask: shares_keys)
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(3, 7, heads[0], 16, generator=generator).transpose(1, 2)
     key, value = torch.randn(2, 3, heads[1], 7, 16, generator=generator)
@@ -303,10 +361,10 @@ def test_sdpa_equals_eager_however_groups_are_given(heads, mask, causal, takes_g
     close(got, expected, 1e-6)
 
 
-@pytest.mark.parametrize("takes_groups", [True, False])
-def test_keys_are_not_repeated_per_query_head(takes_groups, monkeypatch):
+@pytest.mark.parametrize("shares_keys", [True, False])
+def test_keys_are_not_repeated_per_query_head(shares_keys, monkeypatch):
     """8 query heads on one key head of 512 values, as on the released full-attention layers."""
-    monkeypatch.setattr(attention_module, "kernel_takes_groups", lambda key, attention_mask: takes_groups)
+    monkeypatch.setattr(attention_module, "kernel_shares_keys", lambda key, attention_mask: shares_keys)
     query, (key, value) = torch.randn(1, 8, 5, 512), torch.randn(2, 1, 1, 300, 512)
     for mask in (None, torch.ones(1, 1, 1, 300, dtype=torch.bool), torch.ones(1, 1, 5, 300, dtype=torch.bool)):
         with Recorder() as recorder:
