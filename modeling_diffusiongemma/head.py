@@ -101,17 +101,6 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             return "`lm_head` and `embed_tokens` differ in shape or dtype"
         return None
 
-    def can_walk_head(self, device: torch.device) -> bool:
-        """Whether generation may walk the vocabulary in pieces on `device`. Where not, `why_dense` is told once."""
-        if (why := self.why_dense(device)) is not None:
-            logger.warning_once(f"Denoising steps compute whole logits, which is slower than walking the vocabulary in pieces: {why}.")
-        return why is None
-
-    def why_not_recorded(self) -> str | None:
-        """What keeps generation from recording a denoising step as a CUDA graph; None where nothing does."""
-        moved = any(hasattr(module, "_hf_hook") for module in self.modules())
-        return "Accelerate moves weights, which no graph holds" if moved else None
-
     @contextlib.contextmanager
     def vocabulary_head(self) -> Iterator[VocabularyHead]:
         """Head and embedding as matrices, for generation that walks the vocabulary in pieces; offloaded ones are there for the length of
