@@ -1,26 +1,29 @@
 """Repositories that carry their own code, for `trust_remote_code=True`.
 
 transformers takes such code as one flat folder of Python files, in which siblings import each other as `from .name import A`; no
-other import of ours would be found (`transformers.dynamic_module_utils`). So the two packages are laid flat:
-`modeling_diffusiongemma/head.py` becomes `modeling_head.py`, `generation/mixin.py` becomes `generation_mixin.py`, and their
-imports are rewritten. What travels is `head.py` and whatever it imports, directly or not; there is no list to keep.
+other import of ours would be found (`transformers.dynamic_module_utils`). So the two packages are laid flat, and underscores stand for
+the folders between: `modeling_diffusiongemma/head.py` becomes `modeling_head.py`. Their imports are rewritten.
+What travels is the entry and whatever it imports, directly or not; there is no list to keep.
 
 This file travels too. In a repository its siblings are flat already, and are copied as they are.
 """
 
 import ast
+import contextlib
 import importlib.util
 import os
 import re
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 from .auto import REGISTERED
 from .version import VERSION
 
-PREFIXES = {"modeling_diffusiongemma": "modeling_", "generation": "generation_"}  # package: what its files' names begin with
-OWN_PREFIX = Path(__file__).stem.removesuffix("remote_code")  # "" in the package, "modeling_" in a repository
-ENTRY = Path(__file__).with_name(f"{OWN_PREFIX}head.py")  # holds every class that an Auto class loads
-OUR_IMPORT = re.compile(r"from (\.|generation\.)(\w+) import\b")
+PREFIXES = {"modeling_diffusiongemma": "modeling", "generation": "generation"}  # package: what its files' names begin with
+ENTRY = "modeling_diffusiongemma.head"  # holds every class that an Auto class loads
+IN_REPOSITORY = __name__.split(".")[0] not in PREFIXES
+UP_TO_NAMES = re.compile(r"(from)\b.*?\b(import)\b", re.DOTALL)  # `from MODULE import`, also where it is broken over lines
 
 NOTICE = """\
 # SPDX-License-Identifier: Apache-2.0
@@ -61,54 +64,72 @@ With the package `modeling_diffusiongemma` imported its installed code runs inst
 """
 
 
-def flat_name(path: Path) -> str:
-    """Name of a source file in a repository."""
-    return path.name if OWN_PREFIX else PREFIXES[path.parent.name] + path.name
+def flat_name(module: str) -> str:
+    """Name of one of our modules in a repository: `generation.mixin` is `generation_mixin` there."""
+    package, *inside = module.split(".")
+    return "_".join([PREFIXES[package], *inside])
 
 
-def flatten(path: Path) -> tuple[str, list[Path]]:
-    """The text of a source file as a repository holds it, and the files of ours that it imports.
+def source(module: str) -> Path:
+    """The file that one of our modules would stand in, which need not be there."""
+    package, *inside = module.split(".")
+    return Path(importlib.util.find_spec(package).origin).parent.joinpath(*inside).with_suffix(".py")
+
+
+def flatten(module: str) -> tuple[str, list[str]]:
+    """The text of one of our modules as a repository holds it, and the modules of ours that it imports.
 
     Raises:
-        ValueError: an import of ours in another form than `from .sibling import A` or `from generation.file import A`.
+        ValueError: an import of ours that names no file (`from . import name`, `import generation.name`), or not first in its line.
     """
-    text, needed = path.read_text(encoding="utf-8"), []
+    path, package, needed = source(module), module.rpartition(".")[0], []
+    text = path.read_text(encoding="utf-8")
     lines = text.split("\n")
     imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     for node in sorted(imports, key=lambda node: (node.lineno, node.col_offset), reverse=True):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else ["." * node.level + (node.module or "")]
         if not any(name.startswith(".") or name.split(".")[0] in PREFIXES for name in names):
             continue
-        line = lines[node.lineno - 1]
-        found = OUR_IMPORT.match(line, node.col_offset)
-        if found is None:
+        target, before = "", lines[node.lineno - 1][: node.col_offset]
+        with contextlib.suppress(ImportError):  # more dots than there are folders
+            target = importlib.util.resolve_name(names[0], package)
+        if isinstance(node, ast.Import) or before.strip() or "." not in target or source(f"{target}.__init__").is_file():
             raise ValueError(
-                f"{path}:{node.lineno} has `{ast.unparse(node)}`; expected `from .sibling import A` or "
-                "`from generation.file import A`: no other import of ours works in a remote-code repository"
+                f"{path}:{node.lineno} has `{ast.unparse(node)}`; expected a line that begins with `from .file import A`, "
+                "`from ..room.file import A` or `from generation.room.file import A`: no other import of ours works in a "
+                "remote-code repository"
             )
-        folder = path.parent if found[1] == "." else Path(importlib.util.find_spec("generation").origin).parent
-        needed.append(folder / f"{found[2]}.py")
-        lines[node.lineno - 1] = f"{line[: found.start(1)]}.{flat_name(needed[-1]).removesuffix('.py')}{line[found.end(2) :]}"
-    text = "\n".join(lines)
-    if not OWN_PREFIX:
-        text = NOTICE.format(version=VERSION, path=f"{path.parent.name}/{path.name}") + text
-    return text, needed
+        needed.append(target)
+        start = sum(len(line) + 1 for line in lines[: node.lineno - 1]) + node.col_offset
+        text = text[:start] + UP_TO_NAMES.sub(rf"\1 .{flat_name(target)} \2", text[start:], count=1)
+    return NOTICE.format(version=VERSION, path=f"{module.replace('.', '/')}.py") + text, needed
 
 
 def travelling_files() -> dict[str, str]:
-    """Every Python file of a repository, name to text: `head.py` and whatever it imports of ours, directly or not."""
-    files, waiting = {}, [ENTRY]
+    """Every Python file of a repository, name to text: the entry and whatever it imports of ours, directly or not.
+
+    Raises:
+        ValueError: two modules would have one name there, `generation.a_b` and `generation.a.b`; or an import as in `flatten`.
+    """
+    if IN_REPOSITORY:
+        entry = Path(__file__).with_name(f"{flat_name(ENTRY)}.py")
+        paths = {entry, *map(Path, get_relative_import_files(entry))}
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(paths)}
+    files, modules, waiting = {}, {}, [ENTRY]
     while waiting:
-        path = waiting.pop()
-        if flat_name(path) not in files:
-            files[flat_name(path)], needed = flatten(path)
+        module = waiting.pop()
+        name = f"{flat_name(module)}.py"
+        if (there := modules.setdefault(name, module)) != module:
+            raise ValueError(f"{source(there)} and {source(module)} would both be {name} in a repository; expected other names")
+        if name not in files:
+            files[name], needed = flatten(module)
             waiting += needed
     return dict(sorted(files.items()))
 
 
 def auto_map() -> dict[str, str]:
     """What config.json says of the code: Auto class to file and class. All in one file, so that all share their modules."""
-    return {auto: f"{flat_name(ENTRY).removesuffix('.py')}.{model}" for auto, model in REGISTERED.items()}
+    return {auto: f"{flat_name(ENTRY)}.{model}" for auto, model in REGISTERED.items()}
 
 
 def write_code(folder: str | os.PathLike) -> None:
@@ -126,4 +147,4 @@ def write_card(folder: str | os.PathLike, remote_code: bool, name: str = "ORGANI
         path.write_text(text, encoding="utf-8", newline="\n")
 
 
-__all__ = ["auto_map", "flatten", "travelling_files", "write_card", "write_code"]
+__all__ = ["auto_map", "flat_name", "flatten", "travelling_files", "write_card", "write_code"]

@@ -6,6 +6,7 @@ The clean processes below cannot import the package, ask no network, and have a 
 import ast
 import base64
 import filecmp
+import importlib
 import json
 import os
 import re
@@ -25,7 +26,10 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
 from modeling_diffusiongemma.auto import REGISTERED
-from modeling_diffusiongemma.remote_code import flatten, travelling_files
+from modeling_diffusiongemma.experts import Experts
+from modeling_diffusiongemma.fp8_quantizer import FP8Quantizer
+from modeling_diffusiongemma.masks import prompt_mask
+from modeling_diffusiongemma.remote_code import ENTRY, PREFIXES, flat_name, flatten, travelling_files
 from modeling_diffusiongemma.version import VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +38,9 @@ HUB_NAME, COMMIT = "some-org/tiny-canvas", "0123456789abcdef0123456789abcdef0123
 NARROW = {"canvas_length": 16, "max_new_tokens": 16, "seed": 3}
 CHAT = [{"role": "user", "content": "Write October 2, 2052 as an ISO date."}]
 MODEL_FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+HEAD, EXPERTS, QUANTIZER, MASKS = (
+    flat_name(ours.__module__) for ours in (DiffusionGemmaForMaskedBlockLM, Experts, FP8Quantizer, prompt_mask)
+)
 
 CLEAN = """
 import json, sys
@@ -95,7 +102,7 @@ answer["run with the flag"] = marker.exists()
 
 TWO = """
 def code(model):
-    return sibling(model, "modeling_head").CODE
+    return sibling(model, arguments["head"]).CODE
 
 def sibling(model, name):
     return sys.modules[type(model).__module__.rpartition(".")[0] + "." + name]
@@ -105,9 +112,9 @@ def result(model):
         return model.prefill(torch.tensor([[2, 200, 201, 202]])).last_hidden_state.sum().item()
 
 def quantized_by_itself(name, model):
-    quantizer = sibling(model, "modeling_fp8_quantizer")
+    quantizer = sibling(model, arguments["quantizer"])
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, quantization_config=quantizer.FP8Config())
-    return type(model.hf_quantizer) is sibling(model, "modeling_fp8_quantizer").FP8Quantizer is quantizer.FP8Quantizer
+    return type(model.hf_quantizer) is sibling(model, arguments["quantizer"]).FP8Quantizer is quantizer.FP8Quantizer
 
 def error(load):
     try:
@@ -183,9 +190,10 @@ def code(repository):
 
 
 def test_what_the_entry_imports_travels_and_nothing_else(repository, code):
-    entry = repository / "modeling_head.py"
-    assert {str(path) for path in code} == {str(entry), *get_relative_import_files(entry)}
-    assert len(code) > 30 and not {"modeling___init__.py", "modeling_checkpoints.py", "generation_streaming.py"} & {p.name for p in code}
+    entry = repository / f"{HEAD}.py"
+    assert flat_name(ENTRY) == HEAD and {str(path) for path in code} == {str(entry), *get_relative_import_files(entry)}
+    kept_home = re.compile(r"\w+(__init__|checkpoints|streaming|terminal)\.py")
+    assert len(code) > 30 and [path.name for path in code if kept_home.fullmatch(path.name)] == []
 
 
 def test_travelling_files_import_each_other_flat_and_only_what_is_required(code):
@@ -203,73 +211,138 @@ def test_travelling_files_name_package_version_and_licence(code):
     assert f'version="{VERSION}"' in (ROOT / "setup.py").read_text()
     for path in code:
         first, second = path.read_text().splitlines()[:2]
-        package, name = re.fullmatch(r"(modeling|generation)_(\w+\.py)", path.name).groups()
-        origin = f"{package}_diffusiongemma/{name}" if package == "modeling" else f"{package}/{name}"
-        assert first == "# SPDX-License-Identifier: Apache-2.0"
-        assert f"modeling-diffusiongemma {VERSION}, {origin};" in second and (ROOT / origin).is_file()
+        origin = re.search(rf"modeling-diffusiongemma {re.escape(VERSION)}, ([\w/]+)\.py;", second)[1]
+        assert first == "# SPDX-License-Identifier: Apache-2.0" and (ROOT / f"{origin}.py").is_file()
+        assert path.stem == flat_name(origin.replace("/", "."))
 
 
-SOURCE = '''"""A line of text may say: from generation.noise import Noise."""
+SOURCE = '''"""A line of text may say: from reeds.noise import Noise."""
 
 import torch
 from transformers import Cache
 
-from generation.noise import (
+from reeds.rules.noise import (
     MaskNoise as Masked,
     Noise,
 )
 
-from .checks import check_mask  # kept
+from ..attention import Attention, \\
+    Mask
+from .depths.checks import check_mask  # kept
+from . depths \\
+    .layers import Layers
+from .sibling import *
 
 try:
-    from .experts import Experts
+    from ..attention import Experts
+    from pond_model.import_names import Names
 except ImportError:
-    Experts = None
+    Experts = "é"; Names = None
 
 
 def late():
-    from generation.draws import Draws
+    from reeds.draws import Draws
 
     return Draws
 '''
+FLAT = {  # what a statement becomes
+    "from reeds.rules.noise import (": "from .reeds_rules_noise import (",
+    "from ..attention import": "from .pond_attention import",
+    "from .depths.checks import": "from .pond_room_depths_checks import",
+    "from . depths \\\n    .layers import": "from .pond_room_depths_layers import",
+    "from .sibling import": "from .pond_room_sibling import",
+    "from pond_model.import_names import": "from .pond_import_names import",
+    "    from reeds.draws import": "    from .reeds_draws import",
+}
 
 
-def test_imports_of_ours_are_rewritten_and_nothing_else(tmp_path):
-    path = tmp_path / "modeling_diffusiongemma" / "new.py"
-    path.parent.mkdir()
-    path.write_text(SOURCE)
-    text, needed = flatten(path)
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Writes modules of two packages that the exporter takes for ours: dotted names to texts, in folders of any depth."""
+
+    def write(sources):
+        for module, text in sources.items():
+            path = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            for folder in path.relative_to(tmp_path).parents[:-1]:
+                (tmp_path / folder / "__init__.py").touch()
+        importlib.invalidate_caches()
+
+    for package, prefix in (("pond_model", "pond"), ("reeds", "reeds")):
+        monkeypatch.setitem(PREFIXES, package, prefix)
+        write({f"{package}.leaf": ""})
+    monkeypatch.syspath_prepend(tmp_path)
+    return write
+
+
+def test_imports_of_ours_are_rewritten_and_nothing_else(packages):
+    packages({"pond_model.room.new": SOURCE})
+    text, needed = flatten("pond_model.room.new")
     head, rest = text.split("\n\n", 1)
-    expected = SOURCE.replace("\nfrom generation.noise", "\nfrom .generation_noise").replace(".checks", ".modeling_checks")
-    assert rest == expected.replace(".experts", ".modeling_experts").replace("generation.draws", ".generation_draws")
-    assert all(line.startswith("# ") for line in head.splitlines())
-    near, far = path.parent, ROOT / "generation"
-    assert set(needed) == {near / "checks.py", near / "experts.py", far / "noise.py", far / "draws.py"}
+    expected = SOURCE
+    for statement, flat in FLAT.items():
+        expected = expected.replace(statement, flat)
+    assert rest == expected and all(line.startswith("# ") for line in head.splitlines())
+    modules = {f"pond_model.{name}" for name in ("attention", "room.depths.checks", "room.depths.layers", "room.sibling")}
+    assert set(needed) == modules | {"pond_model.import_names", "reeds.rules.noise", "reeds.draws"}
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "import generation", "import torch, generation.noise", "import modeling_diffusiongemma.head as head",
-        "from generation import noise", "from modeling_diffusiongemma.head import Head", "from . import noise",
-        "from .noise.deep import Noise", "from ..noise import Noise", "from generation.noise.deep import Noise",
-        "from .noise \\\n    import Noise", "try:\n    import generation\nexcept ImportError: pass",
-        "def late():\n    from . import noise",
+        "import reeds", "import torch, reeds.noise", "import pond_model.head as head",
+        "from reeds import noise", "from . import noise", "from .. import noise", "from ..room import noise",
+        "from reeds.room import noise", "from ...noise import Noise", "x = 2; from .noise import Noise",
+        "if x: from .noise import Noise", "try:\n    import reeds\nexcept ImportError: pass", "def late():\n    from . import noise",
     ],
 )  # fmt: skip
-def test_import_in_another_form_is_refused_with_its_place(statement, tmp_path):
-    path = tmp_path / "generation" / "new.py"
-    path.parent.mkdir()
-    path.write_text(f"x = 1\n{statement}\n")
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:[23] has `(import|from)"):
-        flatten(path)
+def test_import_in_another_form_is_refused_with_its_place(statement, packages, tmp_path):
+    packages({"reeds.room.new": f"x = 1\n{statement}\n"})
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'reeds' / 'room' / 'new.py'))}:[23] has `(import|from)"):
+        flatten("reeds.room.new")
 
 
-def test_file_that_does_not_exist_is_an_error(monkeypatch, tmp_path):
-    path = tmp_path / "generation" / "new.py"
-    path.parent.mkdir()
-    path.write_text("from .absent import A\n")
-    monkeypatch.setattr("modeling_diffusiongemma.remote_code.ENTRY", path)
+DEEP = {
+    "pond_model.rooms.cellar.entry": "from ...top import A\nfrom ..near import B\nfrom reeds.far import C\n",
+    "pond_model.rooms.near": "from .cellar.shelf import B\n",
+    "pond_model.rooms.cellar.shelf": "from ...top import A as B\n",
+    "pond_model.rooms.cellar.idle": "from .entry import A\n",
+    "pond_model.top": "A = 1\n",
+    "reeds.far": "C = 3\n",
+}
+
+
+def test_packages_of_any_depth_run_flat_and_keep_their_order(packages, monkeypatch, tmp_path):
+    packages(DEEP)
+    monkeypatch.setattr("modeling_diffusiongemma.remote_code.ENTRY", "pond_model.rooms.cellar.entry")
+    files = travelling_files()
+    names = ["pond_rooms_cellar_entry", "pond_rooms_cellar_shelf", "pond_rooms_near", "pond_top", "reeds_far"]
+    assert list(files) == [f"{name}.py" for name in names]
+    folder = tmp_path / "flat_repository"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    found = get_relative_import_files(folder / "pond_rooms_cellar_entry.py")
+    assert {Path(path).name for path in found} == files.keys() - {"pond_rooms_cellar_entry.py"}
+    importlib.invalidate_caches()
+    entry = importlib.import_module("flat_repository.pond_rooms_cellar_entry")
+    assert (entry.A, entry.B, entry.C) == (1, 1, 3)
+    packages({name: "\n".join(reversed(text.splitlines())) for name, text in DEEP.items()})
+    assert list(travelling_files()) == list(files)
+
+
+def test_two_modules_of_one_flat_name_are_refused(packages, monkeypatch, tmp_path):
+    packages({"reeds.entry": "from .a_b import A\nfrom .a.b import B\n", "reeds.a_b": "", "reeds.a.b": ""})
+    monkeypatch.setattr("modeling_diffusiongemma.remote_code.ENTRY", "reeds.entry")
+    with pytest.raises(ValueError, match=r"reeds_a_b\.py") as error:
+        travelling_files()
+    assert all(str(tmp_path / "reeds" / name) in str(error.value) for name in ("a_b.py", "a/b.py"))
+
+
+def test_file_that_does_not_exist_is_an_error(packages, monkeypatch):
+    packages({"reeds.new": "from .absent import A\n"})
+    monkeypatch.setattr("modeling_diffusiongemma.remote_code.ENTRY", "reeds.new")
     with pytest.raises(FileNotFoundError, match=r"absent\.py"):
         travelling_files()
 
@@ -281,7 +354,7 @@ def saved_config(folder):
 def test_repository_holds_weights_settings_code_and_card(repository, code):
     names = {path.name for path in repository.iterdir()}
     assert names == MODEL_FILES | {path.name for path in code} | {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert saved_config(repository)["auto_map"] == {auto: f"modeling_head.{name}" for auto, name in REGISTERED.items()}
+    assert saved_config(repository)["auto_map"] == {auto: f"{HEAD}.{name}" for auto, name in REGISTERED.items()}
     assert saved_config(repository)["architectures"] == ["DiffusionGemmaForBlockDiffusion"]
     assert "trust_remote_code=True" in (repository / "README.md").read_text()
 
@@ -308,7 +381,7 @@ def test_card_that_is_there_is_kept(tmp_path):
 
 
 def test_class_registered_for_an_auto_class_saves_its_code(monkeypatch, tmp_path):
-    """transformers' own way of asking for it; its own copying would leave out what head.py imports from `generation`."""
+    """transformers' own way of asking for it; its own copying would leave out what the head imports from `generation`."""
     monkeypatch.setattr(DiffusionGemmaForMaskedBlockLM, "_auto_class", None)
     DiffusionGemmaForMaskedBlockLM.register_for_auto_class("AutoModelForCausalLM")
     ours().save_pretrained(tmp_path / "code")
@@ -456,7 +529,7 @@ def test_clean_process_runs_the_code_of_the_repository(place, repository, model,
 def planted(repository, target, marker):
     """A copy whose code says that it was run."""
     shutil.copytree(repository, target)
-    path = target / "modeling_head.py"
+    path = target / f"{HEAD}.py"
     path.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n{path.read_text()}")
     return target
 
@@ -464,21 +537,21 @@ def planted(repository, target, marker):
 def broken(repository, target, fault):
     shutil.copytree(repository, target)
     if fault == "file missing":
-        (target / "modeling_masks.py").unlink()
+        (target / f"{MASKS}.py").unlink()
     elif fault == "syntax error":
-        (target / "modeling_masks.py").write_text("def prompt_mask(:\n")
+        (target / f"{MASKS}.py").write_text("def prompt_mask(:\n")
     elif fault == "unknown package":
-        path = target / "modeling_head.py"
+        path = target / f"{HEAD}.py"
         path.write_text(f"import no_such_package\n{path.read_text()}")
     else:
         path = target / "config.json"
-        path.write_text(path.read_text().replace("modeling_head.DiffusionGemmaForMasked", "modeling_head.Absent"))
+        path.write_text(path.read_text().replace(f"{HEAD}.DiffusionGemmaForMasked", f"{HEAD}.Absent"))
     return target
 
 
 FAULTS = {  # the error from a folder, and from the Hub: offline, a file that a repository lacks is one that was never downloaded
-    "file missing": (r"^FileNotFoundError: .*modeling_masks\.py", "^OSError: .*cached files"),
-    "syntax error": (r"^SyntaxError: .*modeling_masks\.py", "^SyntaxError: "),
+    "file missing": (rf"^FileNotFoundError: .*{MASKS}\.py", "^OSError: .*cached files"),
+    "syntax error": (rf"^SyntaxError: .*{MASKS}\.py", "^SyntaxError: "),
     "unknown package": ("^ImportError: .*no_such_package",) * 2,
     "class missing": ("^AttributeError: .*Absent",) * 2,
 }
@@ -513,7 +586,7 @@ def test_code_runs_with_the_flag_alone_and_broken_code_is_named(repository, tmp_
 def recoded(repository, target, number):
     """A copy with other code: it says its number, and adds it to what the experts compute."""
     shutil.copytree(repository, target)
-    head, experts = target / "modeling_head.py", target / "modeling_experts.py"
+    head, experts = target / f"{HEAD}.py", target / f"{EXPERTS}.py"
     head.write_text(f"{head.read_text()}\nCODE = {number}\n")
     line = "return EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)"
     assert experts.read_text().count(line) == 1
@@ -532,6 +605,7 @@ def test_two_repositories_in_one_process_each_run_their_own_code(place, reposito
     names = folders if place == "folder" else ["org-one/canvas", "org-two/canvas"]
     model.save_pretrained(tmp_path / "plain")
     arguments = {"names": names, "autos": list(REGISTERED), "plain": tmp_path / "plain", "root": ROOT, "cache": cache}
+    arguments |= {"head": HEAD, "quantizer": QUANTIZER}
     answer = clean(TWO, tmp_path, **arguments)
     assert [answer[auto] for auto in REGISTERED] == [[2, 3, 2, 3]] * len(REGISTERED)
     assert answer["from_config"] == [2, 3, 2, 3] and answer["pipelines"] == [2, 3] and answer["fp8"] == [True] * 4
@@ -541,7 +615,7 @@ def test_two_repositories_in_one_process_each_run_their_own_code(place, reposito
     assert all(error.startswith("ValueError: ") and "trust_remote_code=True" in error for error in answer["without the flag"])
     assert answer["no code"].startswith("ValueError: Unrecognized configuration class")
     # Who imports the package asks for its code from then on; what was loaded before stays what it is.
-    assert answer["installed"] == ["modeling_diffusiongemma.head"] * 2 and answer["results after"] == answer["results"]
+    assert answer["installed"] == [DiffusionGemmaForMaskedBlockLM.__module__] * 2 and answer["results after"] == answer["results"]
 
 
 def test_installed_package_wins_over_the_code_of_a_repository(repository, tmp_path):
