@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["modeling_diffusiongemma", "generation"],
+    packages=find_packages(include=["modeling_diffusiongemma*", "generation*"]),
     package_data={
         "generation": ["README.md"],
         "modeling_diffusiongemma": [f"checkpoints/*/*.{suffix}" for suffix in ("json", "safetensors", "jinja")],

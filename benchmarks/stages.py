@@ -20,8 +20,8 @@ import torch
 STAGES = ("attention", "dense MLP", "router and experts", "norms and residuals", "vocabulary pass", "sampling", "rest")
 PREFILL = "prefill"  # everything in it, and not counted
 OF_MODULE = {"self_attn": "attention", "mlp": "dense MLP", "router": "router and experts", "experts": "router and experts"}
-# Functions of `generation`, by the words in the name of the file they stand in.
-OF_FILE = {"vocabulary": "vocabulary pass", "prediction": "vocabulary pass", "state": "sampling"}
+# Functions of `generation`, by the module they stand in.
+OF_FILE = {"generation.vocabulary": "vocabulary pass", "generation.prediction": "vocabulary pass", "generation.state": "sampling"}
 
 
 class StageClock:
@@ -97,9 +97,8 @@ def watch_stages(model, side: str) -> Iterator[StageClock]:
                 watch(model, name, "vocabulary pass")
             for file, module in list(sys.modules.items()):
                 for name, value in list(vars(module).items()) if file.startswith("generation.") else ():
-                    owner = getattr(value, "__module__", None) or ""
-                    stage = next((stage for word, stage in OF_FILE.items() if owner.startswith("generation.") and word in owner), None)
-                    if inspect.isfunction(value) and stage is not None and owner != file:  # as the file that calls it knows it
+                    stage = OF_FILE.get(value.__module__) if inspect.isfunction(value) else None
+                    if stage is not None and value.__module__ != file:  # as the file that calls it knows it
                         watch(module, name, stage)
         yield clock
 

@@ -243,7 +243,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def is_console() -> bool:
     """Whether this process is `python -m` with this package's name or the script that pip installed, and no other program."""
     if sys.argv[:1] == ["-m"]:  # Python is looking for the module to run
-        return sys.orig_argv[-len(sys.argv)] == __package__
+        return sys.orig_argv[-len(sys.argv)] == __package__.split(".")[0]
     script = Path(sys.argv[0] if sys.argv else "").resolve()
     return script.stem == PROGRAM and script.parent == Path(sysconfig.get_path("scripts")).resolve()
 

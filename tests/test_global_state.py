@@ -239,7 +239,7 @@ MADE = FLOATING | {"arange", "randint", "randperm"}
 def test_every_tensor_that_is_made_says_its_dtype_and_device(package):
     """Parameters and buffers are made as the caller's context says: by it transformers makes a model in another dtype, or on `meta`."""
     silent = []
-    for path in sorted((Path(__file__).parents[1] / package).glob("*.py")):
+    for path in sorted((Path(__file__).parents[1] / package).rglob("*.py")):
         tree = ast.parse(path.read_text())
         kept = {id(inner) for call in ast.walk(tree) if isinstance(call, ast.Call) and _name(call) in ("Parameter", "Buffer")
                 for inner in ast.walk(call)}  # fmt: skip
