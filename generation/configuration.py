@@ -98,7 +98,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             implementation was named: same seed, same tokens. `"auto"` may choose a faster way to the same distribution.
         cache_implementation (`str`): "dynamic" (default), "static", "offloaded" or "offloaded_static" (the keys and values of
             a layer are on the device while it runs, in host memory otherwise; needs CUDA), or "quantized" (full-attention
-            layers in FP8, or as `cache_config` says: `generation.inputs.quantized_cache`).
+            layers in FP8, or as `cache_config` says: `generation.caches.quantized_cache`).
         temperature (`float`): multiplies the schedule; 0 means `do_sample=False`.
         do_sample (`bool`): False takes the most probable token instead of a sample, and always the same noise: deterministic.
         kwargs: any other field of `GenerationConfig`; generation/README.md says which are honoured and what they mean for a

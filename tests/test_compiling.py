@@ -85,7 +85,7 @@ def test_layers_run_as_before_afterwards(model, monkeypatch):
     before = own._compiled_call_impl
     generate(model, compile_config=CompileConfig(backend="eager"))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr(type(model), "_write_canvases", failing)
+        patch.setitem(DECODERS, "diffusion", failing)
         generate(model, compile_config=CompileConfig(backend="eager"))
     assert own._compiled_call_impl is before
     assert all(layer._compiled_call_impl is None for layer in layers(model)[1:])
