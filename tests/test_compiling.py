@@ -8,6 +8,7 @@ from small_models import prompts, small_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
+from generation.mixin import DECODERS
 from modeling_diffusiongemma.compiling import compile_settings
 
 
