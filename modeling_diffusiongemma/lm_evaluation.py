@@ -208,7 +208,7 @@ class DiffusionGemmaEvaluation(TemplateLM):
     def _is_written(self, context: list[int], continuation: list[int]) -> bool:
         """Whether block diffusion with `do_sample=False` writes this continuation."""
         written = self._sequences([context], None, do_sample=False, max_new_tokens=len(continuation), eos_token_id=[])
-        return written[0].tolist() == continuation
+        return written[0] == continuation
 
     def _generate(self, contexts: list[list[int]], arguments: dict, seeds: list[int]) -> list[str]:
         """Texts of one batch whose requests have the same arguments."""
@@ -229,13 +229,15 @@ class DiffusionGemmaEvaluation(TemplateLM):
             texts.append(text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))])
         return texts
 
-    def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> torch.Tensor:
-        """New tokens `(B, N)`, padded behind each row's end."""
+    def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> list[list[int]]:
+        """The new tokens of each row."""
         longest = max(map(len, contexts))
         made = {"dtype": torch.int64, "device": self.device}
         ids = torch.tensor([[self.pad_token_id] * (longest - len(context)) + context for context in contexts], **made)
         real = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts], **made)
-        return self.model.generate(ids, attention_mask=real, seed=seeds, **{**self.settings, **settings})[:, longest:]
+        given = {**self.settings, **settings, "return_dict_in_generate": True}
+        output = self.model.generate(ids, attention_mask=real, seed=seeds, **given)
+        return [row[:length] for row, length in zip(output.sequences[:, longest:].tolist(), output.lengths.tolist(), strict=True)]
 
 
 def _positive(name: str, value) -> int:
