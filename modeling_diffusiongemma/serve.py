@@ -14,6 +14,9 @@ at a time, a client may ask for as many tokens as it likes, may unload the model
 image from any address that the server reaches. While a model is loaded, or a prompt is cut into tokens, nobody else is answered.
 Put a proxy with authentication and time limits in front of it before you open it to others, or use vLLM.
 
+An answer ends by `stop` (an end of turn, a stop string) or `length` (its tokens are used up, or its `max_time`: OpenAI has no third word);
+`/v1/responses` says nothing of it, as transformers' server does.
+
 `seed` of a request seeds torch for the whole process when the request arrives (transformers does it so): with several requests
 at once only `temperature=0` is reproducible.
 """
@@ -21,8 +24,11 @@ at once only `temperature=0` is reproducible.
 import argparse
 import sys
 from collections.abc import Sequence
+from types import MethodType
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from generation.watcher import Watcher
 
 from .checkpoints import FOLDER
 from .console_arguments import checkpoint_name
@@ -53,6 +59,23 @@ def own_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]
 def reason(error: Exception) -> str:
     """What an error says about the request."""
     return f"the request has no {error}" if isinstance(error, KeyError) else str(getattr(error, "detail", None) or error)
+
+
+class Ending(Watcher):
+    """Writes into a request's settings why its answer has ended. transformers' server reads it from there: `length` where an answer has
+    `max_new_tokens` tokens, whether or not the last of them ends it, and `stop` where it has fewer, though its time was over."""
+
+    def __init__(self, settings: GenerationConfig):
+        self.settings = settings
+
+    def commit(self, tokens, lengths, finish_reasons) -> None:
+        if finish_reasons[0] is not None:
+            self.settings.max_new_tokens = None if finish_reasons[0] == "stop" else 0
+
+
+def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
+    """`model.generate` for one request."""
+    return type(model).generate(model, generation_config=generation_config, watcher=Ending(generation_config), **kwargs)
 
 
 def make_server(arguments: Sequence[str]):
@@ -93,8 +116,10 @@ def make_server(arguments: Sequence[str]):
             modality_of = manager.get_model_modality
 
             def get_model_modality(model, processor=None):
-                if isinstance(model, DiffusionGemmaForMaskedBlockLM) and not isinstance(processor, PreTrainedTokenizerBase):
-                    return Modality.VLM
+                if isinstance(model, DiffusionGemmaForMaskedBlockLM):  # asked before every answer
+                    model.generate = MethodType(generate_and_tell, model)
+                    if not isinstance(processor, PreTrainedTokenizerBase):
+                        return Modality.VLM
                 return modality_of(model, processor=processor)
 
             manager.get_model_modality = get_model_modality
