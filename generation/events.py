@@ -105,10 +105,10 @@ def stream_text(model, tokenizer, *args, **kwargs) -> Iterator[str]:
         if isinstance(event, CommitEvent):
             if event.tokens.shape[0] != 1:
                 raise ValueError(f"`stream_text` got {event.tokens.shape[0]} rows; expected one prompt")
-            if piece := text.add(event.tokens[0].tolist()):
-                yield piece
-    if piece := text.rest():
-        yield piece
+            if new := text.add(event.tokens[0].tolist()):
+                yield new
+    if new := text.rest():
+        yield new
 
 
 class TextAssembler:
@@ -134,8 +134,8 @@ class TextAssembler:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
     def _new(self, text: str) -> str:
-        piece, self.given = text[self.given :], max(self.given, len(text))
-        return piece
+        new, self.given = text[self.given :], max(self.given, len(text))
+        return new
 
 
 __all__ = ["CommitEvent", "StepEvent", "TextAssembler", "stream_events", "stream_text"]

@@ -59,10 +59,10 @@ def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     fixed |= {"max_denoising_steps": args.steps, "stability_threshold": args.steps, "max_new_tokens": canvas}
     model.generate(**inputs, **fixed | {"max_denoising_steps": 2, "stability_threshold": 2}, seed=session.seed)
     rounds = []
-    for number in range(args.rounds):
+    for index in range(args.rounds):
         if sys.stderr.isatty():
-            say(f"round {number + 1} of {args.rounds}")
-        clock, seed = Clock(), session.seed + number
+            say(f"round {index + 1} of {args.rounds}")
+        clock, seed = Clock(), session.seed + index
         model.generate(**inputs, **fixed, seed=seed, watcher=clock)
         begun = now()
         output = model.generate(**inputs, **session.settings, seed=seed, tokenizer=session.tokenizer, return_dict_in_generate=True)

@@ -21,14 +21,14 @@ Message = dict[str, str]
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """`--preset`, `--max-new-tokens` and `--set` as arguments of `generate`, refused here if they cannot be honoured."""
-    own = dict(args.settings)
+    given = dict(args.settings)
     if args.max_new_tokens is not None:
-        if "max_new_tokens" in own:
+        if "max_new_tokens" in given:
             raise UsageError("`--max-new-tokens` and `--set max_new_tokens=...` are both given; expected one")
-        own["max_new_tokens"] = args.max_new_tokens
-    if "return_dict_in_generate" in own:
+        given["max_new_tokens"] = args.max_new_tokens
+    if "return_dict_in_generate" in given:
         raise UsageError("`--set return_dict_in_generate=...` is given; expected it unset: `--json` says what the console prints")
-    settings = {**({} if args.preset is None else DIFFUSION_FIELDS | PRESETS[args.preset]), **own}
+    settings = {**({} if args.preset is None else DIFFUSION_FIELDS | PRESETS[args.preset]), **given}
     try:
         resolve_config(None, DiffusionGenerationConfig(), dict(settings))
     except (TypeError, ValueError) as error:

@@ -37,7 +37,7 @@ from .serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
 
 INSTALL = 'transformers\' server is not installed; expected: pip install -e ".[serve]" in a checkout of this project'
 PROGRAM = "python -m modeling_diffusiongemma.serve"
-OWN_OPTIONS = """
+OUR_OPTIONS = """
 Of this package: --allow NAME, a folder or Hub repository that may be asked for (repeatable; by default the shipped
 checkpoints, or FORCE_MODEL alone); --max-characters N, of text in a request (default: {max_characters}).
 
@@ -45,15 +45,15 @@ For clients you trust: there is neither a key nor a quota.
 """
 
 
-def own_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def our_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the arguments that are left for `transformers serve`."""
     parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--allow", type=checkpoint_name, action="append", default=[])
     parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS)
-    own, rest = parser.parse_known_args(arguments)
-    if own.max_characters < 1:
-        parser.error(f"`--max-characters` is {own.max_characters}; expected an integer >= 1")
-    return own, rest
+    ours, rest = parser.parse_known_args(arguments)
+    if ours.max_characters < 1:
+        parser.error(f"`--max-characters` is {ours.max_characters}; expected an integer >= 1")
+    return ours, rest
 
 
 def reason(error: Exception) -> str:
@@ -98,7 +98,7 @@ def make_server(arguments: Sequence[str]):
         raise ImportError(INSTALL) from error
     if not is_serve_available():
         raise ImportError(INSTALL)
-    own, rest = own_options(arguments)
+    ours, rest = our_options(arguments)
 
     def answers(status: int):
         async def refuse(_request, error: Exception) -> JSONResponse:
@@ -108,7 +108,7 @@ def make_server(arguments: Sequence[str]):
         return refuse
 
     class Server(Serve):
-        __doc__ = Serve.__doc__ + OWN_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
+        __doc__ = Serve.__doc__ + OUR_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
 
         def start_server(self) -> None:
             """Called with everything built and nothing running (`--non-blocking`): completes it, and blocks until it is stopped."""
@@ -130,8 +130,8 @@ def make_server(arguments: Sequence[str]):
                 app.add_exception_handler(kind, answers(400))
             app.add_exception_handler(Exception, answers(500))
             shipped = [str(file.parent) for file in sorted(FOLDER.glob("*/config.json"))]
-            models = [pinned] if pinned is not None else [name.path for name in own.allow] or shipped
-            door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=own.max_characters)
+            models = [pinned] if pinned is not None else [name.path for name in ours.allow] or shipped
+            door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=ours.max_characters)
             app.user_middleware.append(door)  # behind those that add headers to every answer
             self.server.run()
 
