@@ -124,16 +124,14 @@ class TextAssembler:
 
     def add(self, ids: list[int]) -> str:
         self.ids += ids
-        return self._new(self._decoded().rstrip("\ufffd"))
+        return self._new(held="\ufffd")
 
     def rest(self) -> str:
         """What is still held back."""
-        return self._new(self._decoded())
+        return self._new(held="")
 
-    def _decoded(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
-
-    def _new(self, text: str) -> str:
+    def _new(self, held: str) -> str:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip(held)
         new, self.given = text[self.given :], max(self.given, len(text))
         return new
 
