@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.generation.streamers import BaseStreamer
+
+from generation.watcher import Watcher
 
 from .console_arguments import UsageError, json_line, say
 from .console_model import Session, generation_settings
@@ -42,18 +43,14 @@ def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
             torch.accelerator.synchronize(model.device)
         return time.perf_counter()
 
-    class Clock(BaseStreamer):
+    class Clock(Watcher):
         """Notes when each denoising step ends."""
 
         def __init__(self):
             self.ends = []
 
-        def put(self, value) -> None: ...
-
-        def put_state(self, state) -> None:
+        def step(self, *told) -> None:
             self.ends.append(now())
-
-        def end(self) -> None: ...
 
     inputs = session.encode([[{"role": "user", "content": prompt}]] * args.batch_size)
     canvas = session.settings.get("canvas_length") or model.config.canvas_length
@@ -62,22 +59,20 @@ def measure(session, prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     fixed |= {"max_denoising_steps": args.steps, "stability_threshold": args.steps, "max_new_tokens": canvas}
     model.generate(**inputs, **fixed | {"max_denoising_steps": 2, "stability_threshold": 2}, seed=session.seed)
     rounds = []
-    for number in range(args.rounds):
+    for index in range(args.rounds):
         if sys.stderr.isatty():
-            say(f"round {number + 1} of {args.rounds}")
-        clock, seed = Clock(), session.seed + number
-        model.generate(**inputs, **fixed, seed=seed, streamer=clock)
+            say(f"round {index + 1} of {args.rounds}")
+        clock, seed = Clock(), session.seed + index
+        model.generate(**inputs, **fixed, seed=seed, watcher=clock)
         begun = now()
         output = model.generate(**inputs, **session.settings, seed=seed, tokenizer=session.tokenizer, return_dict_in_generate=True)
         seconds = now() - begun
-        passes = output.denoising_steps.float()
-        tokens = output.tokens_per_forward * passes.clamp(min=1)
-        canvases = (tokens / canvas).ceil().clamp(min=1)
+        canvases = (output.lengths / canvas).ceil()
         rounds.append({
             "ms_per_step": 1000 * (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1),
-            "tokens_per_second": float(tokens.sum()) / seconds,
+            "tokens_per_second": int(output.lengths.sum()) / seconds,
             "tokens_per_forward": float(output.tokens_per_forward.mean()),
-            "steps_per_canvas": float((passes / canvases).mean()),
+            "steps_per_canvas": float((output.denoising_steps / canvases).mean()),
         })  # fmt: skip
     result = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     return {**result, "peak_memory_mib": peak_mib(model.device), "prompt_tokens": inputs["input_ids"].shape[1], "canvas_length": canvas}

@@ -2,11 +2,13 @@
 instead: which of the fast paths work on this machine, each run there on a few values against its reference."""
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata
+from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
+from huggingface_hub.utils import SafetensorsFileMetadata
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
@@ -14,9 +16,7 @@ from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, Diffusio
 
 from .console_arguments import MODEL_TYPE, UsageError, json_line
 from .loading import damaged_files
-from .safetensors_files import INDEX, indexed_files, read_header
-
-SINGLE = "model.safetensors"
+from .safetensors_files import INDEX, SINGLE, indexed_files
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -27,12 +27,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / SINGLE] if (folder / SINGLE).is_file() else []
 
 
-def weight_counts(files: int, tensors: list[tuple[str, tuple[int, int]]]) -> dict[str, Any]:
-    """`files`, `tensors`, `bytes` and `bytes_by_dtype` of tensors given as dtype and the offsets of their data."""
+def weight_counts(files: Collection[SafetensorsFileMetadata]) -> dict[str, Any]:
+    """`files`, `tensors`, `bytes` and `bytes_by_dtype` of what the headers of the files name."""
     by_dtype: dict[str, int] = {}
-    for dtype, (first, last) in tensors:
-        by_dtype[dtype] = by_dtype.get(dtype, 0) + last - first
-    return {"files": files, "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+    tensors = [tensor for file in files for tensor in file.tensors.values()]
+    for tensor in tensors:
+        first, last = tensor.data_offsets
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + last - first
+    return {"files": len(files), "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
 
 
 def local_weights(folder: Path) -> dict[str, Any] | None:
@@ -46,14 +48,12 @@ def local_weights(folder: Path) -> dict[str, Any] | None:
         return None
     if problems := damaged_files(folder):
         raise OSError(f"cannot read {folder}: {'; '.join(problems)}")
-    entries = [entry for file in files for name, entry in read_header(file).items() if name != "__metadata__"]
-    return weight_counts(len(files), [(entry["dtype"], entry["data_offsets"]) for entry in entries])
+    return weight_counts([parse_local_safetensors_file_metadata(file) for file in files])
 
 
 def hub_weights(name: str) -> dict[str, Any]:
     """The same of a repository on the Hub whose weights are not on this machine: the headers alone are fetched."""
-    files = get_safetensors_metadata(name).files_metadata.values()
-    return weight_counts(len(files), [(tensor.dtype, tensor.data_offsets) for file in files for tensor in file.tensors.values()])
+    return weight_counts(get_safetensors_metadata(name).files_metadata.values())
 
 
 def count_parameters(config) -> tuple[int, int]:

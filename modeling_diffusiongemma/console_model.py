@@ -21,14 +21,14 @@ Message = dict[str, str]
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """`--preset`, `--max-new-tokens` and `--set` as arguments of `generate`, refused here if they cannot be honoured."""
-    own = dict(args.settings)
+    given = dict(args.settings)
     if args.max_new_tokens is not None:
-        if "max_new_tokens" in own:
+        if "max_new_tokens" in given:
             raise UsageError("`--max-new-tokens` and `--set max_new_tokens=...` are both given; expected one")
-        own["max_new_tokens"] = args.max_new_tokens
-    if "return_dict_in_generate" in own:
+        given["max_new_tokens"] = args.max_new_tokens
+    if "return_dict_in_generate" in given:
         raise UsageError("`--set return_dict_in_generate=...` is given; expected it unset: `--json` says what the console prints")
-    settings = {**({} if args.preset is None else DIFFUSION_FIELDS | PRESETS[args.preset]), **own}
+    settings = {**({} if args.preset is None else DIFFUSION_FIELDS | PRESETS[args.preset]), **given}
     try:
         resolve_config(None, DiffusionGenerationConfig(), dict(settings))
     except (TypeError, ValueError) as error:
@@ -81,10 +81,8 @@ class Session:
         self.tokenizer = load_tokenizer(args.model.path)
         self.model = load_model(args.model.path, args.dtype, args.device)
         ends = self.settings.get("eos_token_id", self.model.generation_config.eos_token_id)
-        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
-        self.hidden_ids = {*self.ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}
-        stops = self.settings.get("stop_strings") or []
-        self.stop_strings = [stops] if isinstance(stops, str) else stops
+        ends = [ends] if isinstance(ends, int) else ends or []
+        self.hidden_ids = {*ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}
 
     def encode(self, prompts: Sequence[str | list[Message]]) -> dict[str, torch.Tensor]:
         """Chats by the checkpoint's chat template, strings as they are: ids and mask (B, P), padded on the left."""
@@ -117,23 +115,15 @@ class Session:
         prompt_tokens = inputs["attention_mask"].sum(dim=1)
         prompt_tokens = prompt_tokens.repeat_interleave(len(output.sequences) // len(prompt_tokens)).tolist()
         answers = []
-        rows = zip(output.sequences, prompt_tokens, output.denoising_steps.tolist(), output.tokens_per_forward.tolist(), strict=True)
-        for row, given, passes, per_forward in rows:
-            count = round(per_forward * max(passes, 1))
-            ids = row[inputs["input_ids"].shape[1] :][:count].tolist()
+        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        for index, (ids, count) in enumerate(zip(new, output.lengths.tolist(), strict=True)):
             answers.append({
-                "text": self.tokenizer.decode(ids, skip_special_tokens=True), "prompt_tokens": given, "tokens": count,
-                "denoising_steps": passes, "tokens_per_forward": per_forward,
-                "finish_reason": "stop" if self._stopped(ids) else "length", "seed": self.seed,
+                "text": self.tokenizer.decode(ids[:count], skip_special_tokens=True), "prompt_tokens": prompt_tokens[index],
+                "tokens": count, "denoising_steps": int(output.denoising_steps[index]),
+                "tokens_per_forward": float(output.tokens_per_forward[index]), "finish_reason": output.finish_reasons[index],
+                "seed": self.seed,
             })  # fmt: skip
         return answers
-
-    def _stopped(self, ids: list[int]) -> bool:
-        """Whether an answer came to its own end."""
-        if ids and ids[-1] in self.ends:
-            return True
-        text = self.tokenizer.decode(ids) if self.stop_strings else ""
-        return any(stop in text for stop in self.stop_strings)
 
 
 __all__ = ["Message", "Session", "checked_device", "generation_settings", "load_model", "load_tokenizer"]

@@ -47,10 +47,10 @@ class Watch(CanvasStreamer):
         else:
             self._commit(self._text.add(value.flatten().tolist()))
 
-    def _commit(self, piece: str) -> None:
-        self._committed += piece
+    def _commit(self, text: str) -> None:
+        self._committed += text
         if self.on_text is not None and not self.in_place:
-            self.on_text(piece)
+            self.on_text(text)
 
     def end(self) -> None:
         if self._text is not None:

@@ -142,26 +142,26 @@ class DiffusionGemmaEvaluation(TemplateLM):
         calls = [(self.tok_encode(request.args[0]), request.args[1]) for request in requests]
         answers: list[str | None] = [None] * len(calls)
         groups: dict[str, list[int]] = {}
-        for number, (_, arguments) in enumerate(calls):
-            groups.setdefault(json.dumps(arguments, sort_keys=True), []).append(number)
+        for index, (_, arguments) in enumerate(calls):
+            groups.setdefault(json.dumps(arguments, sort_keys=True), []).append(index)
         with tqdm(total=len(calls), desc="generate_until", disable=disable_tqdm) as bar:
-            for numbers in groups.values():
-                for batch in self._batches(numbers, lambda number: len(calls[number][0])):
-                    texts = self._generate([calls[number][0] for number in batch], calls[batch[0]][1], [self.seed + n for n in batch])
-                    for number, text in zip(batch, texts, strict=True):
-                        answers[number] = text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+            for indices in groups.values():
+                for batch in self._batches(indices, lambda index: len(calls[index][0])):
+                    texts = self._generate([calls[index][0] for index in batch], calls[batch[0]][1], [self.seed + n for n in batch])
+                    for index, text in zip(batch, texts, strict=True):
+                        answers[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     bar.update(len(batch))
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probabilities of whole texts, in windows of `max_length` tokens, each token predicted once."""
         windows, owners = [], []
-        for number, request in enumerate(requests):
+        for index, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
                 windows.append((None, *make_disjoint_window(window)))
-                owners.append(number)
+                owners.append(index)
         totals = [0.0] * len(requests)
         for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm, greedy=False), strict=True):
             totals[owner] += log_prob
@@ -178,25 +178,25 @@ class DiffusionGemmaEvaluation(TemplateLM):
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
         with torch.random.fork_rng(), tqdm(total=len(pairs), desc=f"log-likelihood ({self.mode})", disable=disable_tqdm) as bar:
             torch.manual_seed(self.seed)
-            for batch in self._batches(range(len(pairs)), lambda number: sum(map(len, pairs[number]))):
-                collated = BlockDiffusionCollator(pad_token_id=self.pad_token_id)([pairs[number] for number in batch])
+            for batch in self._batches(range(len(pairs)), lambda index: sum(map(len, pairs[index]))):
+                collated = BlockDiffusionCollator(pad_token_id=self.pad_token_id)([pairs[index] for index in batch])
                 inputs = {name: tensor.to(self.device) for name, tensor in collated.items()}
                 score = self.model.score(**inputs, mode=self.mode, samples=self.samples, canvas_length=self.settings.get("canvas_length"))
                 totals = (score.log_prob.double() * score.tokens).tolist()
                 flags = [False] * len(batch) if not greedy else score.greedy.tolist() if score.greedy is not None else None
-                flags = [self._is_written(*pairs[number]) for number in batch] if flags is None else flags
-                for number, total, flag in zip(batch, totals, flags, strict=True):
-                    found[number] = (total, flag)
-                    if requests[number][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                flags = [self._is_written(*pairs[index]) for index in batch] if flags is None else flags
+                for index, total, flag in zip(batch, totals, flags, strict=True):
+                    found[index] = (total, flag)
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
                 bar.update(len(batch))
         return found
 
     # How
 
-    def _batches(self, numbers, length):
-        """Numbers in batches, longest first: little padding, and memory runs out at once or never."""
-        ordered = sorted(numbers, key=length, reverse=True)
+    def _batches(self, indices, length):
+        """Indices in batches, longest first: little padding, and memory runs out at once or never."""
+        ordered = sorted(indices, key=length, reverse=True)
         return (ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size))
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
@@ -208,7 +208,7 @@ class DiffusionGemmaEvaluation(TemplateLM):
     def _is_written(self, context: list[int], continuation: list[int]) -> bool:
         """Whether block diffusion with `do_sample=False` writes this continuation."""
         written = self._sequences([context], None, do_sample=False, max_new_tokens=len(continuation), eos_token_id=[])
-        return written[0].tolist() == continuation
+        return written[0] == continuation
 
     def _generate(self, contexts: list[list[int]], arguments: dict, seeds: list[int]) -> list[str]:
         """Texts of one batch whose requests have the same arguments."""
@@ -229,20 +229,22 @@ class DiffusionGemmaEvaluation(TemplateLM):
             texts.append(text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))])
         return texts
 
-    def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> torch.Tensor:
-        """New tokens `(B, N)`, padded behind each row's end."""
+    def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> list[list[int]]:
+        """The new tokens of each row."""
         longest = max(map(len, contexts))
         made = {"dtype": torch.int64, "device": self.device}
         ids = torch.tensor([[self.pad_token_id] * (longest - len(context)) + context for context in contexts], **made)
         real = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts], **made)
-        return self.model.generate(ids, attention_mask=real, seed=seeds, **{**self.settings, **settings})[:, longest:]
+        given = {**self.settings, **settings, "return_dict_in_generate": True}
+        output = self.model.generate(ids, attention_mask=real, seed=seeds, **given)
+        return [row[:length] for row, length in zip(output.sequences[:, longest:].tolist(), output.lengths.tolist(), strict=True)]
 
 
 def _positive(name: str, value) -> int:
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    found = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ValueError(f"`{name}` is {value!r}; expected a positive integer")
-    return number
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

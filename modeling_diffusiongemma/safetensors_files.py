@@ -54,7 +54,12 @@ def weight_files(folder: Path, variant: str | None = None) -> set[str]:
 
 
 def inspect_header(path: Path) -> tuple[dict, str | None]:
-    """What `read_header` returns, and None; or what is wrong with the file, in words that its name stands before."""
+    """What `read_header` returns, and None; or what is wrong with the file, in words that its name stands before.
+
+    Not by huggingface_hub's `parse_local_safetensors_file_metadata`: it does not say where the header ends, which the check of the
+    file's length needs; it drops bytes that are no text, so that a damaged name reads as another one; and JSON that is no header gets
+    whatever error Python raises.
+    """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -63,10 +68,10 @@ def inspect_header(path: Path) -> tuple[dict, str | None]:
             return {}, f"has no safetensors header ({size} bytes)"
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (AttributeError, LookupError, TypeError, ValueError):
             return {}, "has a damaged safetensors header"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + end
     return header, None if size == expected else f"has {size} bytes where its header says {expected}"
 
 

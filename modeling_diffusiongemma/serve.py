@@ -14,6 +14,9 @@ at a time, a client may ask for as many tokens as it likes, may unload the model
 image from any address that the server reaches. While a model is loaded, or a prompt is cut into tokens, nobody else is answered.
 Put a proxy with authentication and time limits in front of it before you open it to others, or use vLLM.
 
+An answer ends by `stop` (an end of turn, a stop string) or `length` (its tokens are used up, or its `max_time`: OpenAI has no third word);
+`/v1/responses` says nothing of it, as transformers' server does.
+
 `seed` of a request seeds torch for the whole process when the request arrives (transformers does it so): with several requests
 at once only `temperature=0` is reproducible.
 """
@@ -21,8 +24,11 @@ at once only `temperature=0` is reproducible.
 import argparse
 import sys
 from collections.abc import Sequence
+from types import MethodType
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from generation.watcher import Watcher
 
 from .checkpoints import FOLDER
 from .console_arguments import checkpoint_name
@@ -31,7 +37,7 @@ from .serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
 
 INSTALL = 'transformers\' server is not installed; expected: pip install -e ".[serve]" in a checkout of this project'
 PROGRAM = "python -m modeling_diffusiongemma.serve"
-OWN_OPTIONS = """
+OUR_OPTIONS = """
 Of this package: --allow NAME, a folder or Hub repository that may be asked for (repeatable; by default the shipped
 checkpoints, or FORCE_MODEL alone); --max-characters N, of text in a request (default: {max_characters}).
 
@@ -39,20 +45,37 @@ For clients you trust: there is neither a key nor a quota.
 """
 
 
-def own_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def our_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the arguments that are left for `transformers serve`."""
     parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--allow", type=checkpoint_name, action="append", default=[])
     parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS)
-    own, rest = parser.parse_known_args(arguments)
-    if own.max_characters < 1:
-        parser.error(f"`--max-characters` is {own.max_characters}; expected an integer >= 1")
-    return own, rest
+    ours, rest = parser.parse_known_args(arguments)
+    if ours.max_characters < 1:
+        parser.error(f"`--max-characters` is {ours.max_characters}; expected an integer >= 1")
+    return ours, rest
 
 
 def reason(error: Exception) -> str:
     """What an error says about the request."""
     return f"the request has no {error}" if isinstance(error, KeyError) else str(getattr(error, "detail", None) or error)
+
+
+class Ending(Watcher):
+    """Writes into a request's settings why its answer has ended. transformers' server reads it from there: `length` where an answer has
+    `max_new_tokens` tokens, whether or not the last of them ends it, and `stop` where it has fewer, though its time was over."""
+
+    def __init__(self, settings: GenerationConfig):
+        self.settings = settings
+
+    def commit(self, tokens, lengths, finish_reasons) -> None:
+        if finish_reasons[0] is not None:
+            self.settings.max_new_tokens = None if finish_reasons[0] == "stop" else 0
+
+
+def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
+    """`model.generate` for one request."""
+    return type(model).generate(model, generation_config=generation_config, watcher=Ending(generation_config), **kwargs)
 
 
 def make_server(arguments: Sequence[str]):
@@ -75,7 +98,7 @@ def make_server(arguments: Sequence[str]):
         raise ImportError(INSTALL) from error
     if not is_serve_available():
         raise ImportError(INSTALL)
-    own, rest = own_options(arguments)
+    ours, rest = our_options(arguments)
 
     def answers(status: int):
         async def refuse(_request, error: Exception) -> JSONResponse:
@@ -85,7 +108,7 @@ def make_server(arguments: Sequence[str]):
         return refuse
 
     class Server(Serve):
-        __doc__ = Serve.__doc__ + OWN_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
+        __doc__ = Serve.__doc__ + OUR_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
 
         def start_server(self) -> None:
             """Called with everything built and nothing running (`--non-blocking`): completes it, and blocks until it is stopped."""
@@ -93,8 +116,10 @@ def make_server(arguments: Sequence[str]):
             modality_of = manager.get_model_modality
 
             def get_model_modality(model, processor=None):
-                if isinstance(model, DiffusionGemmaForMaskedBlockLM) and not isinstance(processor, PreTrainedTokenizerBase):
-                    return Modality.VLM
+                if isinstance(model, DiffusionGemmaForMaskedBlockLM):  # asked before every answer
+                    model.generate = MethodType(generate_and_tell, model)
+                    if not isinstance(processor, PreTrainedTokenizerBase):
+                        return Modality.VLM
                 return modality_of(model, processor=processor)
 
             manager.get_model_modality = get_model_modality
@@ -105,8 +130,8 @@ def make_server(arguments: Sequence[str]):
                 app.add_exception_handler(kind, answers(400))
             app.add_exception_handler(Exception, answers(500))
             shipped = [str(file.parent) for file in sorted(FOLDER.glob("*/config.json"))]
-            models = [pinned] if pinned is not None else [name.path for name in own.allow] or shipped
-            door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=own.max_characters)
+            models = [pinned] if pinned is not None else [name.path for name in ours.allow] or shipped
+            door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=ours.max_characters)
             app.user_middleware.append(door)  # behind those that add headers to every answer
             self.server.run()
 

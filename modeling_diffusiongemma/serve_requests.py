@@ -71,17 +71,17 @@ class Door:
         """The body. One that is too long is received and dropped, up to a limit: many clients look for no answer before they have
         sent all of it."""
         said = dict(scope["headers"]).get(b"content-length", b"")
-        parts, size, more, long = [], 0, True, said.isdigit() and int(said) > MAX_BODY
+        chunks, size, more, long = [], 0, True, said.isdigit() and int(said) > MAX_BODY
         while more and size <= 4 * MAX_BODY:
             message = await receive()
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            size += len(piece)
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
             long = long or size > MAX_BODY
             if not long:
-                parts.append(piece)
+                chunks.append(chunk)
         if long:
             raise Refused(413, f"the request's body is longer than {MAX_BODY:,} bytes; expected a shorter one")
-        return b"".join(parts)
+        return b"".join(chunks)
 
     def check(self, body: bytes) -> None:
         try:

@@ -44,7 +44,7 @@ SHAPES = {  # of the files of google/diffusiongemma-26B-A4B-it
     "model.encoder.vision_tower.std_bias": (1152,),
     "model.encoder.embed_vision.embedding_projection.weight": (2816, 1152),
 }
-DAMAGES = ("missing", "empty", "header_cut", "data_cut", "garbage")
+DAMAGES = ("missing", "empty", "header_cut", "data_cut", "garbage", "no_header", "name_hit")
 
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -222,7 +222,10 @@ def test_damaged_file_is_an_oserror_that_names_it(shards, damage, oracle_checkpo
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"empty": b"", "header_cut": content[:50], "data_cut": content[:-7], "garbage": b"\x08" * 900}[damage])
+        path.write_bytes({
+            "empty": b"", "header_cut": content[:50], "data_cut": content[:-7], "garbage": b"\x08" * 900,
+            "no_header": b"\x03" + bytes(7) + b"[1]", "name_hit": content.replace(b".weight", b".w\xffight", 1),
+        }[damage])  # fmt: skip
     with pytest.raises(OSError, match=path.name):
         DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)
 

@@ -309,6 +309,11 @@ def test_answer_says_what_it_cost_and_why_it_ended(answers):
     assert row["tokens"] == pytest.approx(row["tokens_per_forward"] * row["denoising_steps"]) == 11  # ten characters and the end
     (cut,) = answers("generate", DATE, "--seed", "3", "--set", "canvas_length=16", "--max-new-tokens", "4")
     assert cut["text"] == DATES[DATE][:4] and cut["finish_reason"] == "length" and cut["tokens"] == 4
+    (full,) = answers("generate", DATE, "--seed", "3", "--set", "canvas_length=16", "--max-new-tokens", "11")
+    assert full["text"] == DATES[DATE] and full["finish_reason"] == "stop" and full["tokens"] == 11
+    hurried = ["--max-new-tokens", "99", "--set", "canvas_length=4", "--set", "max_time=1e-9"]
+    (late,) = answers("generate", DATE, "--seed", "3", *hurried)
+    assert late["finish_reason"] == "time" and late["tokens"] == 4
     (stopped,) = answers("generate", DATE, "--seed", "3", "--set", "stop_strings=1998-", *NARROW)
     assert stopped["text"] == "1998-" and stopped["finish_reason"] == "stop"
 

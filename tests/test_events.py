@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 from small_models import prompts, small_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from generation import CommitEvent, StepEvent, stream_events, stream_text
 from generation.events import TextAssembler
@@ -58,8 +59,9 @@ def test_exception_in_the_consumer_stops_generation(model):
 def test_exception_of_generate_reaches_the_consumer(model):
     with pytest.raises(ValueError, match="num_beams"):
         list(stream_events(model, prompts(1, 6)[0], num_beams=2))
-    with pytest.raises(ValueError, match="streamer"):
-        stream_events(model, prompts(1, 6)[0], streamer=object())
+    for name in ("streamer", "watcher"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            stream_events(model, prompts(1, 6)[0], **{name: object()})
 
 
 def test_streamed_text_is_the_answer():
@@ -81,3 +83,20 @@ def test_characters_are_never_split(text):
     assembler = TextAssembler(tokenizer)
     pieces = [assembler.add([token]) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert "".join(pieces) + assembler.rest() == text and not any("\ufffd" in piece for piece in pieces)
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """256 tokens of a byte each, and a word: what is not in the vocabulary is written in bytes, as by Gemma's tokenizer."""
+    tokenizer = Tokenizer(models.BPE({**{f"<0x{byte:02X}>": byte for byte in range(256)}, "\u2581word": 256}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_lone_byte_behind_a_character_hides_nothing_that_comes_later():
+    """Bytes that follow each other are read as one text, so the lone one makes nonsense of the character that was given out already:
+    tokenizers' `DecodeStream` raises here, and for every later token."""
+    tokenizer, assembler = byte_fallback(), TextAssembler(byte_fallback())
+    ids = [*"é".encode(), 0xE2, 256, *"🙂".encode(), 256, 0xE2]
+    pieces = [assembler.add([token]) for token in ids]
+    assert pieces == ["", "é", "", "\ufffd\ufffd word", "", "", "", "🙂", " word", ""]
+    assert assembler.rest() == "\ufffd" and len("".join(pieces)) + 1 == len(tokenizer.decode(ids))

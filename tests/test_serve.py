@@ -91,6 +91,14 @@ def test_answer_and_its_tokens(client, how):
 
 
 @pytest.mark.parametrize("how", [ask, ask_streaming])
+def test_an_end_in_the_last_allowed_token_is_a_stop_and_one_of_time_none(client, how):
+    """transformers' server counts tokens: eleven of eleven were its `length`, ten of five hundred thousand its `stop`."""
+    assert how(client, temperature=0, max_tokens=11) == ("2052-10-02", 11, "stop")
+    hurried = {"generation_config": json.dumps({**ENDLESS, "max_time": 1e-9})}
+    assert how(client, extra_body=hurried)[1:] == (16, "length")
+
+
+@pytest.mark.parametrize("how", [ask, ask_streaming])
 def test_answer_ends_at_its_limit_or_stop_string(client, how):
     assert how(client, temperature=0, max_tokens=4) == ("2052", 4, "length")
     assert how(client, temperature=0, max_tokens=20, stop="-10") == ("2052-10", 7, "stop")
@@ -124,6 +132,8 @@ def test_other_endpoints_count_the_same(client):
     prompt = f"<|turn>user\n{CHAT[0]['content']}<turn|>\n<|turn>model\n"
     completion = client.completions.create(model=MODEL, prompt=prompt, max_tokens=16, temperature=0)
     assert (completion.choices[0].text, completion.usage.completion_tokens) == ("2052-10-02", 11)
+    full = client.completions.create(model=MODEL, prompt=prompt, max_tokens=11, temperature=0)
+    assert (full.choices[0].text, full.choices[0].finish_reason) == ("2052-10-02", "stop")
     response = client.responses.create(model=MODEL, input=CHAT[0]["content"], max_output_tokens=16, temperature=0, stream=False)
     assert (response.output_text, response.usage.output_tokens) == ("2052-10-02", 11)
 
