@@ -163,14 +163,14 @@ class DiffusionGenerationConfig(GenerationConfig):
             except TypeError as error:
                 raise ValueError(f"`{name}` is {shown(value)}; expected a value that JSON can hold: {error}") from error
         published = {name: value for name, value in fields.items() if name in {*PUBLISHED, "sampler_config"}}
-        own = {name: value for name, value in fields.items() if name not in published}
+        unpublished = {name: value for name, value in fields.items() if name not in published}
         # transformers' class wants a float here, and t_max above t_min.
         if "confidence_threshold" in published:
             published["confidence_threshold"] = float(published["confidence_threshold"])
         if "t_max" in published and published["t_max"] == published.get("t_min"):
-            own["t_max"] = published["t_max"]
+            unpublished["t_max"] = published["t_max"]
             published["t_max"] = math.nextafter(published["t_max"], math.inf)
-        return published, own
+        return published, unpublished
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, config_file_name: str | None = None, push_to_hub: bool = False, **kwargs
@@ -187,11 +187,11 @@ class DiffusionGenerationConfig(GenerationConfig):
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
         self.validate()
-        published, own = self.published_and_own()
+        published, unpublished = self.published_and_own()
         folder, name = Path(save_directory), config_file_name or "generation_config.json"
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / name, published)
-        _replace((folder / name).with_name(f"{OWN_FILE}{Path(name).name}"), own)
+        _replace((folder / name).with_name(f"{OWN_FILE}{Path(name).name}"), unpublished)
 
     @classmethod
     def from_pretrained(
@@ -204,13 +204,13 @@ class DiffusionGenerationConfig(GenerationConfig):
             pretrained_model_name, str(name.with_name(f"{OWN_FILE}{name.name}")), **download, _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
-        own = {}
+        unpublished = {}
         if file is not None:
             try:
-                own = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+                unpublished = dict(json.loads(Path(file).read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 raise OSError(f"the config file at {file!r} is not a valid JSON file: {error}") from error
-        return super().from_pretrained(pretrained_model_name, config_file_name, **{**own, **kwargs})
+        return super().from_pretrained(pretrained_model_name, config_file_name, **{**unpublished, **kwargs})
 
     def filled(self) -> "DiffusionGenerationConfig":
         """A copy whose six diffusion fields hold the released values where they were unset, and without the temperature that loading
@@ -247,8 +247,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
 
 def _entropy_bound(sampler: Any, given: float | None) -> float:
-    own = getattr(sampler, "__dict__", {})
-    fields = dict(sampler) if isinstance(sampler, dict) else {"_cls_name": type(sampler).__name__, **own}
+    given_fields = getattr(sampler, "__dict__", {})
+    fields = dict(sampler) if isinstance(sampler, dict) else {"_cls_name": type(sampler).__name__, **given_fields}
     name = fields.pop("_cls_name", SAMPLER_NAME)
     if name != SAMPLER_NAME or set(fields) != {"entropy_bound"}:
         raise ValueError(f"`sampler_config` is {sampler!r}; expected {{'_cls_name': {SAMPLER_NAME!r}, 'entropy_bound': nats}}")

@@ -137,7 +137,7 @@ def row_draws(
     if isinstance(generator, Sequence):
         if len(generator) != prompts * copies:
             raise ValueError(f"`generator` has {len(generator)} generators; expected {prompts * copies}, one a row")
-        return RowDraws(tuple(_draw_seeds(1, own)[0] for own in generator))
+        return RowDraws(tuple(_draw_seeds(1, each)[0] for each in generator))
     return RowDraws(tuple(_draw_seeds(prompts * copies, generator)))
 
 

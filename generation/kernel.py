@@ -39,7 +39,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["start", "tiles"])  # numbers that change from piece to piece; one binary for all of them
     def _absorb_kernel(
         products, exponentials, kept, kept_stride, chance, stretch, squeeze, start, width, tiles,
-        top_at, mass_at, spread_at, argmax_at, sample_at, current_at, own_at, other_top_at, other_mass_at, other_at, shrink_at,
+        top_at, mass_at, spread_at, argmax_at, sample_at, current_at, current_bits_at, other_top_at, other_mass_at, other_at, shrink_at,
         masked: tl.constexpr, tile: tl.constexpr, filtered: tl.constexpr, greedy: tl.constexpr, with_current: tl.constexpr,
     ):  # fmt: skip
         """One program a position: it alone reads and writes the position's sums."""
@@ -55,7 +55,7 @@ if triton is not None:
         place = -1
         if with_current:
             place = tl.load(current_at + row) - start
-            own, other_top, other = tl.load(own_at + row), tl.load(other_top_at + row), tl.load(other_at + row)
+            current_bits, other_top, other = tl.load(current_bits_at + row), tl.load(other_top_at + row), tl.load(other_at + row)
             other_mass = tl.load(other_mass_at + row)
         for first in range(0, width, tile):
             offsets = first + lanes
@@ -67,7 +67,7 @@ if triton is not None:
             if with_current:
                 here = offsets == place
                 inside = (place >= first) & (place < first + tile) & (place < width)
-                own = tl.where(inside, tl.sum(tl.where(here, logits, 0.0), axis=0), own)
+                current_bits = tl.where(inside, tl.sum(tl.where(here, logits, 0.0), axis=0), current_bits)
                 if greedy:
                     logits = tl.where(here, masked, logits)
                     best = tl.max(logits, axis=0)
@@ -108,7 +108,7 @@ if triton is not None:
         if with_current:
             if not greedy:
                 other = tl.where(other_mass > 0, other, place + start)
-            tl.store(own_at + row, own)
+            tl.store(current_bits_at + row, current_bits)
             tl.store(other_top_at + row, other_top)
             tl.store(other_mass_at + row, other_mass)
             tl.store(other_at + row, other)

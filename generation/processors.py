@@ -91,10 +91,10 @@ class CallersProcessor:
             raise ValueError(
                 f"`logits_processor` holds {shown(function)}, which takes {unknown}; expected at most `cur_step` beside the logits"
             )
-        own = [base for base in type(function).__mro__ if base.__module__.startswith("transformers.") and base is not LogitsProcessor]
-        if not own or takes_step or own[0].__module__.startswith(CANVAS_CLASSES):
+        theirs = [base for base in type(function).__mro__ if base.__module__.startswith("transformers.") and base is not LogitsProcessor]
+        if not theirs or takes_step or theirs[0].__module__.startswith(CANVAS_CLASSES):
             return cls(function, None, takes_step)
-        name = own[0].__name__
+        name = theirs[0].__name__
         if name not in LOOKS_AT or isinstance(getattr(function, "prompt_ignore_length", None), torch.Tensor):
             raise ValueError(
                 f"`logits_processor` holds a {name}; expected one of {sorted(LOOKS_AT)}, with settings that are the same for all rows, "
@@ -109,7 +109,7 @@ class CallersProcessor:
         if self.looks_at == LENGTH and guess is None:
             guess = committed.new_zeros(logits.shape[:2])  # only how many they are is looked at
         if self.looks_at is not None:
-            return _in_context(self._checked, logits, committed, guess)
+            return _left_to_right(self._checked, logits, committed, guess)
         return self._checked(committed, logits, **({"cur_step": remaining} if self.takes_step else {}))
 
     def _checked(self, input_ids: torch.Tensor, scores: torch.Tensor, **step: int) -> torch.Tensor:
@@ -139,13 +139,13 @@ def _each(processor: Callable, logits: torch.Tensor) -> torch.Tensor:
     return processor(flat.new_zeros((flat.shape[0], 0), dtype=torch.int64), flat).view_as(logits)
 
 
-def _in_context(processor: Callable, logits: torch.Tensor, committed: torch.Tensor, guess: torch.Tensor | None) -> torch.Tensor:
+def _left_to_right(processor: Callable, logits: torch.Tensor, committed: torch.Tensor, guess: torch.Tensor | None) -> torch.Tensor:
     """Position by position, each behind what is committed and the guess before it."""
     shaped = []
     with float32_made():
         for place in range(logits.shape[1]):
-            context = committed if guess is None else torch.cat((committed, guess[:, :place]), dim=1)
-            shaped.append(processor(context, logits[:, place].clone()))
+            before = committed if guess is None else torch.cat((committed, guess[:, :place]), dim=1)
+            shaped.append(processor(before, logits[:, place].clone()))
     return torch.stack(shaped, dim=1)
 
 
@@ -182,7 +182,7 @@ class Shaping:
         for processor in self.callers:
             logits = processor(logits, committed, guess, remaining)
         if self.contextual:
-            logits = _in_context(self.contextual, logits, committed, guess)
+            logits = _left_to_right(self.contextual, logits, committed, guess)
         logits = filters.apply(logits / temperature)
         return _each(self.after, logits) if self.after else logits
 

@@ -140,25 +140,25 @@ def difference(got: Any, expected: Any, tolerance: float = 0.0) -> str | None:
     tensor. Dtypes may differ.
     """
     pairs = list(zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True))
-    for number, (value, wanted) in enumerate(pairs):
+    for index, (value, wanted) in enumerate(pairs):
         if wanted is None or value is None:
             if value is not wanted:
-                return f"value {number} of {len(pairs)} is {value}, expected {wanted}"
+                return f"value {index} of {len(pairs)} is {value}, expected {wanted}"
             continue
         value, wanted = (torch.as_tensor(one).detach().cpu() for one in (value, wanted))
         if value.shape != wanted.shape:
-            return f"value {number} of {len(pairs)} has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}"
+            return f"value {index} of {len(pairs)} has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}"
         if wanted.is_floating_point():
             value, wanted = value.double(), wanted.double()
             largest = wanted.nan_to_num(0.0, 0.0, 0.0).abs().flatten()
-            room = tolerance * float(largest.max()) if len(largest) else 0.0
-            same = torch.isclose(value, wanted, rtol=0.0, atol=room, equal_nan=True)
+            margin = tolerance * float(largest.max()) if len(largest) else 0.0
+            same = torch.isclose(value, wanted, rtol=0.0, atol=margin, equal_nan=True)
         else:
             same = value == wanted
         if not bool(same.all()):
             place = int((~same).flatten().nonzero()[0])
             one, other = value.flatten()[place].item(), wanted.flatten()[place].item()
-            return f"{int((~same).sum())} of {same.numel()} numbers in value {number} are others, the first {one}, expected {other}"
+            return f"{int((~same).sum())} of {same.numel()} numbers in value {index} are others, the first {one}, expected {other}"
     return None
 
 

@@ -178,8 +178,8 @@ def _prove_recording(device: torch.device):
     """Three steps of products, random numbers and choices, each replayed with new inputs, against the function itself."""
 
     def step(view, inputs, uniforms):
-        state, number = inputs
-        scores = torch.tanh(state @ view / 4) * number + uniforms
+        state, factor = inputs
+        scores = torch.tanh(state @ view / 4) * factor + uniforms
         chosen = scores.argsort(dim=-1, descending=True)[:, :4]
         return torch.where(uniforms < 0.5, scores, state), chosen, view[chosen].sum(dim=1)
 
@@ -189,10 +189,10 @@ def _prove_recording(device: torch.device):
     first = step(*held.value)
     replay, outputs = (record_graph if device.type == "cuda" else record_plainly)(lambda: step(*held.value), device)
     got, expected, recorded = [], [], state
-    for number, uniform in zip(steps, uniforms, strict=True):
-        held.fill((view, (recorded, number), uniform))
+    for factor, uniform in zip(steps, uniforms, strict=True):
+        held.fill((view, (recorded, factor), uniform))
         replay()
-        expected.append(step(view, (recorded, number), uniform))
+        expected.append(step(view, (recorded, factor), uniform))
         got.append(pytree.tree_map_only(torch.Tensor, torch.clone, outputs))
         recorded = got[-1][0]
     return (first, got), (expected[0], expected)

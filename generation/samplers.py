@@ -190,8 +190,8 @@ class PredictorCorrectorSampler:
 
     def _correct(self, canvas, prediction, noise, uniform, now) -> Proposal:
         probability = prediction.current_log_probs.exp()
-        own, others = probability * now, (1 - probability).clamp(min=0) * ((1 - now) * self.vocab_size + now)
-        left_out = own / (own + others).clamp(min=torch.finfo(own.dtype).tiny)  # r(z): p(z) at t = 1, 0 at t = 0 unless p(z) = 1
+        this, others = probability * now, (1 - probability).clamp(min=0) * ((1 - now) * self.vocab_size + now)
+        left_out = this / (this + others).clamp(min=torch.finfo(this.dtype).tiny)  # r(z): p(z) at t = 1, 0 at t = 0 unless p(z) = 1
         worst = prediction.current_log_probs.topk(min(self.positions, canvas.shape[-1]), dim=-1, largest=False).indices
         chosen = torch.zeros_like(canvas, dtype=torch.bool).scatter(-1, worst, True) & torch.as_tensor(now > 0, device=canvas.device)
         drawn = torch.where(uniform < now + (1 - now) * left_out, canvas, prediction.other)

@@ -50,7 +50,7 @@ class CanvasState(NamedTuple):
         """This state with `some` in the places of `rows`; where those are all rows, in their order, it is `some`."""
         if len(rows) == len(self.canvas):
             return some
-        return by_row(lambda whole, part: whole.index_copy(0, rows, part), self, some)
+        return by_row(lambda whole, placed: whole.index_copy(0, rows, placed), self, some)
 
 
 def start_canvas(canvas: torch.Tensor, soft_embeds: torch.Tensor, stopping: StoppingRule) -> CanvasState:

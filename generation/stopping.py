@@ -73,7 +73,7 @@ class AllOf:
         return tuple(rule.start(canvas) for rule in self.rules)
 
     def update(self, memory, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, tuple]:
-        found, memory = zip(*(rule.update(own, prediction, counted) for rule, own in zip(self.rules, memory, strict=True)), strict=True)
+        found, memory = zip(*(rule.update(each, prediction, counted) for rule, each in zip(self.rules, memory, strict=True)), strict=True)
         return self.join(torch.stack(found)), memory
 
     @staticmethod

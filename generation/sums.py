@@ -22,7 +22,7 @@ class Running(NamedTuple):
     """What is known after some pieces, `(N,)` each.
 
     In bits, as `Shape.bits` gives them: `top`, the highest b; `mass` and `spread`, the sums of 2^(b - top) and of 2^(b - top) * (b - top),
-    float32; `argmax` and `sample`, int64. Of the current tokens, if they are given: `current` int64, and its bits `own`; and of all ids
+    float32; `argmax` and `sample`, int64. Of the current tokens, if they are given: `current` int64, and its bits `current_bits`; and of all ids
     but that one `other_top`, `other_mass` and the draw `other`.
     """
 
@@ -32,7 +32,7 @@ class Running(NamedTuple):
     argmax: torch.Tensor
     sample: torch.Tensor
     current: torch.Tensor | None
-    own: torch.Tensor | None
+    current_bits: torch.Tensor | None
     other_top: torch.Tensor | None
     other_mass: torch.Tensor | None
     other: torch.Tensor | None
@@ -130,12 +130,12 @@ def absorb(
     top = torch.maximum(running.top, piece_top)
     rise = running.top - top
     shrink = torch.exp2(rise)
-    own, other_top, other_mass, other = running.own, running.other_top, running.other_mass, running.other
+    current_bits, other_top, other_mass, other = running.current_bits, running.other_top, running.other_mass, running.other
     if running.current is not None:
         place = (running.current - start).clamp(0, logits.shape[1] - 1)[:, None]
         inside = (running.current - start)[:, None] == place
         here = logits.gather(1, place)
-        own = torch.where(inside, here, own[:, None]).squeeze(1)
+        current_bits = torch.where(inside, here, current_bits[:, None]).squeeze(1)
         if chance is None:
             best = logits.scatter_(1, place, torch.where(inside, MASKED, here)).amax(dim=-1)
             other = _update(other, best > other_top, lambda rows: logits[rows].argmax(dim=-1) + start)
@@ -155,7 +155,7 @@ def absorb(
         other = _draw(exponentials, other_mass, piece_mass, chance[:, 0, 2:], start, other)
         other = torch.where(other_mass > 0, other, running.current)  # a piece that was all masked may have left one of its ids
         exponentials.scatter_(1, place, here)
-    running = Running(top, mass, spread, argmax, sample, running.current, own, other_top, other_mass, other)
+    running = Running(top, mass, spread, argmax, sample, running.current, current_bits, other_top, other_mass, other)
     same = exponentials.dtype == workspace.products.dtype
     return running, exponentials if same else workspace.products.copy_(exponentials), shrink
 

@@ -204,8 +204,8 @@ def _summary(running: Running, soft_embeds: torch.Tensor, asked: Asked, shape: S
     log_mass, nat = running.mass.log(), math.log(2)  # of bits
     given = {}
     if running.current is not None:
-        own = torch.where(running.own > MASKED / 2, (running.own - running.top) * nat - log_mass, -float("inf"))
-        given |= {"current_log_probs": own, "other": running.other}
+        current_log_probs = torch.where(running.current_bits > MASKED / 2, (running.current_bits - running.top) * nat - log_mass, -float("inf"))
+        given |= {"current_log_probs": current_log_probs, "other": running.other}
     if asked.ids is not None:
         top = running.top * nat - shape.softcap / shape.temperature  # of the logits themselves
         log_probs = torch.where(asked.logits > MASKED / 2, asked.logits - (top + log_mass)[:, None], -float("inf"))

@@ -177,7 +177,7 @@ def test_a_piece_without_any_id_left_changes_nothing_but_scale(chosen, monkeypat
         torch.testing.assert_close(state.mass, (logits - logits.amax()).exp().sum(dim=-1))
         real = range(3) if order[0] is None else range(3, 6)
         assert int(state.argmax) in real and int(state.sample) in real and int(state.other) in real
-        assert (float(state.own) > MASKED / 2) == (order[0] is None)
+        assert (float(state.current_bits) > MASKED / 2) == (order[0] is None)
 
 
 def test_the_pass_waits_for_no_device():
