@@ -230,11 +230,14 @@ def test_damaged_file_is_an_oserror_that_names_it(shards, damage, oracle_checkpo
         DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)
 
 
-def test_tensor_of_the_wrong_shape_is_named(oracle_checkpoint, tmp_path):
+def test_tensor_of_the_wrong_shape_is_named_without_loading_twice(oracle_checkpoint, tmp_path, monkeypatch):
     name = "model.decoder.layers.0.mlp.up_proj.weight"
     folder = changed(oracle_checkpoint, tmp_path, lambda tensors: tensors.update({name: torch.zeros(36, 31)}))
-    with pytest.raises(ValueError, match="up_proj"):
+    loads, load = [], DiffusionGemmaForMaskedBlockLM._load_pretrained_model
+    monkeypatch.setattr(DiffusionGemmaForMaskedBlockLM, "_load_pretrained_model", lambda *args: loads.append(args) or load(*args))
+    with pytest.raises(ValueError, match=rf"{name} has shape \(36, 31\), expected \(36, 32\)$"):
         DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)
+    assert len(loads) == 1, "loading again takes minutes"
 
 
 def test_empty_folder_and_broken_config_are_oserrors(oracle_checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 """FP8 modules, and FP8 checkpoints: loading the published layout, quantising on the way in, saving, and what is refused."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from make_fp8_checkpoint import write_fp8_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import build_oracle, ours, tokens
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertModel, core_model_loading
 from transformers.quantizers import auto
 
 from modeling_diffusiongemma import DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM, FP8Config
@@ -352,6 +353,10 @@ def refused(folder, match, error=ValueError):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.skipif(
+    "param_needs_quantization" not in inspect.getsource(core_model_loading.set_param_for_module),
+    reason="this transformers compares no shapes in a quantised checkpoint",
+)
 def test_checkpoint_is_read_once_also_where_a_shape_does_not_fit(damaged, monkeypatch):
     """transformers names no tensor in its error; once the weights were loaded a second time to learn which they are."""
     model_class, read = DiffusionGemmaForMaskedBlockLM, []
