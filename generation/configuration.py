@@ -1,7 +1,7 @@
 """`DiffusionGenerationConfig`: transformers' `GenerationConfig` with the fields of block diffusion.
 
 It reads the released generation_config.json and writes a file which transformers' own class for this model reads in turn. That
-class refuses fields it does not know, so these go to a second file beside it (`OWN_FILE` before its name), written only where there are
+class refuses fields it does not know, so these go to a second file beside it (`FURTHER_FILE` before its name), written only where there are
 any.
 """
 
@@ -28,7 +28,7 @@ DIFFUSION_FIELDS = {  # field: its value in the released checkpoint
     "stability_threshold": 1,
     "confidence_threshold": 0.005,
 }
-OWN_FIELDS = {  # fields no released file holds: default
+FURTHER_FIELDS = {  # fields no released file holds: default
     "sampler": "entropy_bound",
     "confidence": 0.9,
     "corrector_steps": 1,
@@ -41,7 +41,7 @@ OWN_FIELDS = {  # fields no released file holds: default
     "mask_token_id": None,
     "backend": "auto",
 }
-RELEASED_DEFAULTS = {"max_new_tokens": 256, **DIFFUSION_FIELDS, **OWN_FIELDS}
+RELEASED_DEFAULTS = {"max_new_tokens": 256, **DIFFUSION_FIELDS, **FURTHER_FIELDS}
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLER_NAME = "EntropyBoundSamplerConfig"  # the name in the released file
 PUBLISHED = frozenset(  # what transformers' class for this model reads, and it refuses all else
@@ -50,7 +50,7 @@ PUBLISHED = frozenset(  # what transformers' class for this model reads, and it 
         "cache_config", "disable_compile", "transformers_version",
     }
 )  # fmt: skip
-OWN_FILE = "diffusion_"  # diffusion_generation_config.json
+FURTHER_FILE = "diffusion_"  # diffusion_generation_config.json
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 HONOURED = frozenset(FIELDS)  # what each means here stands in generation/README.md
@@ -112,7 +112,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         sampler = kwargs.pop("sampler_config", None)
         if sampler is not None:
             kwargs["entropy_bound"] = _entropy_bound(sampler, kwargs.get("entropy_bound"))
-        for name in (*DIFFUSION_FIELDS, *OWN_FIELDS):
+        for name in (*DIFFUSION_FIELDS, *FURTHER_FIELDS):
             setattr(self, name, kwargs.pop(name, None))
         known = set(GenerationConfig().__dict__) | {"_commit_hash", "_from_model_config", "generation_kwargs"}
         if not kwargs.get("_from_model_config") and (unknown := sorted(set(kwargs) - known)):
@@ -150,7 +150,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             fields["sampler_config"] = {"_cls_name": SAMPLER_NAME, "entropy_bound": float(fields.pop("entropy_bound"))}
         return fields
 
-    def published_and_own(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def published_and_further(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The contents of the two files.
 
         Raises:
@@ -163,14 +163,14 @@ class DiffusionGenerationConfig(GenerationConfig):
             except TypeError as error:
                 raise ValueError(f"`{name}` is {shown(value)}; expected a value that JSON can hold: {error}") from error
         published = {name: value for name, value in fields.items() if name in {*PUBLISHED, "sampler_config"}}
-        unpublished = {name: value for name, value in fields.items() if name not in published}
+        further = {name: value for name, value in fields.items() if name not in published}
         # transformers' class wants a float here, and t_max above t_min.
         if "confidence_threshold" in published:
             published["confidence_threshold"] = float(published["confidence_threshold"])
         if "t_max" in published and published["t_max"] == published.get("t_min"):
-            unpublished["t_max"] = published["t_max"]
+            further["t_max"] = published["t_max"]
             published["t_max"] = math.nextafter(published["t_max"], math.inf)
-        return published, unpublished
+        return published, further
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, config_file_name: str | None = None, push_to_hub: bool = False, **kwargs
@@ -187,11 +187,11 @@ class DiffusionGenerationConfig(GenerationConfig):
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is the file {save_directory}; expected a folder")
         self.validate()
-        published, unpublished = self.published_and_own()
+        published, further = self.published_and_further()
         folder, name = Path(save_directory), config_file_name or "generation_config.json"
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / name, published)
-        _replace((folder / name).with_name(f"{OWN_FILE}{Path(name).name}"), unpublished)
+        _replace((folder / name).with_name(f"{FURTHER_FILE}{Path(name).name}"), further)
 
     @classmethod
     def from_pretrained(
@@ -201,16 +201,16 @@ class DiffusionGenerationConfig(GenerationConfig):
         name = Path(config_file_name or "generation_config.json")
         download = {argument: kwargs[argument] for argument in DOWNLOAD if kwargs.get(argument) is not None}
         file = cached_file(
-            pretrained_model_name, str(name.with_name(f"{OWN_FILE}{name.name}")), **download, _raise_exceptions_for_gated_repo=False,
+            pretrained_model_name, str(name.with_name(f"{FURTHER_FILE}{name.name}")), **download, _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
-        unpublished = {}
+        further = {}
         if file is not None:
             try:
-                unpublished = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+                further = dict(json.loads(Path(file).read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 raise OSError(f"the config file at {file!r} is not a valid JSON file: {error}") from error
-        return super().from_pretrained(pretrained_model_name, config_file_name, **{**unpublished, **kwargs})
+        return super().from_pretrained(pretrained_model_name, config_file_name, **{**further, **kwargs})
 
     def filled(self) -> "DiffusionGenerationConfig":
         """A copy whose six diffusion fields hold the released values where they were unset, and without the temperature that loading

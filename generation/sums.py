@@ -22,8 +22,8 @@ class Running(NamedTuple):
     """What is known after some pieces, `(N,)` each.
 
     In bits, as `Shape.bits` gives them: `top`, the highest b; `mass` and `spread`, the sums of 2^(b - top) and of 2^(b - top) * (b - top),
-    float32; `argmax` and `sample`, int64. Of the current tokens, if they are given: `current` int64, and its bits `current_bits`; and of all ids
-    but that one `other_top`, `other_mass` and the draw `other`.
+    float32; `argmax` and `sample`, int64. Of the current tokens, if they are given: `current` int64, and their `current_bits`; and of all
+    ids but that one `other_top`, `other_mass` and the draw `other`.
     """
 
     top: torch.Tensor

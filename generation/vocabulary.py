@@ -204,7 +204,8 @@ def _summary(running: Running, soft_embeds: torch.Tensor, asked: Asked, shape: S
     log_mass, nat = running.mass.log(), math.log(2)  # of bits
     given = {}
     if running.current is not None:
-        current_log_probs = torch.where(running.current_bits > MASKED / 2, (running.current_bits - running.top) * nat - log_mass, -float("inf"))
+        bits = running.current_bits
+        current_log_probs = torch.where(bits > MASKED / 2, (bits - running.top) * nat - log_mass, -float("inf"))
         given |= {"current_log_probs": current_log_probs, "other": running.other}
     if asked.ids is not None:
         top = running.top * nat - shape.softcap / shape.temperature  # of the logits themselves

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache
 from generation.checks import check_images, check_shape, check_tensors, plain_mask
-from generation.configuration import OWN_FILE, DiffusionGenerationConfig
+from generation.configuration import FURTHER_FILE, DiffusionGenerationConfig
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary import VocabularyHead
 
@@ -126,9 +126,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             self.generation_config = given.filled()
         try:
             super().save_pretrained(save_directory, *args, remote_code=remote_code, **kwargs)
-            if isinstance(given, DiffusionGenerationConfig) and not self.generation_config.published_and_own()[1]:
+            if isinstance(given, DiffusionGenerationConfig) and not self.generation_config.published_and_further()[1]:
                 # Of a checkpoint that stood here before: files of names that are not written stay.
-                (Path(save_directory) / f"{OWN_FILE}generation_config.json").unlink(missing_ok=True)
+                (Path(save_directory) / f"{FURTHER_FILE}generation_config.json").unlink(missing_ok=True)
         finally:
             self.generation_config = given
 

@@ -53,13 +53,7 @@ WORDS = {
     "nfe": Retired("tokens per forward"),
 }  # fmt: skip
 # Word, and the files that hold it still.
-NOT_YET = {
-    "number": "console_bench fp8_layout lm_evaluation loss ranks score",
-    "own": "attention caches console_model experts fp8 "
-    "fp8_quantizer head loading plain remote_code serve",
-    "padding": "loss masks model",
-    "part": "attention caches model plain",
-}
+NOT_YET = {"number": "ranks", "own": "plain"}
 PUBLISHED_RULES = {"EntropyBoundSampler"}  # the name of a rule, in a package that holds no weights
 
 
