@@ -101,6 +101,11 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             return "`lm_head` and `embed_tokens` differ in shape or dtype"
         return None
 
+    def why_not_recorded(self) -> str | None:
+        """What keeps generation from recording a denoising step as a CUDA graph; None where nothing does."""
+        moved = any(hasattr(module, "_hf_hook") for module in self.modules())
+        return "Accelerate moves weights, which no graph holds" if moved else None
+
     @contextlib.contextmanager
     def vocabulary_head(self) -> Iterator[VocabularyHead]:
         """Head and embedding as matrices, for generation that walks the vocabulary in pieces; offloaded ones are there for the length of

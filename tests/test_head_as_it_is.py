@@ -556,7 +556,7 @@ def test_training_rollouts_and_scores_see_the_change(name):
 def test_the_reason_is_told_once_a_call(monkeypatch):
     """What decides is asked once a call, whatever the number of canvases and steps."""
     asked, told = [], []
-    monkeypatch.setattr("generation.mixin.logger.warning_once", told.append)
+    monkeypatch.setattr("generation.plan.logger.warning_once", told.append)
     with changed("head_bias") as model:
         whole = type(model).why_dense
         monkeypatch.setattr(type(model), "why_dense", lambda self, device: asked.append(device) or whole(self, device))
