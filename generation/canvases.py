@@ -23,8 +23,8 @@ def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: T
     for canvas_index in range(plan.lengths.canvases):
         hidden = rows.prefill(model, pending, length, plan.execution.count_padding, last_states=1)
         state = begin_canvas(plan, rows, hidden, canvas_index, given)
-        state, logits = denoise_canvas(model, plan, rows, state, canvas_index, watchers, recording, first_step)
-        tokens = transcript.add_canvas(rows, state, logits)
+        state = denoise_canvas(model, plan, rows, state, canvas_index, watchers, recording, first_step)
+        tokens = transcript.add_canvas(rows, state)
         ended = transcript.ended[rows.places]
         if bool(ended.all()):
             break

@@ -13,6 +13,7 @@ from .draws import DrawnStep, Draws
 from .filters import Filters
 from .plan import Plan
 from .prediction import Prediction, dense_prediction
+from .rows import Rows
 from .state import CanvasState, advance
 from .vocabulary import choose_way, streamed_prediction
 
@@ -84,4 +85,16 @@ def draw_step(plan: Plan, draws: Draws, state: CanvasState, filters: Filters) ->
     return DrawnStep(walk, draws.noise(rules.noise, (batch_size, length), device), acceptance)
 
 
-__all__ = ["StepInputs", "draw_step", "predict_dense", "predict_streamed", "take_step"]
+def step_inputs(
+    plan: Plan, rows: Rows, state: CanvasState, clock: tuple[torch.Tensor, torch.Tensor], canvas_index: int, step: int,
+    guess: torch.Tensor | None,
+) -> StepInputs:  # fmt: skip
+    """What step `step` of a canvas reads; `clock`: of `Plan.steps`."""
+    draws, (steps, temperatures) = rows.draws.at(canvas_index, step), clock
+    inputs = StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint)
+    if plan.execution.why_dense is None:
+        return inputs._replace(draws=draw_step(plan, draws, state, rows.filters))
+    return inputs._replace(committed=rows.committed, guess=guess, remaining=plan.rules.max_denoising_steps - step)
+
+
+__all__ = ["StepInputs", "draw_step", "predict_dense", "predict_streamed", "step_inputs", "take_step"]

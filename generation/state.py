@@ -27,7 +27,8 @@ class CanvasState(NamedTuple):
     What is committed in the end: `argmax` int64 (B, C), the greedy tokens; with `log_probs` and `entropy` float32 (B, C) in nats,
     `changed_at` int64 (B, C), the step since which the argmax stands, and `revisions` int64 (B, C), how often it changed.
     What this step did: `accepted` bool (B, C). What decides the end: `finished` bool (B,), rows that no longer change, and `memory` of
-    the stopping rules. `passes` int64 (B,): canvas passes the row needed.
+    the stopping rules. `passes` int64 (B,): canvas passes the row needed. `logits`: empty, or one float32 (B, C, V), the model's of the
+    row's last step, where they are asked for.
     """
 
     canvas: torch.Tensor
@@ -41,6 +42,7 @@ class CanvasState(NamedTuple):
     finished: torch.Tensor
     passes: torch.Tensor
     memory: Any
+    logits: tuple[torch.Tensor, ...] = ()
 
     def select(self, rows: torch.Tensor) -> "CanvasState":
         """The state of some of the rows."""
@@ -53,12 +55,14 @@ class CanvasState(NamedTuple):
         return by_row(lambda whole, placed: whole.index_copy(0, rows, placed), self, some)
 
 
-def start_canvas(canvas: torch.Tensor, soft_embeds: torch.Tensor, stopping: StoppingRule) -> CanvasState:
-    """The state before the first step, `soft_embeds` `(B, C, D)` being zero."""
+def start_canvas(
+    canvas: torch.Tensor, soft_embeds: torch.Tensor, stopping: StoppingRule, logits: tuple[torch.Tensor, ...] = ()
+) -> CanvasState:
+    """The state before the first step, `soft_embeds` `(B, C, D)` and `logits`, where there are any, being zero."""
     zeros, of_rows = torch.zeros_like(canvas), canvas.new_zeros(canvas.shape[0])
     return CanvasState(
         canvas=canvas, soft_embeds=soft_embeds, argmax=canvas, log_probs=zeros.float(), entropy=zeros.float(), changed_at=zeros,
-        revisions=zeros, accepted=zeros.bool(), finished=of_rows.bool(), passes=of_rows, memory=stopping.start(canvas),
+        revisions=zeros, accepted=zeros.bool(), finished=of_rows.bool(), passes=of_rows, memory=stopping.start(canvas), logits=logits,
     )  # fmt: skip
 
 
@@ -91,6 +95,7 @@ def advance(
         canvas=proposal.canvas, soft_embeds=prediction.soft_embeds, argmax=prediction.argmax, log_probs=prediction.log_probs,
         entropy=prediction.entropy, changed_at=torch.where(changed, step, state.changed_at), revisions=state.revisions + changed,
         accepted=proposal.accepted, finished=done, passes=state.passes + 1, memory=memory,
+        logits=(prediction.raw,) if state.logits else (),
     )  # fmt: skip
     return keep_rows(state.finished, state, fresh)
 

@@ -81,10 +81,10 @@ class Transcript:
         """Bool (B,)."""
         return self.reasons != GOING
 
-    def add_canvas(self, rows: Rows, state: CanvasState, logits: torch.Tensor | None = None) -> torch.Tensor:
+    def add_canvas(self, rows: Rows, state: CanvasState) -> torch.Tensor:
         """Takes in a denoised canvas. Returns the tokens to commit, padded behind a row's end."""
         values = {name: getattr(state, name) for name in SCORE_FIELDS}
-        return self.add(rows, state.argmax, torch.where(self.ended[rows.places], 0, state.passes), values, logits)
+        return self.add(rows, state.argmax, torch.where(self.ended[rows.places], 0, state.passes), values, *state.logits)
 
     def add(
         self, rows: Rows, tokens: torch.Tensor, passes: torch.Tensor, scores: dict[str, torch.Tensor] | None = None,

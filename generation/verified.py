@@ -37,7 +37,7 @@ def decode_row(model, plan: Plan, inputs: dict[str, torch.Tensor], rows: Rows, t
     passes, round_index = torch.ones_like(rows.places), 0
     while not bool(transcript.ended[rows.places]):
         state = begin_canvas(plan, rows, hidden, round_index)
-        state, _ = denoise_canvas(model, plan, rows, state, round_index, watchers)
+        state = denoise_canvas(model, plan, rows, state, round_index, watchers)
         draft = torch.cat((chosen, state.argmax[:, 1:]), dim=1)
         drafted = rows.commit(draft)
         raw = model.compute_logits(drafted.prefill(model, {"input_ids": draft}, draft.shape[1], count_padding))  # (1, C, V), behind each

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .prediction import Prediction
 from .state import CanvasState
@@ -88,8 +89,9 @@ def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: tor
         changed = watcher.step(canvas_index, step, places, state, prediction)
         if changed is None:
             continue
-        pairs = zip(state[:-1], changed[:-1], strict=True) if isinstance(changed, CanvasState) else ((None, changed),)
-        if any(not isinstance(new, torch.Tensor) or new.shape != old.shape or new.dtype != old.dtype for old, new in pairs):
+        (before, form), (after, got) = pytree.tree_flatten(state), pytree.tree_flatten(changed)
+        fits = form == got and all(isinstance(new, torch.Tensor) for new in after)
+        if not fits or any(new.shape != old.shape or new.dtype != old.dtype for old, new in zip(before, after, strict=True)):
             raise ValueError(
                 f"`watcher` is a {type(watcher).__name__}, whose `step` returned a {type(changed).__name__}; expected None, or "
                 "`state._replace(...)` with tensors of the same shapes and dtypes"

@@ -369,11 +369,11 @@ def test_mask_noise_is_the_mask_token_and_draws_nothing():
 def random_prediction(generator, shape=(3, 10), vocab_size=50):
     tokens = [torch.randint(vocab_size, shape, generator=generator) for _ in range(2)]
     found = Prediction(*tokens, *(torch.rand(shape, generator=generator) for _ in range(2)))
-    return found._replace(soft_embeds=torch.randn(*shape, 6, generator=generator))
+    return found._replace(soft_embeds=torch.randn(*shape, 6, generator=generator), raw=torch.randn(*shape, 7, generator=generator))
 
 
 def start(canvas, stopping):
-    return start_canvas(canvas, torch.zeros(*canvas.shape, 6), stopping)
+    return start_canvas(canvas, torch.zeros(*canvas.shape, 6), stopping, (torch.zeros(*canvas.shape, 7),))
 
 
 NOISE = torch.full((3, 10), 49)
@@ -401,8 +401,7 @@ def test_step_accepts_samples_and_renoises_the_rest():
 
 def leaves(state):
     """Every tensor of a state, by name, those that the stopping rules remember included."""
-    memory = {f"memory {index}": tensor for index, tensor in enumerate(tree_leaves(state.memory))}
-    return {name: value for name, value in state._asdict().items() if name != "memory"} | memory
+    return {f"{name} {index}": leaf for name, value in state._asdict().items() for index, leaf in enumerate(tree_leaves(value))}
 
 
 def test_step_leaves_finished_rows_untouched():
@@ -412,10 +411,10 @@ def test_step_leaves_finished_rows_untouched():
     _, before = step_once(state, 0, generator, stopping)
     before = before._replace(finished=torch.tensor([False, True, False]))
     _, after = step_once(before, 1, generator, stopping)
-    assert leaves(before).keys() == leaves(after).keys() and len(leaves(after)) == 13
+    assert leaves(before).keys() == leaves(after).keys() and len(leaves(after)) == 14
     for (name, old), new in zip(leaves(before).items(), leaves(after).values(), strict=True):
         assert torch.equal(new[1], old[1]), name
-        if name in ("canvas", "argmax", "soft_embeds", "accepted", "passes", "entropy", "log_probs", "memory 0"):
+        if name.removesuffix(" 0") in ("canvas", "argmax", "soft_embeds", "accepted", "passes", "entropy", "log_probs", "logits", "memory"):
             assert not torch.equal(new[0], old[0]) and not torch.equal(new[2], old[2]), f"{name} of the other rows changes"
     assert after.finished.tolist() == [False, True, False] and after.passes.tolist() == [2, 1, 2]
 
