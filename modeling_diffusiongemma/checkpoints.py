@@ -5,6 +5,11 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "checkpoints"
 
 
+def shipped() -> dict[str, str]:
+    """Names and paths."""
+    return {file.parent.name: str(file.parent) for file in sorted(FOLDER.glob("*/config.json"))}
+
+
 def default_checkpoint(name: str = "text") -> str:
     """Path of a shipped checkpoint, for `from_pretrained`.
 
@@ -14,10 +19,9 @@ def default_checkpoint(name: str = "text") -> str:
     Raises:
         ValueError: no such checkpoint.
     """
-    shipped = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
-    if name not in shipped:
-        raise ValueError(f"`name` is {name!r}; expected one of the shipped checkpoints, {shipped}")
-    return str(FOLDER / name)
+    if name not in shipped():
+        raise ValueError(f"`name` is {name!r}; expected one of the shipped checkpoints, {[*shipped()]}")
+    return shipped()[name]
 
 
-__all__ = ["default_checkpoint"]
+__all__ = ["default_checkpoint", "shipped"]

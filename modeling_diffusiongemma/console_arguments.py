@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoints import FOLDER, default_checkpoint
+from .checkpoints import shipped
 
 PROGRAM = "diffusiongemma"
 PIPE_CLOSED = 141  # the exit code 128 + SIGPIPE, as shells count it
@@ -37,9 +37,8 @@ class CheckpointName(NamedTuple):
 
 def checkpoint_name(given: str) -> CheckpointName:
     """What `--model` means: a shipped checkpoint's name, a folder, or a repository `owner/name` on the Hub."""
-    shipped = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
-    if given in shipped:
-        return CheckpointName(given, default_checkpoint(given))
+    if given in shipped():
+        return CheckpointName(given, shipped()[given])
     if os.path.isdir(given):
         config = Path(given, "config.json")
         if not config.is_file():
@@ -50,10 +49,10 @@ def checkpoint_name(given: str) -> CheckpointName:
             raise argparse.ArgumentTypeError(f"{config} is not a JSON object; expected a checkpoint's config") from None
         if found != MODEL_TYPE:
             raise argparse.ArgumentTypeError(f"{config} says `model_type` {found!r}; expected {MODEL_TYPE!r}")
-        return CheckpointName(given, given)
-    if HUB_NAME.fullmatch(given) and not os.path.exists(given):
-        return CheckpointName(given, given)
-    raise argparse.ArgumentTypeError(f"{given!r} is no checkpoint; expected one of {shipped}, a folder, or a Hub repository owner/name")
+    elif os.path.exists(given) or not HUB_NAME.fullmatch(given):
+        expected = f"expected one of {[*shipped()]}, a folder, or a Hub repository owner/name"
+        raise argparse.ArgumentTypeError(f"{given!r} is no checkpoint; {expected}")
+    return CheckpointName(given, given)
 
 
 def setting(given: str) -> tuple[str, Any]:
@@ -93,21 +92,20 @@ def words(given: str) -> str:
     return given
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every command takes."""
     parser.add_argument(
         "--model", type=checkpoint_name, default="text", metavar="NAME",
         help="'text' or 'sudoku' (shipped), a folder, or a Hub repository owner/name (default: text)",
     )  # fmt: skip
-
-
-def add_placement(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto to spread over all (default: cuda if there is one)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the checkpoint's)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
+    """What a command that generates takes."""
+    where = "cpu, cuda, cuda:1, mps, or auto to spread over all (default: cuda if there is one)"
+    parser.add_argument("--device", metavar="NAME", help=where)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the checkpoint's)")
     parser.add_argument("--seed", type=integer(0), metavar="N", help="same seed, same prompt: same answer (default: a new one)")
     parser.add_argument("--max-new-tokens", type=integer(1), metavar="N", help="longest answer (default: the checkpoint's)")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="whole settings, from fast to thorough (default: the checkpoint's)")
@@ -115,10 +113,6 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         "--set", type=setting, action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="any generation setting, e.g. max_denoising_steps=16; repeatable",
     )  # fmt: skip
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
 
 
 def read_line() -> str:
@@ -155,23 +149,6 @@ def json_line(about: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "CheckpointName",
-    "MODEL_TYPE",
-    "PIPE_CLOSED",
-    "PRESETS",
-    "PROGRAM",
-    "UsageError",
-    "add_generation",
-    "add_json",
-    "add_model",
-    "add_placement",
-    "checkpoint_name",
-    "integer",
-    "json_line",
-    "nobody_reads",
-    "read_line",
-    "say",
-    "setting",
-    "size",
-    "words",
-]
+    "CheckpointName", "DTYPES", "MODEL_TYPE", "PIPE_CLOSED", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
+    "checkpoint_name", "integer", "json_line", "nobody_reads", "read_line", "say", "setting", "size", "words",
+]  # fmt: skip

@@ -12,20 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .console_arguments import (
-    PIPE_CLOSED,
-    PROGRAM,
-    UsageError,
-    add_generation,
-    add_json,
-    add_model,
-    add_placement,
-    integer,
-    nobody_reads,
-    say,
-    size,
-    words,
-)
+from .console_arguments import DTYPES, PIPE_CLOSED, PROGRAM, UsageError, add_common, add_generation, integer, nobody_reads, say, size, words
 from .version import VERSION
 
 DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
@@ -61,10 +48,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before each prompt")
     parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="prompts at a time (default: 1)")
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
-    add_model(parser)
-    add_placement(parser)
     add_generation(parser)
-    add_json(parser)
 
 
 def generate_check(args: argparse.Namespace) -> None:
@@ -100,10 +84,7 @@ GENERATE = Command(
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
-    add_model(parser)
-    add_placement(parser)
     add_generation(parser)
-    add_json(parser)
 
 
 CHAT = Command(
@@ -129,10 +110,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="copies of the prompt at a time (default: 1)")
     parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
     parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
-    add_model(parser)
-    add_placement(parser)
     add_generation(parser)
-    add_json(parser)
 
 
 BENCH = Command(
@@ -150,10 +128,8 @@ BENCH = Command(
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="where to write; new or empty")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds files already")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights written")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights written")
     parser.add_argument("--max-shard-size", type=size, metavar="SIZE", default="50GB", help="of one weight file, e.g. 5GB (default: 50GB)")
-    add_model(parser)
-    add_json(parser)
 
 
 def export_check(args: argparse.Namespace) -> None:
@@ -181,12 +157,10 @@ and without trust_remote_code in transformers' own class. Upload it with: hf upl
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
     parser.add_argument(
         "--device", nargs="?", const="", metavar="NAME",
         help="instead of a checkpoint: prove every fast path on this device (default: cuda if there is one, else cpu)",
     )  # fmt: skip
-    add_json(parser)
 
 
 INFO = Command(
@@ -214,6 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         text = command.summary[0].upper() + command.summary[1:] + "."
         one = commands.add_parser(command.name, help=command.summary, description=text, epilog=f"examples:\n{command.examples}", **shape)
         command.add_arguments(one)
+        add_common(one)
         one.set_defaults(check=command.check)
     return parser
 
