@@ -21,25 +21,18 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name, by default the process's. Returns the exit code."""
     try:
-        return run_command(argv)
+        args = parse(argv)
+        code = RUNS[args.command](args)
+        print(end="", flush=True)  # a reader that has gone is met here, not when the interpreter ends
+        return code
     except SystemExit as stop:  # the command line has been answered
-        return stop.code if isinstance(stop.code, int) else 2
+        return stop.code
     except BrokenPipeError:  # whoever read the answers has gone, as `head` does
         nobody_reads()
         return PIPE_CLOSED
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-
-
-def run_command(argv: Sequence[str] | None) -> int:
-    args = parse(argv)
-    try:
-        code = RUNS[args.command](args)
-        print(end="", flush=True)  # a reader that has gone is met here, not when the interpreter ends
-        return code
-    except BrokenPipeError:
-        raise
     except UnicodeEncodeError as error:
         code, letters = 1, error.object[error.start : error.end]
         problem = f"standard output is in {error.encoding}, which has no {letters!r}; expected UTF-8 (PYTHONIOENCODING=utf-8), or `--json`"

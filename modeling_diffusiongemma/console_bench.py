@@ -8,19 +8,18 @@ The median of the rounds is reported. For a comparison with transformers' own mo
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
 from typing import Any
 
 import torch
-import transformers
 
 from generation.watcher import Watcher
 
 from .console_arguments import UsageError, json_line, say
 from .console_model import Session, generation_settings
+from .device_report import describe_device
 
 PROMPTS = {
     "text": "Write 3 March 1998 as an ISO date.",
@@ -91,35 +90,26 @@ def peak_mib(device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def machine(device) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "device": f"{device} ({name})", "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(),
-    }  # fmt: skip
-
-
 def run(args: argparse.Namespace) -> int:
     unfit = {name: value for name, value in generation_settings(args).items() if name in ("backend", "decoding")}
     if set(unfit.values()) - {"auto", "diffusion"}:
         raise UsageError(f"`--set` asks for {unfit}; expected them unset: what is timed are denoising steps")
     session = Session(args)
-    prompt = args.prompt or PROMPTS.get(args.model.given, PROMPT)
-    result = measure(session, prompt, args)
+    result = measure(session, args.prompt or PROMPTS.get(args.model.given, PROMPT), args)
+    about = describe_device(session.model.device)
     setting = {
         "model": args.model.given, "dtype": str(session.model.dtype).removeprefix("torch."), "batch_size": args.batch_size,
         "prompt_tokens": result.pop("prompt_tokens"), "canvas_length": result.pop("canvas_length"), "steps_timed": args.steps,
-        "rounds": args.rounds, "seed": session.seed, "settings": session.settings, **machine(session.model.device),
+        "rounds": args.rounds, "seed": session.seed, "settings": session.settings,
+        "device": f"{about['device']} ({about['name']})", "threads": torch.get_num_threads(),
+        **{name: about[name] for name in ("torch", "transformers", "python")},
     }  # fmt: skip
     if args.json:
         print(json_line({**result, **setting}))
         return 0
     print("| measure | value |\n|---|---|")
     for name, title in TITLES.items():
-        value = result[name]
-        print(f"| {title} | {'unknown' if value is None else f'{value:,.1f}'} |")
+        print(f"| {title} | {'unknown' if result[name] is None else f'{result[name]:,.1f}'} |")
     print("\n" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items() if value != {}))
     return 0
 

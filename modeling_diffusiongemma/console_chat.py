@@ -1,6 +1,7 @@
 """`diffusiongemma chat`: a conversation, line by line, with the canvas in sight."""
 
 import argparse
+import contextlib
 import sys
 
 from .console_arguments import UsageError, json_line, read_line, say
@@ -16,10 +17,8 @@ def next_line(interactive: bool) -> str | None:
     if not interactive:
         line = read_line()
         return line.rstrip("\r\n") if line else None
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` editing and history)
-    except ImportError:
-        pass
     try:
         return input(PROMPT)
     except EOFError:
@@ -49,9 +48,9 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
             except KeyboardInterrupt:
                 say("\ninterrupted; the turn is forgotten")
                 continue
+            except BrokenPipeError:
+                raise
             except (OSError, RuntimeError, ValueError) as error:
-                if isinstance(error, BrokenPipeError):
-                    raise
                 say(f"error: {error}; the turn is forgotten")
                 failed = True
                 continue
@@ -62,7 +61,6 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
 
 def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin is not None and sys.stdin.isatty() and not args.json
-
     if (generation_settings(args).get("num_return_sequences") or 1) > 1:
         raise UsageError("`num_return_sequences` is above 1; expected 1: a conversation goes on from one answer")
     session = Session(args)

@@ -31,44 +31,24 @@ def read_prompts(args: argparse.Namespace) -> tuple[Iterator[str], int | None]:
     return itertools.chain([first], prompts), 1 if args.whole else total
 
 
-def batches(prompts: Iterator[str], size: int) -> Iterator[list[str]]:
-    while batch := list(itertools.islice(prompts, size)):
-        yield batch
-
-
-def progress(total: int | None):
-    """A bar where somebody sees it and there is more than one prompt; or None."""
-    if total == 1 or not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, unit="prompt", file=sys.stderr, dynamic_ncols=True)
-
-
 def run(args: argparse.Namespace) -> int:
-    prompts, total = read_prompts(args)
+    from tqdm import tqdm  # which transformers requires
 
+    prompts, total = read_prompts(args)
     if args.watch and (generation_settings(args).get("num_return_sequences") or 1) > 1:
         raise UsageError("`--watch` is given, and `num_return_sequences` is above 1; expected 1: one canvas is drawn at a time")
     session = Session(args)
-    bar = None if args.watch else progress(total)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    for batch in batches(prompts, args.batch_size):
-        asked = batch if args.raw else [[*system, {"role": "user", "content": prompt}] for prompt in batch]
-        streamer = Watch(session.tokenizer, session.hidden_ids) if args.watch else None
-        answers = session.answer(asked, streamer)
-        copies = len(answers) // len(batch)
-        for place, answer in enumerate(answers):
-            line = json_line({"prompt": batch[place // copies], **answer}) if args.json else answer["text"]
-            if bar is not None:
+    unseen = args.watch or total == 1 or not sys.stderr.isatty()
+    with tqdm(total=total, unit="prompt", file=sys.stderr, dynamic_ncols=True, disable=unseen) as bar:
+        while batch := list(itertools.islice(prompts, args.batch_size)):
+            asked = batch if args.raw else [[*system, {"role": "user", "content": prompt}] for prompt in batch]
+            answers = session.answer(asked, Watch(session.tokenizer, session.hidden_ids) if args.watch else None)
+            copies = len(answers) // len(batch)
+            for place, answer in enumerate(answers):
                 bar.clear()
-            print(line, flush=True)
-        if bar is not None:
+                print(json_line({"prompt": batch[place // copies], **answer}) if args.json else answer["text"], flush=True)
             bar.update(len(batch))
-    if bar is not None:
-        bar.close()
     return 0
 
 

@@ -2,58 +2,46 @@
 instead: which of the fast paths work on this machine, each run there on a few values against its reference."""
 
 import argparse
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
-from huggingface_hub.utils import SafetensorsFileMetadata
-from transformers import AutoConfig, AutoModelForCausalLM
+from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
 
-from .console_arguments import MODEL_TYPE, UsageError, json_line
+from .console_arguments import UsageError, json_line
+from .console_model import checked_device, read_config
+from .device_report import FAILED, describe_device, device_table, prove_all
 from .loading import damaged_files
-from .safetensors_files import INDEX, SINGLE, indexed_files
+from .safetensors_files import INDEX, SINGLE
+
+HIDDEN = ("transformers_version", "do_sample")  # of a generation config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors; empty where there are none."""
-    indexed = indexed_files(folder)
-    if indexed is not None:
-        return [folder / name for name in indexed]
-    return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+def count_weights(path: str, folder: Path) -> dict[str, Any]:
+    """`files`, `tensors`, `bytes` and `bytes_by_dtype` of what the headers of the weight files name. From the Hub the headers alone are
+    fetched, where the weights of the repository `path` are not in `folder`, this machine's copy of it.
 
-
-def weight_counts(files: Collection[SafetensorsFileMetadata]) -> dict[str, Any]:
-    """`files`, `tensors`, `bytes` and `bytes_by_dtype` of what the headers of the files name."""
+    Raises:
+        OSError: there are none; or a file is missing, truncated or no safetensors file.
+    """
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        if problems := damaged_files(folder):
+            raise OSError(f"cannot read {folder}: {'; '.join(problems)}")
+        files = get_local_safetensors_metadata(folder).files_metadata
+    elif Path(path).is_dir():
+        raise OSError(f"{path} has neither {SINGLE} nor {INDEX}; expected the weights of a checkpoint")
+    else:
+        files = get_safetensors_metadata(path).files_metadata
+    tensors = [tensor for file in files.values() for tensor in file.tensors.values()]
     by_dtype: dict[str, int] = {}
-    tensors = [tensor for file in files for tensor in file.tensors.values()]
     for tensor in tensors:
         first, last = tensor.data_offsets
         by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + last - first
     return {"files": len(files), "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
-
-
-def local_weights(folder: Path) -> dict[str, Any] | None:
-    """`weight_counts` of a folder. None where there are none.
-
-    Raises:
-        OSError: a file is missing, truncated or no safetensors file.
-    """
-    files = weight_files(folder)
-    if not files:
-        return None
-    if problems := damaged_files(folder):
-        raise OSError(f"cannot read {folder}: {'; '.join(problems)}")
-    return weight_counts([parse_local_safetensors_file_metadata(file) for file in files])
-
-
-def hub_weights(name: str) -> dict[str, Any]:
-    """The same of a repository on the Hub whose weights are not on this machine: the headers alone are fetched."""
-    return weight_counts(get_safetensors_metadata(name).files_metadata.values())
 
 
 def count_parameters(config) -> tuple[int, int]:
@@ -69,29 +57,20 @@ def count_parameters(config) -> tuple[int, int]:
 
 def describe(path: str) -> dict[str, Any]:
     """Everything `info` tells, as it goes into JSON."""
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type != MODEL_TYPE:
-        raise UsageError(f"`--model` is {path!r} with `model_type` {config.model_type!r}; expected {MODEL_TYPE!r}")
-    text, total_active = config.get_text_config(), count_parameters(config)
-    folder = Path(cached_file(path, "config.json")).parent
+    config = read_config(path)
+    text, (parameters, active) = config.get_text_config(), count_parameters(config)
     try:
         generation = DiffusionGenerationConfig.from_pretrained(path)
     except OSError:  # the checkpoint has none: its special tokens over the released settings
         generation = DiffusionGenerationConfig.from_model_config(config)
-    settings = {name: value for name, value in {**RELEASED_DEFAULTS, **_set_fields(generation)}.items() if value is not None}
-    weights = local_weights(folder)
-    if weights is None and not Path(path).is_dir():
-        weights = hub_weights(path)
-    if weights is None:
-        raise OSError(f"{path} has neither {SINGLE} nor {INDEX}; expected the weights of a checkpoint")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
+    fields = {name: value for name, value in vars(generation).items() if value is not None and name[0] != "_" and name not in HIDDEN}
+    settings = {name: value for name, value in (RELEASED_DEFAULTS | fields).items() if value is not None}
     return {
         "path": str(path), "architectures": config.architectures, "model_type": config.model_type,
-        "parameters": total_active[0], "active_parameters": total_active[1],
+        "parameters": parameters, "active_parameters": active,
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
-        "quantization": None if quantization is None else quantization.get("quant_method"), "weights": weights,
+        "quantization": (getattr(config, "quantization_config", None) or {}).get("quant_method"),
+        "weights": count_weights(path, Path(cached_file(path, "config.json")).parent),
         "canvas_length": config.canvas_length, "vocab_size": text.vocab_size, "max_position_embeddings": text.max_position_embeddings,
         "hidden_size": text.hidden_size, "layers": {kind: text.layer_types.count(kind) for kind in sorted(set(text.layer_types))},
         "sliding_window": text.sliding_window, "attention_heads": text.num_attention_heads,
@@ -102,11 +81,6 @@ def describe(path: str) -> dict[str, Any]:
         },
         "generation": {name: value for name, value in settings.items() if name not in SPECIAL_TOKENS},
     }  # fmt: skip
-
-
-def _set_fields(generation) -> dict[str, Any]:
-    hidden = ("transformers_version", "do_sample")
-    return {name: value for name, value in generation.__dict__.items() if value is not None and name[0] != "_" and name not in hidden}
 
 
 def report(about: dict[str, Any]) -> str:
@@ -133,9 +107,6 @@ def report(about: dict[str, Any]) -> str:
 
 def report_device(name: str, as_json: bool) -> int:
     """Prints what works on a device; 1 where something that is for it does not."""
-    from .console_model import checked_device
-    from .device_report import FAILED, describe_device, device_table, prove_all
-
     if name == "auto":
         raise UsageError("`--device` is 'auto'; expected one device: cpu, cuda, cuda:1 or mps")
     device = torch.device(checked_device(name or None))
@@ -154,4 +125,4 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["describe", "local_weights", "run"]
+__all__ = ["describe", "run"]

@@ -36,19 +36,25 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def read_config(path: str):
+    """The config of a checkpoint, which must be of this model."""
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != MODEL_TYPE:
+        raise UsageError(f"`--model` is {path!r} with `model_type` {config.model_type!r}; expected {MODEL_TYPE!r}")
+    return config
+
+
 def load_tokenizer(path: str):
     return AutoTokenizer.from_pretrained(path, padding_side="left")
 
 
 def load_model(path: str, dtype: str = "auto", device: str | None = "cpu"):
     """The model in evaluation mode. `device` None: CUDA if there is one; "auto": spread by accelerate."""
-    if (found := AutoConfig.from_pretrained(path).model_type) != MODEL_TYPE:
-        raise UsageError(f"`--model` is {path!r} with `model_type` {found!r}; expected {MODEL_TYPE!r}")
+    read_config(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    device = checked_device(device)
-    placement = {} if device == "cpu" else {"device_map": device}
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **placement).eval()
+    place = checked_device(device)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=None if place == "cpu" else place).eval()
 
 
 def checked_device(device: str | None) -> str:
@@ -86,44 +92,38 @@ class Session:
 
     def encode(self, prompts: Sequence[str | list[Message]]) -> dict[str, torch.Tensor]:
         """Chats by the checkpoint's chat template, strings as they are: ids and mask (B, P), padded on the left."""
-        form = {"return_tensors": "pt", "return_dict": True, "padding": True}
+        form = {"return_tensors": "pt", "padding": True}
         if isinstance(prompts[0], str):
-            del form["return_dict"]
             batch = self.tokenizer(list(prompts), **form)
+        elif self.tokenizer.chat_template is None:
+            raise UsageError("the checkpoint has no chat template; expected one, or `generate --raw`")
         else:
-            if self.tokenizer.chat_template is None:
-                raise UsageError("the checkpoint has no chat template; expected one, or `generate --raw`")
-            batch = self._templated(prompts, form)
+            try:
+                batch = self.tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True, **form)
+            except Exception as error:  # jinja2's errors have no base class that is a ValueError
+                raise ValueError(f"the checkpoint's chat template refuses the chat: {error}") from error
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-
-    def _templated(self, chats, form: dict):
-        try:
-            return self.tokenizer.apply_chat_template(list(chats), add_generation_prompt=True, **form)
-        except Exception as error:  # jinja2's errors have no base class that is a ValueError
-            raise ValueError(f"the checkpoint's chat template refuses the chat: {error}") from error
 
     def answer(self, prompts: Sequence[str | list[Message]], streamer: BaseStreamer | None = None) -> list[dict[str, Any]]:
         """Generates; `num_return_sequences` answers a prompt, those of the first prompt first."""
         inputs = self.encode(prompts)
-        draws = {"seed": self.seed}
+        asked = {**inputs, **self.settings, "streamer": streamer, "tokenizer": self.tokenizer, "return_dict_in_generate": True}
         if self.settings.get("backend") == "reference":  # it draws from torch's global generator, as transformers does
             torch.manual_seed(self.seed)
-            draws = {}
-        output = self.model.generate(
-            **inputs, **self.settings, **draws, streamer=streamer, tokenizer=self.tokenizer, return_dict_in_generate=True
-        )
-        prompt_tokens = inputs["attention_mask"].sum(dim=1)
-        prompt_tokens = prompt_tokens.repeat_interleave(len(output.sequences) // len(prompt_tokens)).tolist()
-        answers = []
+        else:
+            asked["seed"] = self.seed
+        output = self.model.generate(**asked)
+        copies = len(output.sequences) // len(prompts)
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        for index, (ids, count) in enumerate(zip(new, output.lengths.tolist(), strict=True)):
-            answers.append({
-                "text": self.tokenizer.decode(ids[:count], skip_special_tokens=True), "prompt_tokens": prompt_tokens[index],
-                "tokens": count, "denoising_steps": int(output.denoising_steps[index]),
-                "tokens_per_forward": float(output.tokens_per_forward[index]), "finish_reason": output.finish_reasons[index],
-                "seed": self.seed,
-            })  # fmt: skip
-        return answers
+        return [
+            {
+                "text": self.tokenizer.decode(ids[:count], skip_special_tokens=True),
+                "prompt_tokens": int(inputs["attention_mask"][index // copies].sum()), "tokens": count,
+                "denoising_steps": int(output.denoising_steps[index]), "tokens_per_forward": float(output.tokens_per_forward[index]),
+                "finish_reason": output.finish_reasons[index], "seed": self.seed,
+            }
+            for index, (ids, count) in enumerate(zip(new, output.lengths.tolist(), strict=True))
+        ]  # fmt: skip
 
 
-__all__ = ["Message", "Session", "checked_device", "generation_settings", "load_model", "load_tokenizer"]
+__all__ = ["Message", "Session", "checked_device", "generation_settings", "load_model", "load_tokenizer", "read_config"]

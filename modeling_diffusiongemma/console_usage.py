@@ -210,7 +210,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             nobody_reads()
             raise SystemExit(PIPE_CLOSED) from None
         raise
-    except UsageError as error:
+    except (OSError, UsageError) as error:
         say(f"{PROGRAM} {args.command}: error: {error}")
         raise SystemExit(2) from None
 

@@ -1,5 +1,6 @@
 """Every fast path of both packages, proven on one device, with what the device is: a table to put into a report."""
 
+import contextlib
 import platform
 from typing import Any
 
@@ -31,12 +32,10 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
         "system": platform.platform(), "triton": None,
     }  # fmt: skip
-    try:
+    with contextlib.suppress(ImportError):
         import triton
 
         about["triton"] = triton.__version__
-    except ImportError:
-        pass
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         about |= {
