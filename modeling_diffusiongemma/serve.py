@@ -23,18 +23,23 @@ at once only `temperature=0` is reproducible.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from types import MethodType
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.cli.serve import Serve
+from transformers.cli.serving.utils import Modality
 
 from generation.watcher import Watcher
 
-from .checkpoints import FOLDER
-from .console_arguments import checkpoint_name
+from .checkpoints import shipped
+from .console_arguments import checkpoint_name, integer
 from .head import DiffusionGemmaForMaskedBlockLM
 from .serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
 
+NEEDED = ("fastapi", "jinja2", "openai", "pydantic", "rich", "uvicorn")
 INSTALL = 'transformers\' server is not installed; expected: pip install -e ".[serve]" in a checkout of this project'
 PROGRAM = "python -m modeling_diffusiongemma.serve"
 OUR_OPTIONS = """
@@ -43,22 +48,6 @@ checkpoints, or FORCE_MODEL alone); --max-characters N, of text in a request (de
 
 For clients you trust: there is neither a key nor a quota.
 """
-
-
-def our_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and the arguments that are left for `transformers serve`."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
-    parser.add_argument("--allow", type=checkpoint_name, action="append", default=[])
-    parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS)
-    ours, rest = parser.parse_known_args(arguments)
-    if ours.max_characters < 1:
-        parser.error(f"`--max-characters` is {ours.max_characters}; expected an integer >= 1")
-    return ours, rest
-
-
-def reason(error: Exception) -> str:
-    """What an error says about the request."""
-    return f"the request has no {error}" if isinstance(error, KeyError) else str(getattr(error, "detail", None) or error)
 
 
 class Ending(Watcher):
@@ -78,73 +67,71 @@ def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: 
     return type(model).generate(model, generation_config=generation_config, watcher=Ending(generation_config), **kwargs)
 
 
+def modality_of(theirs: Callable, model, processor=None) -> Modality:
+    """As the model manager's, which is asked before every answer; a model of ours gets to tell why that answer has ended."""
+    if isinstance(model, DiffusionGemmaForMaskedBlockLM):
+        model.generate = MethodType(generate_and_tell, model)
+        if not isinstance(processor, PreTrainedTokenizerBase):
+            return Modality.VLM
+    return theirs(model, processor=processor)
+
+
+def read_checked(read: Callable, messages, modality: Modality):
+    """As a handler's reading of a chat, `read`, behind our check of it."""
+    check_chat(messages, images=modality != Modality.LLM)
+    # transformers before 5.24 iterates over `tool_calls: null`, and drops the content beside an empty list.
+    return read([{k: v for k, v in message.items() if k != "tool_calls" or v} for message in messages], modality)
+
+
+def complete(server: Serve, ours: argparse.Namespace) -> None:
+    """Puts what is ours into a server that is built and does not run yet."""
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+
+    refused = (ValueError, KeyError, TypeError, OSError, TemplateError, RequestValidationError, HTTPException)
+
+    async def refuse(_request, error: Exception) -> JSONResponse:
+        status = getattr(error, "status_code", 400 if isinstance(error, refused) else 500)
+        reason = f"the request has no {error}" if isinstance(error, KeyError) else str(getattr(error, "detail", None) or error)
+        return JSONResponse(error_body(reason, status), status_code=status)
+
+    app, manager = server.server.config.app, server._model_manager
+    for kind in (*refused, Exception):
+        app.add_exception_handler(kind, refuse)
+    manager.get_model_modality = partial(modality_of, manager.get_model_modality)
+    for handler in (server._chat_handler, server._completion_handler, server._response_handler):
+        handler.get_processor_inputs_from_messages = partial(read_checked, handler.get_processor_inputs_from_messages)
+    pinned = manager.force_model
+    models = [pinned] if pinned is not None else [name.path for name in ours.allow] or [*shipped().values()]
+    door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=ours.max_characters)
+    app.user_middleware.append(door)  # behind those that add headers to every answer
+
+
 def make_server(arguments: Sequence[str]):
     """A function that runs the server until it is stopped.
 
     Raises:
         ImportError: the extra `serve` is missing.
     """
-    try:
-        import typer
-        from fastapi.exceptions import RequestValidationError
-        from fastapi.responses import JSONResponse
-        from jinja2 import TemplateError
-        from starlette.exceptions import HTTPException
-        from starlette.middleware import Middleware
-        from transformers.cli.serve import Serve
-        from transformers.cli.serving.utils import Modality
-        from transformers.utils.import_utils import is_serve_available
-    except ImportError as error:
-        raise ImportError(INSTALL) from error
-    if not is_serve_available():
+    import typer  # which transformers requires
+
+    if not all(map(find_spec, NEEDED)):
         raise ImportError(INSTALL)
-    ours, rest = our_options(arguments)
-
-    def answers(status: int):
-        async def refuse(_request, error: Exception) -> JSONResponse:
-            code = getattr(error, "status_code", status)
-            return JSONResponse(error_body(reason(error), code), status_code=code)
-
-        return refuse
+    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow", type=checkpoint_name, action="append", default=[])
+    parser.add_argument("--max-characters", type=integer(1), default=MAX_CHARACTERS)
+    ours, rest = parser.parse_known_args(arguments)
 
     class Server(Serve):
         __doc__ = Serve.__doc__ + OUR_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
 
         def start_server(self) -> None:
-            """Called with everything built and nothing running (`--non-blocking`): completes it, and blocks until it is stopped."""
-            manager = self._model_manager
-            modality_of = manager.get_model_modality
-
-            def get_model_modality(model, processor=None):
-                if isinstance(model, DiffusionGemmaForMaskedBlockLM):  # asked before every answer
-                    model.generate = MethodType(generate_and_tell, model)
-                    if not isinstance(processor, PreTrainedTokenizerBase):
-                        return Modality.VLM
-                return modality_of(model, processor=processor)
-
-            manager.get_model_modality = get_model_modality
-            for handler in (self._chat_handler, self._completion_handler, self._response_handler):
-                _guard(handler)
-            app, pinned = self.server.config.app, manager.force_model
-            for kind in (ValueError, KeyError, TypeError, OSError, TemplateError, RequestValidationError, HTTPException):
-                app.add_exception_handler(kind, answers(400))
-            app.add_exception_handler(Exception, answers(500))
-            shipped = [str(file.parent) for file in sorted(FOLDER.glob("*/config.json"))]
-            models = [pinned] if pinned is not None else [name.path for name in ours.allow] or shipped
-            door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=ours.max_characters)
-            app.user_middleware.append(door)  # behind those that add headers to every answer
+            """Called with everything built and nothing running (`--non-blocking`)."""
+            complete(self, ours)
             self.server.run()
-
-    def _guard(handler) -> None:
-        """Puts our check of the chat before the handler's reading of it."""
-        read = handler.get_processor_inputs_from_messages
-
-        def read_checked(messages, modality):
-            check_chat(messages, images=modality != Modality.LLM)
-            # transformers before 5.24 iterates over `tool_calls: null`, and drops the content beside an empty list.
-            return read([{k: v for k, v in message.items() if k != "tool_calls" or v} for message in messages], modality)
-
-        handler.get_processor_inputs_from_messages = read_checked
 
     command = typer.Typer(add_completion=False)
     command.command()(Server)
@@ -154,8 +141,7 @@ def make_server(arguments: Sequence[str]):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the server with the command line's arguments."""
     try:
-        run = make_server(sys.argv[1:] if arguments is None else arguments)
-        run()
+        make_server(sys.argv[1:] if arguments is None else arguments)()
     except (ImportError, OSError, ValueError) as error:  # the last two: the checkpoint that was to be loaded first
         raise SystemExit(f"error: {error}") from error
 

@@ -50,6 +50,8 @@ class Door:
         self.app, self.models, self.pinned, self.max_characters = app, tuple(models), pinned, max_characters
 
     async def __call__(self, scope, receive, send) -> None:
+        from starlette.responses import JSONResponse
+
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
@@ -57,14 +59,15 @@ class Door:
                 raise Refused(501, NOT_SERVED[scope["path"]])
             if (scope["method"], scope["path"]) == ("GET", "/v1/models"):
                 models = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in self.models]
-                return await answer(send, 200, {"object": "list", "data": models})
+                return await JSONResponse({"object": "list", "data": models})(scope, receive, send)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self.read(scope, receive)
                 if scope["path"] != "/reset":  # the one path without a body
                     self.check(body)
                 receive = again(body, receive)
         except Refused as refusal:
-            return await answer(send, refusal.status, error_body(str(refusal), refusal.status, refusal.code))
+            body = error_body(str(refusal), refusal.status, refusal.code)
+            return await JSONResponse(body, refusal.status)(scope, receive, send)
         await self.app(scope, receive, send)
 
     async def read(self, scope, receive) -> bytes:
@@ -131,13 +134,6 @@ def again(body: bytes, receive):
     return receive_again
 
 
-async def answer(send, status: int, value: dict[str, Any]) -> None:
-    data = json.dumps(value).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
-
-
 def check_chat(messages, images: bool) -> None:
     """Raises ValueError, by place, for a chat that the server would drop parts of or fail on.
 
@@ -148,19 +144,16 @@ def check_chat(messages, images: bool) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` is {messages!r}; expected a list of at least one message")
     for place, message in enumerate(messages):
+        where = f"`messages[{place}]`"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"`messages[{place}]` is {message!r}; expected a mapping with `role` and `content`")
+            raise ValueError(f"{where} is {message!r}; expected a mapping with `role` and `content`")
         content, calls = message.get("content"), message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(isinstance(call, dict) and _has_arguments(call) for call in calls):
-            raise ValueError(f"`tool_calls` of `messages[{place}]` is {calls!r}; expected a list of calls, each with a `function`")
-        if content is None and "tool_calls" not in message:
-            raise ValueError(f"`messages[{place}]` has no `content`; expected a string or a list of parts")
-        if not isinstance(content, list):
-            if not isinstance(content, str | None):
-                raise ValueError(f"`content` of `messages[{place}]` is {content!r}; expected a string or a list of parts")
-            continue
-        for part in content:
-            _check_part(part, f"`messages[{place}]`", images)
+            raise ValueError(f"`tool_calls` of {where} is {calls!r}; expected a list of calls, each with a `function`")
+        if not isinstance(content, str | list) and (content is not None or "tool_calls" not in message):
+            raise ValueError(f"`content` of {where} is {content!r}; expected a string or a list of parts")
+        for part in content if isinstance(content, list) else ():
+            _check_part(part, where, images)
 
 
 def _has_arguments(call: dict) -> bool:
