@@ -26,13 +26,14 @@ from .score import MODES
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError('lm-eval is not installed; expected: pip install -e ".[lm-eval]" in a checkout of this project') from error
 
 logger = logging.getLogger(__name__)
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # a task's names for the length of an answer
 
 
 @register_model("diffusiongemma")
@@ -64,15 +65,13 @@ class DiffusionGemmaEvaluation(TemplateLM):
         mode: str = "autoregressive", samples: int = 16, **settings,
     ):  # fmt: skip
         super().__init__()
-        self.batch_size = _positive("batch_size", batch_size)
+        self.batch_size = _integer("batch_size", batch_size)
         if max_batch_size not in (None, batch_size, self.batch_size):
             raise ValueError(f"`max_batch_size` is {max_batch_size!r}; expected None: batches are of `batch_size`, {self.batch_size}")
         if mode not in MODES:
             raise ValueError(f"`mode` is {mode!r}; expected one of {MODES}")
-        self.max_gen_toks, self.mode, self.samples = _positive("max_gen_toks", max_gen_toks), mode, _positive("samples", samples)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` is {seed!r}; expected an integer >= 0")
-        self.seed, self.settings = seed, settings
+        self.max_gen_toks, self.mode, self.samples = _integer("max_gen_toks", max_gen_toks), mode, _integer("samples", samples)
+        self.seed, self.settings = _integer("seed", seed, 0), settings
         DiffusionGenerationConfig(**settings)  # refuses what it does not know before anything is loaded
         if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f"`dtype` is {dtype!r}; expected 'auto' or the name of a torch dtype")
@@ -96,10 +95,8 @@ class DiffusionGemmaEvaluation(TemplateLM):
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self._device = self.model.device
         text_config = self.model.config.get_text_config()
-        self.max_length = _positive("max_length", text_config.max_position_embeddings if max_length is None else max_length)
+        self.max_length = _integer("max_length", text_config.max_position_embeddings if max_length is None else max_length)
         self.pad_token_id = next(i for i in (self.tokenizer.pad_token_id, text_config.pad_token_id, 0) if i is not None)
-
-    # What a text is in tokens
 
     @property
     def eot_token_id(self) -> int:
@@ -134,25 +131,21 @@ class DiffusionGemmaEvaluation(TemplateLM):
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )
 
-    # What lm-eval asks for
-
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Answers, cut before the first of a task's `until`. Generation keyword arguments are `generate`'s, by lm-eval's names for
         the length (`max_gen_toks` and its aliases)."""
-        calls = [(self.tok_encode(request.args[0]), request.args[1]) for request in requests]
-        answers: list[str | None] = [None] * len(calls)
-        groups: dict[str, list[int]] = {}
-        for index, (_, arguments) in enumerate(calls):
-            groups.setdefault(json.dumps(arguments, sort_keys=True), []).append(index)
+        calls = [(self.tok_encode(request.args[0]), self.seed + index, request.args) for index, request in enumerate(requests)]
+        batches = Collator(calls, lambda call: -len(call[0]), lambda call: {"": json.dumps(call[2][1], sort_keys=True)}, "gen_kwargs")
+        answers = []
         with tqdm(total=len(calls), desc="generate_until", disable=disable_tqdm) as bar:
-            for indices in groups.values():
-                for batch in self._batches(indices, lambda index: len(calls[index][0])):
-                    texts = self._generate([calls[index][0] for index in batch], calls[batch[0]][1], [self.seed + n for n in batch])
-                    for index, text in zip(batch, texts, strict=True):
-                        answers[index] = text
-                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                    bar.update(len(batch))
-        return answers
+            for batch in batches.get_batched(self.batch_size):  # longest first: memory runs out at once or never
+                contexts, seeds, given = zip(*batch, strict=True)
+                texts = self._generate(contexts, given[0][1], list(seeds))
+                for args, text in zip(given, texts, strict=True):
+                    self.cache_hook.add_partial("generate_until", args, text)
+                answers += texts
+                bar.update(len(batch))
+        return batches.get_original(answers)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probabilities of whole texts, in windows of `max_length` tokens, each token predicted once."""
@@ -174,30 +167,22 @@ class DiffusionGemmaEvaluation(TemplateLM):
 
         Args: `requests`: triples of the texts (context, continuation), or None, and the ids of both; `greedy`: False spares that answer.
         """
-        found: list[tuple[float, bool] | None] = [None] * len(requests)
-        pairs = [self._fit(context, continuation) for _, context, continuation in requests]
-        with torch.random.fork_rng(), tqdm(total=len(pairs), desc=f"log-likelihood ({self.mode})", disable=disable_tqdm) as bar:
+        fitting = [(texts, *self._fit(context, continuation)) for texts, context, continuation in requests]
+        batches, found = Collator(fitting, lambda request: -len(request[1]) - len(request[2])), []
+        with torch.random.fork_rng(), tqdm(total=len(fitting), desc=f"log-likelihood ({self.mode})", disable=disable_tqdm) as bar:
             torch.manual_seed(self.seed)
-            for batch in self._batches(range(len(pairs)), lambda index: sum(map(len, pairs[index]))):
-                collated = BlockDiffusionCollator(pad_token_id=self.pad_token_id)([pairs[index] for index in batch])
+            for batch in batches.get_batched(self.batch_size):
+                collated = BlockDiffusionCollator(pad_token_id=self.pad_token_id)([pair for _, *pair in batch])
                 inputs = {name: tensor.to(self.device) for name, tensor in collated.items()}
                 score = self.model.score(**inputs, mode=self.mode, samples=self.samples, canvas_length=self.settings.get("canvas_length"))
                 totals = (score.log_prob.double() * score.tokens).tolist()
-                flags = [False] * len(batch) if not greedy else score.greedy.tolist() if score.greedy is not None else None
-                flags = [self._is_written(*pairs[index]) for index in batch] if flags is None else flags
-                for index, total, flag in zip(batch, totals, flags, strict=True):
-                    found[index] = (total, flag)
-                    if requests[index][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
+                flags = [greedy and self._is_written(*pair) for _, *pair in batch] if score.greedy is None else score.greedy.tolist()
+                for (texts, *_), *answer in zip(batch, totals, flags, strict=True):
+                    found.append(tuple(answer))
+                    if texts is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts, found[-1])
                 bar.update(len(batch))
-        return found
-
-    # How
-
-    def _batches(self, indices, length):
-        """Indices in batches, longest first: little padding, and memory runs out at once or never."""
-        ordered = sorted(indices, key=length, reverse=True)
-        return (ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size))
+        return batches.get_original(found)
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """The pair, with the context's last tokens alone where it is too long."""
@@ -210,29 +195,26 @@ class DiffusionGemmaEvaluation(TemplateLM):
         written = self._sequences([context], None, do_sample=False, max_new_tokens=len(continuation), eos_token_id=[])
         return written[0] == continuation
 
-    def _generate(self, contexts: list[list[int]], arguments: dict, seeds: list[int]) -> list[str]:
+    def _generate(self, contexts: Sequence[list[int]], arguments: dict, seeds: list[int]) -> list[str]:
         """Texts of one batch whose requests have the same arguments."""
-        arguments = dict(arguments)
+        length = normalize_gen_kwargs(arguments, self.max_gen_toks)["max_gen_toks"]
+        arguments = {name: value for name, value in arguments.items() if name not in LENGTHS}
         until = arguments.pop("until", None) or []
         until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]  # '' separates nothing
-        length = normalize_gen_kwargs(arguments, self.max_gen_toks)["max_gen_toks"]
-        for alias in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
-            arguments.pop(alias, None)
         if not 0 < length < self.max_length:
             raise ValueError(f"`max_gen_toks` is {length}; expected 1 to {self.max_length - 1} (`max_length` - 1)")
         contexts = [context[-(self.max_length - length) :] for context in contexts]
         if until:
             arguments |= {"stop_strings": until, "tokenizer": self.tokenizer}
         texts = []
-        for ids in self._sequences(contexts, seeds, **{**self.settings, **arguments, "max_new_tokens": length}):
+        for ids in self._sequences(contexts, seeds, **arguments, max_new_tokens=length):
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             texts.append(text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))])
         return texts
 
     def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> list[list[int]]:
         """The new tokens of each row."""
-        longest = max(map(len, contexts))
-        made = {"dtype": torch.int64, "device": self.device}
+        longest, made = max(map(len, contexts)), {"dtype": torch.int64, "device": self.device}
         ids = torch.tensor([[self.pad_token_id] * (longest - len(context)) + context for context in contexts], **made)
         real = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts], **made)
         given = {**self.settings, **settings, "return_dict_in_generate": True}
@@ -240,10 +222,10 @@ class DiffusionGemmaEvaluation(TemplateLM):
         return [row[:length] for row, length in zip(output.sequences[:, longest:].tolist(), output.lengths.tolist(), strict=True)]
 
 
-def _positive(name: str, value) -> int:
+def _integer(name: str, value, smallest: int = 1) -> int:
     found = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ValueError(f"`{name}` is {value!r}; expected a positive integer")
+    if isinstance(found, bool) or not isinstance(found, int) or found < smallest:
+        raise ValueError(f"`{name}` is {value!r}; expected an integer >= {smallest}")
     return found
 
 
