@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 from transformers import AutoConfig
 
@@ -38,11 +39,6 @@ from .fp8_math import quantize_rows
 from .head import DiffusionGemmaForMaskedBlockLM
 from .safetensors_files import INDEX, StoredTensor, indexed_files, read_header, stored_tensors
 from .saving import files, finish, put_in_place, staging
-
-try:
-    from tqdm import tqdm
-except ImportError:
-    tqdm = None
 
 CONFIG = "config.json"
 ITEM_SIZE = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -79,12 +75,7 @@ def fingerprint(path: Path, samples: int = 256, length: int = 4096) -> str:
 
 
 def read_source(source: Path) -> tuple[DiffusionGemmaConfig, dict[str, StoredTensor]]:
-    """The config and the tensors of a checkpoint folder.
-
-    Raises:
-        OSError: no checkpoint there, or a file of it is missing or damaged.
-        ValueError: another model's, or one that is quantised already.
-    """
+    """The config and the tensors of a checkpoint folder, which must be one of this model, whole and not quantised."""
     finish(source)
     if not (source / CONFIG).is_file():
         raise OSError(f"`source` is {source}, which has no {CONFIG}; expected the folder of a checkpoint")
@@ -113,41 +104,30 @@ def check_source(model: DiffusionGemmaForMaskedBlockLM, source: Path, stored: di
             raise ValueError(f"{name} in {entry.file} is {entry.dtype} {entry.shape}; expected bfloat16 or float32 {shape}")
 
 
-def written_names(model: DiffusionGemmaForMaskedBlockLM, source: list[str]) -> dict[str, list[str]]:
-    """Under which names every tensor of the source is written: its own, that of its weight and its scale, or those of every
-    expert in it, weight and scale by turns.
-
-    Args:
-        model: with FP8 modules in place.
-        source: names in the released layout.
-
-    Raises:
-        ValueError: the experts of a layer are not FP8.
-    """
-    written = {name: [name] for name in source}
+def quantized_names(model: DiffusionGemmaForMaskedBlockLM) -> dict[str, list[str]]:
+    """The tensors of the source that become FP8, and the names of the matrices in each, which `model` has FP8 modules for."""
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             raise ValueError(f"`ignore` names the experts of {name}; expected them to be quantised: they are most of the model")
+    names = {}
     for name, module in fp8_modules(model).items():
         if isinstance(module, FP8Linear):
-            written[f"{name}.weight"] = [f"{name}.weight", f"{name}.weight_scale"]
-            continue
-        for projection in PROJECTIONS:
-            entries = expert_names(name, module.num_experts, projection)
-            written[f"{name}.{projection}"] = [f"{entry}{suffix}" for entry in entries for suffix in (".weight", ".weight_scale")]
-    return written
+            names[f"{name}.weight"] = [name]
+        else:
+            names |= {f"{name}.{projection}": expert_names(name, module.num_experts, projection) for projection in PROJECTIONS}
+    return names
 
 
 class Shard:
-    """One file of the destination: which tensors of one source file it is made of, under which names, and its header."""
+    """One file of the destination: which tensors of one source file it is made of, what becomes FP8 in them, and its header."""
 
-    def __init__(self, source: Path, entries: dict[str, StoredTensor], written: dict[str, list[str]], layout: dict):
-        self.source, self.entries, self.written = source, entries, written
+    def __init__(self, source: Path, entries: list[StoredTensor], quantized: dict[str, list[str]], layout: dict):
+        self.source, self.entries, self.quantized = source, entries, quantized
         tensors = {}
-        for name, entry in entries.items():
-            for target in written[name]:
-                dtype, shape = layout[target]
-                tensors[target] = (dtype or entry.dtype, shape)
+        for entry in entries:
+            matrices = quantized.get(entry.name)
+            names = [entry.name] if matrices is None else [f"{name}.{kind}" for name in matrices for kind in ("weight", "weight_scale")]
+            tensors |= {name: (layout[name][0] or entry.dtype, layout[name][1]) for name in names}
         self.header: dict = {"__metadata__": {"format": "pt", FINGERPRINT: fingerprint(source)}}
         start = 0
         # By falling size of their numbers, as safetensors itself does: every tensor is aligned.
@@ -158,11 +138,7 @@ class Shard:
         self.size = start
 
     def is_complete(self, place: Path) -> bool:
-        """Whether the file stands in the folder `place` already, made from this source.
-
-        Raises:
-            ValueError: a file of this name that was not made here.
-        """
+        """Whether the file stands in the folder `place` already, made from this source; ValueError where it was not made here."""
         path = place / self.source.name
         if not path.is_file():
             return False
@@ -174,23 +150,19 @@ class Shard:
             raise ValueError(f"{path} was not made by this command; expected a folder without weights, or an unfinished one")
         return header == self.header
 
-    def tensors(self, name: str, opened, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is written of one tensor of the source, piece by piece."""
-        targets = iter(self.written[name])
-        if len(self.written[name]) == 1:
-            yield next(targets), opened.get_tensor(name)
+    def tensors(self, entry: StoredTensor, opened, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is written of one tensor of the source, matrix by matrix."""
+        if entry.name not in self.quantized:
+            yield entry.name, opened.get_tensor(entry.name)
             return
-        stored = opened.get_slice(name)
-        experts = self.entries[name].shape[0] if len(self.entries[name].shape) == 3 else 1
-        parts = len(self.written[name]) // 2 // experts
-        for expert in range(experts):
-            matrix = (stored[expert] if len(self.entries[name].shape) == 3 else stored[:]).to(device)
-            for rows in matrix.chunk(parts):
-                weight, scale = quantize_rows(rows, torch.bfloat16)
-                yield next(targets), weight
-                target = next(targets)
-                check_scale(scale, target, self.source)
-                yield target, scale.to(torch.bfloat16)
+        names, stored = iter(self.quantized[entry.name]), opened.get_slice(entry.name)
+        experts = range(entry.shape[0]) if len(entry.shape) == 3 else [slice(None)]
+        for expert in experts:
+            for rows in stored[expert].to(device).chunk(len(self.quantized[entry.name]) // len(experts)):
+                name, (weight, scale) = next(names), quantize_rows(rows, torch.bfloat16)
+                check_scale(scale, f"{name}.weight_scale", self.source)
+                yield f"{name}.weight", weight
+                yield f"{name}.weight_scale", scale.to(torch.bfloat16)
 
     def write(self, place: Path, device: torch.device, progress) -> None:
         """Writes the file into the folder `place`, under another name, and renames it when it is complete."""
@@ -199,9 +171,9 @@ class Shard:
         unfinished = place / f"{self.source.stem}.unfinished"
         with unfinished.open("wb") as file, safe_open(self.source, "pt") as opened:
             file.write(struct.pack("<Q", len(text)) + text)
-            for name, entry in self.entries.items():
-                for written, tensor in self.tensors(name, opened, device):
-                    file.seek(8 + len(text) + self.header[written]["data_offsets"][0])
+            for entry in self.entries:
+                for name, tensor in self.tensors(entry, opened, device):
+                    file.seek(8 + len(text) + self.header[name]["data_offsets"][0])
                     file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
                 progress(entry.size)
             file.flush()
@@ -223,7 +195,7 @@ def quantize_checkpoint(
         destination: a new or empty folder, or one that an interrupted call left.
         ignore: as `FP8Config`.
         device: where the matrices are quantised; the numbers do not depend on it.
-        progress: show a bar, with tqdm if it is there, else a line a file.
+        progress: show a bar.
 
     Returns:
         `{"files", "kept", "tensors", "bytes"}`: files written or found complete, those found, tensors, and bytes of weights.
@@ -244,14 +216,14 @@ def quantize_checkpoint(
     stored.pop("lm_head.weight", None)  # tied: the embedding again
     ignore = default_ignore(model) if ignore is None else ignore
     make_fp8(model, ignore)
-    layout, written = published_layout(model), written_names(model, list(stored))
+    layout, quantized = published_layout(model), quantized_names(model)
 
     destination.mkdir(parents=True, exist_ok=True)
     finish(destination)
-    shards = []
-    for file in sorted({entry.file for entry in stored.values()}):
-        entries = {name: entry for name, entry in stored.items() if entry.file == file}
-        shards.append(Shard(file, entries, written, layout))
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for entry in stored.values():
+        by_file.setdefault(entry.file, []).append(entry)
+    shards = [Shard(file, entries, quantized, layout) for file, entries in sorted(by_file.items())]
     if foreign := sorted({path.name for path in destination.glob("*.safetensors")} - {shard.source.name for shard in shards}):
         raise ValueError(f"`destination` holds {foreign[0]}, which is not of this checkpoint; expected a folder without other weights")
     there = [shard.is_complete(destination) for shard in shards]
@@ -263,16 +235,12 @@ def quantize_checkpoint(
                 (staged / path).unlink()
         kept = [complete or shard.is_complete(staged) for shard, complete in zip(shards, there, strict=True)]
         total = sum(entry.size for entry in stored.values())
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantising") if progress and tqdm else None
-        for place, (shard, complete) in enumerate(zip(shards, kept, strict=True)):
-            if progress and bar is None:
-                print(f"[{place + 1}/{len(shards)}] {shard.source.name}{' (kept)' if complete else ''}", flush=True)
-            if not complete:
-                shard.write(staged, torch.device(device), bar.update if bar else lambda size: None)
-            elif bar:
-                bar.update(sum(entry.size for entry in shard.entries.values()))
-        if bar:
-            bar.close()
+        with tqdm(total=total, unit="B", unit_scale=True, desc="quantising", disable=not progress) as bar:
+            for shard, complete in zip(shards, kept, strict=True):
+                if complete:
+                    bar.update(sum(entry.size for entry in shard.entries))
+                else:
+                    shard.write(staged, torch.device(device), bar.update)
 
         names = {name: shard.source.name for shard in shards for name in shard.header if name != "__metadata__"}
         size = sum(shard.size for shard in shards)
@@ -295,9 +263,8 @@ def check_destination(model: DiffusionGemmaForMaskedBlockLM, files: list[Path], 
     """The final check, from the files: every name, type, shape and scale; ValueError names what is wrong."""
     stored = stored_tensors(files)
     if stored.keys() != layout.keys():
-        raise ValueError(
-            f"{files[0].parent} differs from the layout in {sorted(stored.keys() ^ layout.keys())[:3]}; remove it and start again"
-        )
+        differ = sorted(stored.keys() ^ layout.keys())[:3]
+        raise ValueError(f"{files[0].parent} differs from the layout in {differ}; remove it and start again")
     for name, (dtype, shape) in layout.items():
         entry = stored[name]
         if entry.shape != shape or (dtype is not None and entry.dtype != dtype):
@@ -312,12 +279,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of the checkpoint to quantise; it is only read")
     parser.add_argument("destination", metavar="DST", help="folder to write: new, empty, or left by an interrupted run")
     parser.add_argument("--device", default="cpu", help="where matrices are quantised: cpu (default), cuda, cuda:1; same numbers")
-    parser.add_argument(
-        "--ignore",
-        action="append",
-        metavar="NAME",
-        help="a linear layer to leave alone, or re:EXPRESSION; repeatable; replaces the default list",
-    )
+    ignored = "a linear layer to leave alone, or re:EXPRESSION; repeatable; replaces the default list"
+    parser.add_argument("--ignore", action="append", metavar="NAME", help=ignored)
     args = parser.parse_args(arguments)
     try:
         done = quantize_checkpoint(args.source, args.destination, args.ignore, args.device, progress=True)
@@ -325,13 +288,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
-    print(
-        f"{args.destination}: {done['tensors']:,} tensors, {done['bytes']:,} bytes in {done['files']} files ({done['kept']} kept); checked"
-    )
+    counts = f"{done['tensors']:,} tensors, {done['bytes']:,} bytes in {done['files']} files ({done['kept']} kept)"
+    print(f"{args.destination}: {counts}; checked")
 
 
 if __name__ == "__main__":
     main()
-
 
 __all__ = ["main", "quantize_checkpoint"]
