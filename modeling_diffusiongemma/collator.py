@@ -12,11 +12,7 @@ class TrainingBatch(dict):
     would compare those of whole examples with the logits of one random canvas."""
 
     def pop(self, key: str, *default):
-        """As of a dict, but for the labels.
-
-        Raises:
-            ValueError: `labels` are taken out.
-        """
+        """As of a dict; ValueError for the labels."""
         if key == "labels":
             raise ValueError(
                 "`labels` are taken out of the batch, as Trainer does for `label_smoothing_factor` and `compute_loss_func`; expected "
@@ -74,15 +70,15 @@ class BlockDiffusionCollator:
                 raise ValueError(f"example {place} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
         longest = max(len(prompt) + len(response) for prompt, response in pairs)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(pairs), length), self.pad_token_id, dtype=torch.int64, device="cpu")
-        labels = torch.full_like(input_ids, IGNORED)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (prompt, response) in enumerate(pairs):
-            end = len(prompt) + len(response)
-            input_ids[row, :end] = torch.tensor([*prompt, *response], dtype=torch.int64, device="cpu")
-            labels[row, len(prompt) : end] = torch.tensor(response, dtype=torch.int64, device="cpu")
-            attention_mask[row, :end] = 1
-        return TrainingBatch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+        def padded(rows, value: int) -> torch.Tensor:
+            return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu")
+
+        return TrainingBatch(
+            input_ids=padded([[*prompt, *response] for prompt, response in pairs], self.pad_token_id),
+            attention_mask=padded([[1] * (len(prompt) + len(response)) for prompt, response in pairs], 0),
+            labels=padded([[*[IGNORED] * len(prompt), *response] for prompt, response in pairs], IGNORED),
+        )
 
 
 __all__ = ["BlockDiffusionCollator", "TrainingBatch"]

@@ -84,7 +84,7 @@ def size(given: str) -> str:
 
 
 def words(given: str) -> str:
-    """Text that a tokenizer can read: an argument whose bytes are no text of the locale comes with lone surrogates."""
+    """Text that a tokenizer can read: bytes that are no text of the locale come as lone surrogates."""
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -116,11 +116,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def read_line() -> str:
-    """The next line of standard input; empty at its end.
-
-    Raises:
-        UsageError: it is no text. In some locales Python passes such bytes on as lone surrogates, which no tokenizer takes.
-    """
+    """The next line of standard input; empty at its end. UsageError where it is no text, as `words`."""
     try:
         line = "" if sys.stdin is None else sys.stdin.readline()
         line.encode()

@@ -194,11 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, by default the process's.
-
-    Raises:
-        SystemExit: it asks for help or is wrong, and has been answered.
-    """
+    """The command line, by default the process's; SystemExit where it asks for help or is wrong, and has been answered."""
     try:
         args = build_parser().parse_args(argv)
         args.check(args)
@@ -215,17 +211,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise SystemExit(2) from None
 
 
-def is_console() -> bool:
-    """Whether this process is `python -m` with this package's name or the script that pip installed, and no other program."""
-    if sys.argv[:1] == ["-m"]:  # Python is looking for the module to run
-        return sys.orig_argv[-len(sys.argv)] == __package__.split(".")[0]
-    script = Path(sys.argv[0] if sys.argv else "").resolve()
-    return script.stem == PROGRAM and script.parent == Path(sysconfig.get_path("scripts")).resolve()
-
-
 def answer_usage() -> None:
-    """Where this process is the console and its command line asks for nothing that needs the package: answers, and ends."""
-    if is_console():
+    """Where this process is the console, `python -m` with this package's name or the script that pip installed, and its command line asks
+    for nothing that needs the package: answers, and ends."""
+    script = Path(sys.argv[0] if sys.argv else "").resolve()
+    if sys.argv[:1] == ["-m"]:  # Python is looking for the module to run
+        is_console = sys.orig_argv[-len(sys.argv)] == __package__.split(".")[0]
+    else:
+        is_console = script.stem == PROGRAM and script.parent == Path(sysconfig.get_path("scripts")).resolve()
+    if is_console:
         parse()
 
 

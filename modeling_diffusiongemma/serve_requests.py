@@ -61,7 +61,7 @@ class Door:
                 models = [{"id": name, "object": "model", "created": 0, "owned_by": "local"} for name in self.models]
                 return await JSONResponse({"object": "list", "data": models})(scope, receive, send)
             if scope["method"] in ("POST", "PUT", "PATCH"):
-                body = await self.read(scope, receive)
+                body = await self.read(receive)
                 if scope["path"] != "/reset":  # the one path without a body
                     self.check(body)
                 receive = again(body, receive)
@@ -70,19 +70,16 @@ class Door:
             return await JSONResponse(body, refusal.status)(scope, receive, send)
         await self.app(scope, receive, send)
 
-    async def read(self, scope, receive) -> bytes:
+    async def read(self, receive) -> bytes:
         """The body. One that is too long is received and dropped, up to a limit: many clients look for no answer before they have
         sent all of it."""
-        said = dict(scope["headers"]).get(b"content-length", b"")
-        chunks, size, more, long = [], 0, True, said.isdigit() and int(said) > MAX_BODY
+        chunks, size, more = [], 0, True
         while more and size <= 4 * MAX_BODY:
             message = await receive()
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
-            long = long or size > MAX_BODY
-            if not long:
-                chunks.append(chunk)
-        if long:
+            chunks.append(chunk if size <= MAX_BODY else b"")
+        if size > MAX_BODY:
             raise Refused(413, f"the request's body is longer than {MAX_BODY:,} bytes; expected a shorter one")
         return b"".join(chunks)
 
@@ -100,12 +97,11 @@ class Door:
             raise Refused(400, f"`model` is {model!r}; expected one of {list(self.models)}")
         if isinstance(model, str) and model.removesuffix("@main") not in self.models:  # answers name the revision, too
             raise Refused(404, f"`model` is {model!r}, which is not served here; expected one of {list(self.models)}", "model_not_found")
-        for name, neutral in IGNORED.items():
-            if request.get(name) is not None and request[name] not in neutral:
-                raise Refused(400, f"`{name}` is {request[name]!r}, which this server does not honour; expected it unset")
-        for name, form in FORMS.items():
-            if request.get(name) is not None and not isinstance(request[name], form):
-                raise Refused(400, f"`{name}` is {request[name]!r}; expected a JSON {'object' if form is dict else 'array'}")
+        for name, value in request.items():
+            if value is not None and name in IGNORED and value not in IGNORED[name]:
+                raise Refused(400, f"`{name}` is {value!r}, which this server does not honour; expected it unset")
+            if value is not None and name in FORMS and not isinstance(value, FORMS[name]):
+                raise Refused(400, f"`{name}` is {value!r}; expected a JSON {'object' if FORMS[name] is dict else 'array'}")
         if "chat_template" in (request.get("chat_template_kwargs") or {}):
             raise Refused(400, "`chat_template_kwargs` holds a `chat_template`; expected none: a template is a program")
 
