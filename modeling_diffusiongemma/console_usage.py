@@ -33,9 +33,9 @@ class Command:
 
     name: str
     summary: str
-    examples: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    check: Callable[[argparse.Namespace], None] = lambda args: None
+    check: Callable[[argparse.Namespace], None] | None
+    examples: str
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,43 +64,10 @@ def generate_check(args: argparse.Namespace) -> None:
         raise UsageError(f"`--file` is {args.file!r}; expected a text file that can be read")
 
 
-GENERATE = Command(
-    "generate",
-    "answer prompts from arguments, a file or a pipe",
-    """\
-  diffusiongemma generate "Write 3 March 1998 as an ISO date." "What is 0.1 g in kg?"
-  diffusiongemma generate "Write 3 March 1998 as an ISO date." --watch
-  diffusiongemma generate --file prompts.txt --batch-size 16 --json > answers.jsonl
-  cat prompts.txt | diffusiongemma generate --seed 0        # a line, a prompt; empty lines are passed over
-  cat letter.txt | diffusiongemma generate --whole          # all of it, one prompt
-  diffusiongemma generate "..." --preset fast --set max_time=2.5
-  diffusiongemma generate --model sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
-""",
-    generate_arguments,
-    generate_check,
-)
-
-
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
     add_generation(parser)
-
-
-CHAT = Command(
-    "chat",
-    "talk to the model and watch its canvas",
-    """\
-  diffusiongemma chat
-  diffusiongemma chat --model ./my-checkpoint --device cuda --preset fast
-  diffusiongemma chat --system "Answer in one word."
-  printf 'Write 3 March 1998 as an ISO date.\\n/exit\\n' | diffusiongemma chat --json
-
-in the chat: /reset forgets the conversation, /exit ends it (so does the end of input), /help says this.
-Ctrl-C drops the answer being written. Green: accepted by the step; magenta: corrected; yellow: renoised.
-""",
-    chat_arguments,
-)
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,18 +78,6 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
     parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
     add_generation(parser)
-
-
-BENCH = Command(
-    "bench",
-    "measure how fast a checkpoint runs on this machine",
-    """\
-  diffusiongemma bench
-  diffusiongemma bench --model ./my-checkpoint --device cuda --dtype bfloat16 --batch-size 4
-  diffusiongemma bench --prompt "Write a poem about canvases." --preset fast --json
-""",
-    bench_arguments,
-)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,22 +95,6 @@ def export_check(args: argparse.Namespace) -> None:
         raise UsageError(f"the folder {args.folder!r} is not empty; expected a new or empty one, or `--overwrite`")
 
 
-EXPORT = Command(
-    "export",
-    "write a checkpoint as a Hub repository that brings its own code",
-    """\
-  diffusiongemma export ./my-repository
-  diffusiongemma export ./my-repository --model ./my-checkpoint --dtype bfloat16 --max-shard-size 5GB
-
-the folder then loads anywhere, with this code, by
-  AutoModelForCausalLM.from_pretrained("./my-repository", trust_remote_code=True)
-and without trust_remote_code in transformers' own class. Upload it with: hf upload OWNER/NAME ./my-repository
-""",
-    export_arguments,
-    export_check,
-)
-
-
 def info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", nargs="?", const="", metavar="NAME",
@@ -163,20 +102,46 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-INFO = Command(
-    "info",
-    "say what a checkpoint is without loading it",
-    """\
+COMMANDS: tuple[Command, ...] = (
+    Command("generate", "answer prompts from arguments, a file or a pipe", generate_arguments, generate_check, """\
+  diffusiongemma generate "Write 3 March 1998 as an ISO date." "What is 0.1 g in kg?"
+  diffusiongemma generate "Write 3 March 1998 as an ISO date." --watch
+  diffusiongemma generate --file prompts.txt --batch-size 16 --json > answers.jsonl
+  cat prompts.txt | diffusiongemma generate --seed 0        # a line, a prompt; empty lines are passed over
+  cat letter.txt | diffusiongemma generate --whole          # all of it, one prompt
+  diffusiongemma generate "..." --preset fast --set max_time=2.5
+  diffusiongemma generate --model sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+"""),
+    Command("chat", "talk to the model and watch its canvas", chat_arguments, None, """\
+  diffusiongemma chat
+  diffusiongemma chat --model ./my-checkpoint --device cuda --preset fast
+  diffusiongemma chat --system "Answer in one word."
+  printf 'Write 3 March 1998 as an ISO date.\\n/exit\\n' | diffusiongemma chat --json
+
+in the chat: /reset forgets the conversation, /exit ends it (so does the end of input), /help says this.
+Ctrl-C drops the answer being written. Green: accepted by the step; magenta: corrected; yellow: renoised.
+"""),
+    Command("bench", "measure how fast a checkpoint runs on this machine", bench_arguments, None, """\
+  diffusiongemma bench
+  diffusiongemma bench --model ./my-checkpoint --device cuda --dtype bfloat16 --batch-size 4
+  diffusiongemma bench --prompt "Write a poem about canvases." --preset fast --json
+"""),
+    Command("export", "write a checkpoint as a Hub repository that brings its own code", export_arguments, export_check, """\
+  diffusiongemma export ./my-repository
+  diffusiongemma export ./my-repository --model ./my-checkpoint --dtype bfloat16 --max-shard-size 5GB
+
+the folder then loads anywhere, with this code, by
+  AutoModelForCausalLM.from_pretrained("./my-repository", trust_remote_code=True)
+and without trust_remote_code in transformers' own class. Upload it with: hf upload OWNER/NAME ./my-repository
+"""),
+    Command("info", "say what a checkpoint is without loading it", info_arguments, None, """\
   diffusiongemma info
   diffusiongemma info --model sudoku --json
   diffusiongemma info --model google/diffusiongemma-26B-A4B-it
   diffusiongemma info --device
   diffusiongemma info --device cuda:1 --json
-""",
-    info_arguments,
-)
-
-COMMANDS: tuple[Command, ...] = (GENERATE, CHAT, BENCH, EXPORT, INFO)
+"""),
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -197,7 +162,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, by default the process's; SystemExit where it asks for help or is wrong, and has been answered."""
     try:
         args = build_parser().parse_args(argv)
-        args.check(args)
+        if args.check is not None:
+            args.check(args)
         return args
     except SystemExit:  # argparse has printed help, or what is wrong
         try:
