@@ -58,16 +58,17 @@ class BlockDiffusionCollator:
         """Args: pairs, or mappings with the keys `prompt` and `response`. Returns int64 tensors `(B, longest example)`."""
         if not examples:
             raise ValueError("`examples` is empty; expected at least one pair of prompt and response")
+        pairs = []
         for place, example in enumerate(examples):
-            if isinstance(example, Mapping) and (missing := {"prompt", "response"} - set(example)):
-                raise ValueError(
-                    f"example {place} has no {sorted(missing)}; expected the keys 'prompt' and 'response', which Trainer drops unless "
-                    "`remove_unused_columns` is False"
-                )
-        pairs = [self.encode(*((e["prompt"], e["response"]) if isinstance(e, Mapping) else e)) for e in examples]
-        for place, (prompt, response) in enumerate(pairs):
+            if isinstance(example, Mapping):
+                if missing := {"prompt", "response"} - set(example):
+                    keys = "the keys 'prompt' and 'response', which Trainer drops unless `remove_unused_columns` is False"
+                    raise ValueError(f"example {place} has no {sorted(missing)}; expected {keys}")
+                example = example["prompt"], example["response"]
+            prompt, response = self.encode(*example)
             if not prompt or not response:
                 raise ValueError(f"example {place} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
+            pairs.append((prompt, response))
         longest = max(len(prompt) + len(response) for prompt, response in pairs)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 

@@ -19,11 +19,7 @@ WITHOUT_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cuda
 
 
 def compile_settings(config: CompileConfig) -> dict[str, Any]:
-    """Arguments of `torch.compile`. Modes with CUDA graphs become the same without.
-
-    Raises:
-        ValueError: a backend or a mode that torch does not know.
-    """
+    """Arguments of `torch.compile`. Modes with CUDA graphs become the same without; ValueError for what torch does not know."""
     settings = config.to_dict()
     backends = torch.compiler.list_backends(exclude_tags=())
     if isinstance(config.backend, str) and config.backend not in backends:

@@ -6,7 +6,7 @@ Exit codes: 0 fine, 1 the job failed, 2 wrong usage. Errors are one line on stan
 
 from collections.abc import Sequence
 
-from .console_arguments import PIPE_CLOSED, PROGRAM, UsageError, nobody_reads, say
+from .console_arguments import PROGRAM, UsageError, say, with_reader
 from .console_bench import run as bench
 from .console_chat import run as chat
 from .console_export import run as export
@@ -22,14 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name, by default the process's. Returns the exit code."""
     try:
         args = parse(argv)
-        code = RUNS[args.command](args)
-        print(end="", flush=True)  # a reader that has gone is met here, not when the interpreter ends
-        return code
-    except SystemExit as stop:  # the command line has been answered
+        with with_reader():
+            return RUNS[args.command](args)
+    except SystemExit as stop:  # the command line has been answered, or nobody reads the answers
         return stop.code
-    except BrokenPipeError:  # whoever read the answers has gone, as `head` does
-        nobody_reads()
-        return PIPE_CLOSED
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED

@@ -3,13 +3,14 @@
 import argparse
 import ast
 import codecs
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,12 +131,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def nobody_reads() -> None:
-    """After a pipe was found closed: what is still buffered goes nowhere, or the interpreter's last flush would fail aloud."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+@contextlib.contextmanager
+def with_reader() -> Iterator[None]:
+    """A context that prints, also what is buffered; where whoever read has gone, as `head` does, SystemExit with `PIPE_CLOSED`."""
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:  # what is still buffered goes nowhere, or the interpreter's last flush would fail aloud
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             os.dup2(nowhere, stream.fileno())
+        raise SystemExit(PIPE_CLOSED) from None
 
 
 def json_line(about: dict[str, Any]) -> str:
@@ -145,6 +153,6 @@ def json_line(about: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "CheckpointName", "DTYPES", "MODEL_TYPE", "PIPE_CLOSED", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
-    "checkpoint_name", "integer", "json_line", "nobody_reads", "read_line", "say", "setting", "size", "words",
+    "CheckpointName", "DTYPES", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
+    "checkpoint_name", "integer", "json_line", "read_line", "say", "setting", "size", "with_reader", "words",
 ]  # fmt: skip

@@ -81,12 +81,10 @@ def peak_mib(device) -> float | None:
     """None where the platform does not tell."""
     if device.type == "cuda":  # all of them: `--device auto` spreads the model
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 2**20
-    if device.type != "cpu":
+    if device.type != "cpu" or sys.platform == "win32":
         return None
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 

@@ -49,9 +49,8 @@ def count_parameters(config) -> tuple[int, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    total = sum(sizes.values())
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    total = model.num_parameters()
     return total, total - experts + experts * text.top_k_experts // text.num_experts
 
 

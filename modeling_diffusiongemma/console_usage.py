@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .console_arguments import DTYPES, PIPE_CLOSED, PROGRAM, UsageError, add_common, add_generation, integer, nobody_reads, say, size, words
+from .console_arguments import DTYPES, PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
 from .version import VERSION
 
 DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
@@ -160,18 +160,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, by default the process's; SystemExit where it asks for help or is wrong, and has been answered."""
-    try:
+    with with_reader():  # of help
         args = build_parser().parse_args(argv)
+    try:
         if args.check is not None:
             args.check(args)
         return args
-    except SystemExit:  # argparse has printed help, or what is wrong
-        try:
-            print(end="", flush=True)
-        except BrokenPipeError:
-            nobody_reads()
-            raise SystemExit(PIPE_CLOSED) from None
-        raise
     except (OSError, UsageError) as error:
         say(f"{PROGRAM} {args.command}: error: {error}")
         raise SystemExit(2) from None

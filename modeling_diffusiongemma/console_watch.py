@@ -12,16 +12,13 @@ from generation.streaming import CanvasStreamer, Cell
 
 
 class Watch(CanvasStreamer):
-    """Streamer of one prompt.
-
-    In a terminal the answer is redrawn in place and wiped at the end: what is committed, then the canvas. Elsewhere each step
-    is printed below the last, with marks.
+    """Streamer of one prompt. In a terminal the answer is redrawn in place and wiped at the end: what is committed, then the canvas.
+    Elsewhere each step is printed below the last, with marks.
 
     Args:
         stop_ids: what lies behind the first of these is not drawn.
         draw: False: nothing is drawn.
-        on_text: gets the text of each canvas as it is committed, never half a character; all of it at the end where the
-            answer is redrawn in place.
+        on_text: gets each canvas's text as it is committed, never half a character; where the answer is redrawn, all of it at the end.
     """
 
     def __init__(self, tokenizer, stop_ids: Iterable[int], draw: bool = True, on_text: Callable[[str], None] | None = None):

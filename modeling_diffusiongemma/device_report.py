@@ -46,10 +46,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def prove_all(device: torch.device) -> list[dict[str, Any]]:
-    """Each path and case: `state`, one of `WORKS`, `FAILED` and `NOT_HERE`, milliseconds, and what is wrong.
-
-    A path that breaks the device is the last that is proven.
-    """
+    """Each path and case: `state`, milliseconds, and what is wrong. A path that breaks the device is the last that is proven."""
     rows, broken = [], False
     for path, case in [(one, case) for one in PATHS for case in one.cases]:
         state, seconds, detail = FAILED, 0.0, f"not proven, since an earlier path broke the device; {WITHOUT} can leave that one out"

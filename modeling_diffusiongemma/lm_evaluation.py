@@ -54,9 +54,6 @@ class DiffusionGemmaEvaluation(TemplateLM):
         samples: draws of a Monte-Carlo estimate.
         settings: fields of `DiffusionGenerationConfig`; a task's own go over them. Most tasks set `do_sample: false`, which takes
             each position's argmax; `--gen_kwargs do_sample=True` asks for the released sampling.
-
-    Raises:
-        ValueError: an argument that is unknown or out of range, by name.
     """
 
     def __init__(

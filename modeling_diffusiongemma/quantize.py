@@ -1,9 +1,18 @@
-"""Quantises a checkpoint on disk to the published FP8 layout, one matrix at a time: `python -m modeling_diffusiongemma.quantize`.
+"""Quantises a DiffusionGemma checkpoint (bfloat16 or float32) to FP8: attention, dense MLP and all experts in e4m3 with one
+scale an output channel, in the layout of RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic. vLLM and this package load it.
 
-A checkpoint may be larger than memory: tensors are read one by one (experts one by one out of their stack) and written to
-their place in a file whose header is known beforehand. A shard gets its name when it is complete, so that an interrupted run
-goes on where it stopped; at the end all files get into the destination as one (`saving`). The numbers are those of
-`from_pretrained(..., quantization_config=FP8Config())`.
+    python -m modeling_diffusiongemma.quantize path/to/diffusiongemma-26B-A4B-it path/to/diffusiongemma-fp8
+
+DST gets one file for each file of SRC, config.json with a quantization_config, and every other file of SRC (tokenizer,
+generation_config.json, chat template, ...) but its README. It needs about 0.53 times the space of SRC, and a few hundred
+megabytes of memory whatever the size of the checkpoint: tensors are read one by one, experts one by one out of their stack,
+and written to their place in a file whose header is known beforehand.
+
+If it is interrupted, run the same command again: finished files, in DST/.quantizing until the end, are recognised and kept, the
+unfinished one is made anew. At the end everything is checked against the architecture: names, types, shapes, and every scale.
+
+Then:  AutoModelForCausalLM.from_pretrained("DST")    (after `import modeling_diffusiongemma`; no further argument)
+The numbers are those of from_pretrained("SRC", quantization_config=FP8Config()).
 """
 
 import argparse
@@ -37,7 +46,7 @@ from .fp8_layout import (
 )
 from .fp8_math import quantize_rows
 from .head import DiffusionGemmaForMaskedBlockLM
-from .safetensors_files import INDEX, StoredTensor, indexed_files, read_header, stored_tensors
+from .safetensors_files import INDEX, StoredTensor, indexed_files, inspect_header, stored_tensors
 from .saving import files, finish, put_in_place, staging
 
 CONFIG = "config.json"
@@ -45,21 +54,6 @@ ITEM_SIZE = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 FINGERPRINT = "source_fingerprint"  # in the metadata of a written shard
 UNFINISHED = ".quantizing"  # the folder in the destination that holds what is written until all is
-HELP = """\
-Quantises a DiffusionGemma checkpoint (bfloat16 or float32) to FP8: attention, dense MLP and all experts in e4m3 with one
-scale an output channel, in the layout of RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic. vLLM and this package load it.
-
-    python -m modeling_diffusiongemma.quantize path/to/diffusiongemma-26B-A4B-it path/to/diffusiongemma-fp8
-
-DST gets one file for each file of SRC, config.json with a quantization_config, and every other file of SRC (tokenizer,
-generation_config.json, chat template, ...) but its README. It needs about 0.53 times the space of SRC, and a few hundred
-megabytes of memory whatever the size of the checkpoint.
-
-If it is interrupted, run the same command again: finished files, in DST/.quantizing until the end, are recognised and kept, the
-unfinished one is made anew. At the end everything is checked against the architecture: names, types, shapes, and every scale.
-
-Then:  AutoModelForCausalLM.from_pretrained("DST")    (after `import modeling_diffusiongemma`; no further argument)
-"""
 
 
 def fingerprint(path: Path, samples: int = 256, length: int = 4096) -> str:
@@ -142,11 +136,8 @@ class Shard:
         path = place / self.source.name
         if not path.is_file():
             return False
-        try:
-            header = read_header(path)
-        except OSError:
-            header = {}
-        if FINGERPRINT not in header.get("__metadata__", {}):
+        header, wrong = inspect_header(path)
+        if wrong or FINGERPRINT not in header.get("__metadata__", {}):
             raise ValueError(f"{path} was not made by this command; expected a folder without weights, or an unfinished one")
         return header == self.header
 
@@ -226,14 +217,13 @@ def quantize_checkpoint(
     shards = [Shard(file, entries, quantized, layout) for file, entries in sorted(by_file.items())]
     if foreign := sorted({path.name for path in destination.glob("*.safetensors")} - {shard.source.name for shard in shards}):
         raise ValueError(f"`destination` holds {foreign[0]}, which is not of this checkpoint; expected a folder without other weights")
-    there = [shard.is_complete(destination) for shard in shards]
-
     staged = destination / UNFINISHED
+    places = [destination if shard.is_complete(destination) else staged for shard in shards]
     with staging(staged) as plan:
         for path in files(staged):  # of another source, whose quantisation was never finished
             if path not in {shard.source.name for shard in shards}:
                 (staged / path).unlink()
-        kept = [complete or shard.is_complete(staged) for shard, complete in zip(shards, there, strict=True)]
+        kept = [place == destination or shard.is_complete(staged) for shard, place in zip(shards, places, strict=True)]
         total = sum(entry.size for entry in stored.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="quantising", disable=not progress) as bar:
             for shard, complete in zip(shards, kept, strict=True):
@@ -252,7 +242,6 @@ def quantize_checkpoint(
                 shutil.copyfile(path, staged / path.name)
         finished = json.loads((source / CONFIG).read_text()) | {"quantization_config": published_quantization(ignore)}
         (staged / CONFIG).write_text(json.dumps(finished, indent=2) + "\n")
-        places = [destination if complete else staged for complete in there]
         check_destination(model, [place / shard.source.name for place, shard in zip(places, shards, strict=True)], layout)
         put_in_place(staged, plan, destination)
         shutil.rmtree(staged, ignore_errors=True)
@@ -274,7 +263,7 @@ def check_destination(model: DiffusionGemmaForMaskedBlockLM, files: list[Path], 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m modeling_diffusiongemma.quantize", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m modeling_diffusiongemma.quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="SRC", help="folder of the checkpoint to quantise; it is only read")
     parser.add_argument("destination", metavar="DST", help="folder to write: new, empty, or left by an interrupted run")

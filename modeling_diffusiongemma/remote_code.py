@@ -77,11 +77,8 @@ def source(module: str) -> Path:
 
 
 def flatten(module: str) -> tuple[str, list[str]]:
-    """The text of one of our modules as a repository holds it, and the modules of ours that it imports.
-
-    Raises:
-        ValueError: an import of ours that names no file (`from . import name`, `import generation.name`), or not first in its line.
-    """
+    """The text of one of our modules as a repository holds it, and the modules of ours that it imports; ValueError where such an import
+    names no file (`from . import name`, `import generation.name`), or does not begin its line."""
     path, package, needed = source(module), module.rpartition(".")[0], []
     text = path.read_text(encoding="utf-8")
     lines = text.split("\n")
@@ -94,11 +91,9 @@ def flatten(module: str) -> tuple[str, list[str]]:
         with contextlib.suppress(ImportError):  # more dots than there are folders
             target = importlib.util.resolve_name(names[0], package)
         if isinstance(node, ast.Import) or before.strip() or "." not in target or source(f"{target}.__init__").is_file():
-            raise ValueError(
-                f"{path}:{node.lineno} has `{ast.unparse(node)}`; expected a line that begins with `from .file import A`, "
-                "`from ..room.file import A` or `from generation.room.file import A`: no other import of ours works in a "
-                "remote-code repository"
-            )
+            forms = "`from .file import A`, `from ..room.file import A` or `from generation.room.file import A`"
+            other = f"{forms}: no other import of ours works in a remote-code repository"
+            raise ValueError(f"{path}:{node.lineno} has `{ast.unparse(node)}`; expected a line that begins with {other}")
         needed.append(target)
         start = sum(len(line) + 1 for line in lines[: node.lineno - 1]) + node.col_offset
         text = text[:start] + UP_TO_NAMES.sub(rf"\1 .{flat_name(target)} \2", text[start:], count=1)
@@ -106,11 +101,8 @@ def flatten(module: str) -> tuple[str, list[str]]:
 
 
 def travelling_files() -> dict[str, str]:
-    """Every Python file of a repository, name to text: the entry and whatever it imports of ours, directly or not.
-
-    Raises:
-        ValueError: two modules would have one name there, `generation.a_b` and `generation.a.b`; or an import as in `flatten`.
-    """
+    """Every Python file of a repository, name to text: the entry and whatever it imports of ours, directly or not. ValueError where two
+    modules would have one name there, `generation.a_b` and `generation.a.b`; or as `flatten`."""
     if IN_REPOSITORY:
         entry = Path(__file__).with_name(f"{flat_name(ENTRY)}.py")
         paths = {entry, *map(Path, get_relative_import_files(entry))}

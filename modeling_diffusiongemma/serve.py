@@ -96,7 +96,7 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
     async def refuse(_request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 400 if isinstance(error, refused) else 500)
         reason = f"the request has no {error}" if isinstance(error, KeyError) else str(getattr(error, "detail", None) or error)
-        return JSONResponse(error_body(reason, status), status_code=status)
+        return JSONResponse(error_body(status, reason), status_code=status)
 
     app, manager = server.server.config.app, server._model_manager
     for kind in (*refused, Exception):
@@ -111,11 +111,7 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
 
 
 def make_server(arguments: Sequence[str]):
-    """A function that runs the server until it is stopped.
-
-    Raises:
-        ImportError: the extra `serve` is missing.
-    """
+    """A function that runs the server until it is stopped; ImportError where the extra `serve` is missing."""
     import typer  # which transformers requires
 
     if not all(map(find_spec, NEEDED)):

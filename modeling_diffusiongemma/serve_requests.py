@@ -23,27 +23,20 @@ FORMS = {"chat_template_kwargs": dict, "logit_bias": dict, "tools": list}  # whi
 
 
 class Refused(Exception):
-    """A request that gets `status` and its reason for an answer."""
-
-    def __init__(self, status: int, reason: str, code: str | None = None):
-        super().__init__(reason)
-        self.status, self.code = status, code
+    """A request that gets a status, its reason, and sometimes a code for an answer, in this order."""
 
 
-def error_body(reason: str, status: int, code: str | None = None) -> dict[str, Any]:
+def error_body(status: int, reason: str, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": reason, "type": kind, "param": None, "code": code}}
 
 
 class Door:
-    """ASGI middleware that answers what must not get in, and hands everything else on unchanged.
+    """ASGI middleware before `app` that answers what must not get in, and hands everything else on unchanged.
 
-    Args:
-        app: the application behind it.
-        models: names that a request may give as `model`; `GET /v1/models` lists them.
-        pinned: a request may leave `model` out.
-        max_characters: of all strings in a request but images.
+    A request may give one of `models` as its `model`, which it may leave out where this is `pinned`; all its strings but images have
+    `max_characters` at most.
     """
 
     def __init__(self, app, models: Sequence[str], pinned: bool = False, max_characters: int = MAX_CHARACTERS):
@@ -66,8 +59,7 @@ class Door:
                     self.check(body)
                 receive = again(body, receive)
         except Refused as refusal:
-            body = error_body(str(refusal), refusal.status, refusal.code)
-            return await JSONResponse(body, refusal.status)(scope, receive, send)
+            return await JSONResponse(error_body(*refusal.args), refusal.args[0])(scope, receive, send)
         await self.app(scope, receive, send)
 
     async def read(self, receive) -> bytes:
@@ -131,12 +123,8 @@ def again(body: bytes, receive):
 
 
 def check_chat(messages, images: bool) -> None:
-    """Raises ValueError, by place, for a chat that the server would drop parts of or fail on.
-
-    Args:
-        messages: of a request, in the form of OpenAI's chat completions.
-        images: whether the checkpoint reads images.
-    """
+    """Raises ValueError, by place, for a chat in the form of OpenAI's chat completions that the server would drop parts of or fail on;
+    `images`: whether the checkpoint reads images."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` is {messages!r}; expected a list of at least one message")
     for place, message in enumerate(messages):
