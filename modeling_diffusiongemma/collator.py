@@ -14,10 +14,9 @@ class TrainingBatch(dict):
     def pop(self, key: str, *default):
         """As of a dict; ValueError for the labels."""
         if key == "labels":
-            raise ValueError(
-                "`labels` are taken out of the batch, as Trainer does for `label_smoothing_factor` and `compute_loss_func`; expected "
-                "neither: the model draws the canvas its loss is of, and needs the labels for it (in a loop of your own: `dict(batch)`)"
-            )
+            why = "the model draws the canvas its loss is of, and needs the labels for it (in a loop of your own: `dict(batch)`)"
+            takers = "as Trainer does for `label_smoothing_factor` and `compute_loss_func`"
+            raise ValueError(f"`labels` are taken out of the batch, {takers}; expected neither: {why}")
         return super().pop(key, *default)
 
 

@@ -1,7 +1,7 @@
 """The console: `diffusiongemma COMMAND`, also `python -m modeling_diffusiongemma COMMAND`.
 
-A command's arguments stand in `console_usage.py`, what it does in a file of its own with a `run`; each is a line in a table.
-Exit codes: 0 fine, 1 the job failed, 2 wrong usage. Errors are one line on standard error; a traceback means a bug.
+A command's arguments and the exit codes stand in `console_usage.py`, what it does in a file of its own with a `run`. Errors are one line
+on standard error; a traceback means a bug.
 """
 
 from collections.abc import Sequence

@@ -56,11 +56,16 @@ def checkpoint_name(given: str) -> CheckpointName:
     return CheckpointName(given, given)
 
 
+def fitting(given: str, fits: object, expected: str) -> str:
+    if not fits:
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected {expected}")
+    return given
+
+
 def setting(given: str) -> tuple[str, Any]:
     """`NAME=VALUE`; the value is read as JSON, then as Python, and is a string where it is neither."""
     name, separator, value = given.partition("=")
-    if not separator or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"got {given!r}; expected NAME=VALUE, such as entropy_bound=0.3")
+    fitting(given, separator and name.isidentifier(), "NAME=VALUE, such as entropy_bound=0.3")
     for read in (json.loads, ast.literal_eval):
         try:
             return name, read(value)
@@ -70,27 +75,17 @@ def setting(given: str) -> tuple[str, Any]:
 
 
 def integer(smallest: int) -> Callable[[str], int]:
-    def parse(given: str) -> int:
-        if not re.fullmatch(r"-?\d+", given) or int(given) < smallest:
-            raise argparse.ArgumentTypeError(f"got {given!r}; expected an integer >= {smallest}")
-        return int(given)
-
-    return parse
+    return lambda given: int(fitting(given, re.fullmatch(r"-?\d+", given) and int(given) >= smallest, f"an integer >= {smallest}"))
 
 
 def size(given: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", given, re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"got {given!r}; expected a number and KB, MB, GB or TB, such as 5GB")
-    return given
+    fits = re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", given, re.IGNORECASE)
+    return fitting(given, fits, "a number and KB, MB, GB or TB, such as 5GB")
 
 
 def words(given: str) -> str:
     """Text that a tokenizer can read: bytes that are no text of the locale come as lone surrogates."""
-    try:
-        given.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"got {given!r}; expected text in UTF-8") from None
-    return given
+    return fitting(given, not re.search("[\ud800-\udfff]", given), "text in UTF-8")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +128,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def with_reader() -> Iterator[None]:
-    """A context that prints, also what is buffered; where whoever read has gone, as `head` does, SystemExit with `PIPE_CLOSED`."""
+    """A context in which something is printed, all of it at its end; SystemExit where whoever read it has gone, as `head` does."""
     try:
         try:
             yield

@@ -93,22 +93,22 @@ def run(args: argparse.Namespace) -> int:
     if set(unfit.values()) - {"auto", "diffusion"}:
         raise UsageError(f"`--set` asks for {unfit}; expected them unset: what is timed are denoising steps")
     session = Session(args)
-    result = measure(session, args.prompt or PROMPTS.get(args.model.given, PROMPT), args)
+    measured = measure(session, args.prompt or PROMPTS.get(args.model.given, PROMPT), args)
     about = describe_device(session.model.device)
-    setting = {
-        "model": args.model.given, "dtype": str(session.model.dtype).removeprefix("torch."), "batch_size": args.batch_size,
-        "prompt_tokens": result.pop("prompt_tokens"), "canvas_length": result.pop("canvas_length"), "steps_timed": args.steps,
-        "rounds": args.rounds, "seed": session.seed, "settings": session.settings,
+    result = {
+        "model": args.model.given, "dtype": str(session.model.dtype).removeprefix("torch."), "batch_size": args.batch_size, **measured,
+        "steps_timed": args.steps, "rounds": args.rounds, "seed": session.seed, "settings": session.settings,
         "device": f"{about['device']} ({about['name']})", "threads": torch.get_num_threads(),
         **{name: about[name] for name in ("torch", "transformers", "python")},
     }  # fmt: skip
     if args.json:
-        print(json_line({**result, **setting}))
+        print(json_line(result))
         return 0
     print("| measure | value |\n|---|---|")
     for name, title in TITLES.items():
         print(f"| {title} | {'unknown' if result[name] is None else f'{result[name]:,.1f}'} |")
-    print("\n" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.items() if value != {}))
+    setting = {name.replace("_", " "): value for name, value in result.items() if name not in TITLES and value != {}}
+    print("\n" + ", ".join(f"{name} {value}" for name, value in setting.items()))
     return 0
 
 

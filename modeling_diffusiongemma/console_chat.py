@@ -47,15 +47,14 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
                 answer = session.answer([asked], watch)[0]
             except KeyboardInterrupt:
                 say("\ninterrupted; the turn is forgotten")
-                continue
             except BrokenPipeError:
                 raise
             except (OSError, RuntimeError, ValueError) as error:
                 say(f"error: {error}; the turn is forgotten")
                 failed = True
-                continue
-            print(json_line({"prompt": line, **answer}) if args.json else "", flush=True)
-            messages = [*asked, {"role": "assistant", "content": answer["text"]}]
+            else:
+                print(json_line({"prompt": line, **answer}) if args.json else "", flush=True)
+                messages = [*asked, {"role": "assistant", "content": answer["text"]}]
     return int(failed)
 
 

@@ -2,6 +2,7 @@
 instead: which of the fast paths work on this machine, each run there on a few values against its reference."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,8 @@ HIDDEN = ("transformers_version", "do_sample")  # of a generation config
 
 
 def count_weights(path: str, folder: Path) -> dict[str, Any]:
-    """`files`, `tensors`, `bytes` and `bytes_by_dtype` of what the headers of the weight files name. From the Hub the headers alone are
-    fetched, where the weights of the repository `path` are not in `folder`, this machine's copy of it.
-
-    Raises:
-        OSError: there are none; or a file is missing, truncated or no safetensors file.
-    """
+    """What the headers of the weight files name, in numbers. From the Hub the headers alone are fetched, where the weights of the
+    repository `path` are not in `folder`, this machine's copy of it. OSError where there are none, or a file is missing or damaged."""
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         if problems := damaged_files(folder):
             raise OSError(f"cannot read {folder}: {'; '.join(problems)}")
@@ -37,11 +34,10 @@ def count_weights(path: str, folder: Path) -> dict[str, Any]:
     else:
         files = get_safetensors_metadata(path).files_metadata
     tensors = [tensor for file in files.values() for tensor in file.tensors.values()]
-    by_dtype: dict[str, int] = {}
+    by_dtype = Counter()
     for tensor in tensors:
-        first, last = tensor.data_offsets
-        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + last - first
-    return {"files": len(files), "tensors": len(tensors), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+        by_dtype[tensor.dtype] += tensor.data_offsets[1] - tensor.data_offsets[0]
+    return {"files": len(files), "tensors": len(tensors), "bytes": by_dtype.total(), "bytes_by_dtype": dict(by_dtype)}
 
 
 def count_parameters(config) -> tuple[int, int]:

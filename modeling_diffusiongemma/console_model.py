@@ -16,8 +16,6 @@ from generation.settings import resolve_config
 
 from .console_arguments import MODEL_TYPE, UsageError
 
-Message = dict[str, str]
-
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """`--preset`, `--max-new-tokens` and `--set` as arguments of `generate`, refused here if they cannot be honoured."""
@@ -90,7 +88,7 @@ class Session:
         ends = [ends] if isinstance(ends, int) else ends or []
         self.hidden_ids = {*ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}
 
-    def encode(self, prompts: Sequence[str | list[Message]]) -> dict[str, torch.Tensor]:
+    def encode(self, prompts: Sequence[str | list[dict[str, str]]]) -> dict[str, torch.Tensor]:
         """Chats by the checkpoint's chat template, strings as they are: ids and mask (B, P), padded on the left."""
         form = {"return_tensors": "pt", "padding": True}
         if isinstance(prompts[0], str):
@@ -104,7 +102,7 @@ class Session:
                 raise ValueError(f"the checkpoint's chat template refuses the chat: {error}") from error
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def answer(self, prompts: Sequence[str | list[Message]], streamer: BaseStreamer | None = None) -> list[dict[str, Any]]:
+    def answer(self, prompts: Sequence[str | list[dict[str, str]]], streamer: BaseStreamer | None = None) -> list[dict[str, Any]]:
         """Generates; `num_return_sequences` answers a prompt, those of the first prompt first."""
         inputs = self.encode(prompts)
         asked = {**inputs, **self.settings, "streamer": streamer, "tokenizer": self.tokenizer, "return_dict_in_generate": True}
@@ -126,4 +124,4 @@ class Session:
         ]  # fmt: skip
 
 
-__all__ = ["Message", "Session", "checked_device", "generation_settings", "load_model", "load_tokenizer", "read_config"]
+__all__ = ["Session", "checked_device", "generation_settings", "load_model", "load_tokenizer", "read_config"]

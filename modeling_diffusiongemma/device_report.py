@@ -67,11 +67,8 @@ def device_table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items()), ""]
     lines += ["| path | case | state | ms |", "|---|---|---|---|"]
     lines += [f"| {row['path']} | {row['case']} | {row['state']} | {row['milliseconds']:.1f} |" for row in rows]
-    wrong = {}
-    for row in rows:
-        if row["state"] != WORKS:
-            instead = f" Instead, {row['instead']}." * (row["state"] == FAILED)
-            wrong[f"{row['state']}: {row['path']}: {row['detail']}.{instead}"] = None
+    form = {FAILED: "{state}: {path}: {detail}. Instead, {instead}.", NOT_HERE: "{state}: {path}: {detail}."}
+    wrong = dict.fromkeys(form[row["state"]].format(**row) for row in rows if row["state"] in form)
     lines += ["", *wrong] if wrong else []
     return "\n".join(lines)
 

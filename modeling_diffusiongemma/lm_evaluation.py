@@ -10,6 +10,7 @@ exact, or with `mode=diffusion` the canvas pass's Monte-Carlo estimate (`score.p
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -146,15 +147,14 @@ class DiffusionGemmaEvaluation(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probabilities of whole texts, in windows of `max_length` tokens, each token predicted once."""
-        windows, owners = [], []
+        windows, totals = [], [0.0] * len(requests)
         for index, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
-                windows.append((None, *make_disjoint_window(window)))
-                owners.append(index)
-        totals = [0.0] * len(requests)
-        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm, greedy=False), strict=True):
-            totals[owner] += log_prob
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
+            windows += [(index, (None, *make_disjoint_window(window))) for window in rolling]
+        found = self._loglikelihood_tokens([window for _, window in windows], disable_tqdm=disable_tqdm, greedy=False)
+        for (index, _), (log_prob, _) in zip(windows, found, strict=True):
+            totals[index] += log_prob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -194,20 +194,17 @@ class DiffusionGemmaEvaluation(TemplateLM):
 
     def _generate(self, contexts: Sequence[list[int]], arguments: dict, seeds: list[int]) -> list[str]:
         """Texts of one batch whose requests have the same arguments."""
-        length = normalize_gen_kwargs(arguments, self.max_gen_toks)["max_gen_toks"]
-        arguments = {name: value for name, value in arguments.items() if name not in LENGTHS}
-        until = arguments.pop("until", None) or []
-        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]  # '' separates nothing
+        normal = normalize_gen_kwargs(arguments, self.max_gen_toks)
+        length, until = normal["max_gen_toks"], list(filter(None, normal["until"]))  # '' separates nothing
+        arguments = {name: value for name, value in arguments.items() if name not in ("until", *LENGTHS)}
         if not 0 < length < self.max_length:
             raise ValueError(f"`max_gen_toks` is {length}; expected 1 to {self.max_length - 1} (`max_length` - 1)")
         contexts = [context[-(self.max_length - length) :] for context in contexts]
         if until:
             arguments |= {"stop_strings": until, "tokenizer": self.tokenizer}
-        texts = []
-        for ids in self._sequences(contexts, seeds, **arguments, max_new_tokens=length):
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            texts.append(text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))])
-        return texts
+        rows = self._sequences(contexts, seeds, **arguments, max_new_tokens=length)
+        texts, stop = self.tokenizer.batch_decode(rows, skip_special_tokens=True), "|".join(map(re.escape, until))
+        return [re.split(stop, text, maxsplit=1)[0] if until else text for text in texts]
 
     def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> list[list[int]]:
         """The new tokens of each row."""
