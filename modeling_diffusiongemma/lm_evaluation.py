@@ -164,7 +164,8 @@ class DiffusionGemmaEvaluation(TemplateLM):
 
         Args: `requests`: triples of the texts (context, continuation), or None, and the ids of both; `greedy`: False spares that answer.
         """
-        fitting = [(texts, *self._fit(context, continuation)) for texts, context, continuation in requests]
+        what = "the length of a continuation"
+        fitting = [(texts, self._fit(context, len(answer), what), answer) for texts, context, answer in requests]
         batches, found = Collator(fitting, lambda request: -len(request[1]) - len(request[2])), []
         with torch.random.fork_rng(), tqdm(total=len(fitting), desc=f"log-likelihood ({self.mode})", disable=disable_tqdm) as bar:
             torch.manual_seed(self.seed)
@@ -181,11 +182,11 @@ class DiffusionGemmaEvaluation(TemplateLM):
                 bar.update(len(batch))
         return batches.get_original(found)
 
-    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The pair, with the context's last tokens alone where it is too long."""
-        if not continuation or len(continuation) >= self.max_length:
-            raise ValueError(f"a continuation has {len(continuation)} tokens; expected 1 to {self.max_length - 1} (`max_length` - 1)")
-        return context[-(self.max_length - len(continuation)) :], continuation
+    def _fit(self, context: list[int], length: int, what: str) -> list[int]:
+        """The last tokens of a context that fit before `length` more, which the error calls `what`."""
+        if not 0 < length < self.max_length:
+            raise ValueError(f"{what} is {length}; expected 1 to {self.max_length - 1} (`max_length` - 1)")
+        return context[-(self.max_length - length) :]
 
     def _is_written(self, context: list[int], continuation: list[int]) -> bool:
         """Whether block diffusion with `do_sample=False` writes this continuation."""
@@ -197,9 +198,7 @@ class DiffusionGemmaEvaluation(TemplateLM):
         normal = normalize_gen_kwargs(arguments, self.max_gen_toks)
         length, until = normal["max_gen_toks"], list(filter(None, normal["until"]))  # '' separates nothing
         arguments = {name: value for name, value in arguments.items() if name not in ("until", *LENGTHS)}
-        if not 0 < length < self.max_length:
-            raise ValueError(f"`max_gen_toks` is {length}; expected 1 to {self.max_length - 1} (`max_length` - 1)")
-        contexts = [context[-(self.max_length - length) :] for context in contexts]
+        contexts = [self._fit(context, length, "`max_gen_toks`") for context in contexts]
         if until:
             arguments |= {"stop_strings": until, "tokenizer": self.tokenizer}
         rows = self._sequences(contexts, seeds, **arguments, max_new_tokens=length)

@@ -9,7 +9,8 @@ megabytes of memory whatever the size of the checkpoint: tensors are read one by
 and written to their place in a file whose header is known beforehand.
 
 If it is interrupted, run the same command again: finished files, in DST/.quantizing until the end, are recognised and kept, the
-unfinished one is made anew. At the end everything is checked against the architecture: names, types, shapes, and every scale.
+unfinished one is made anew. At the end everything is checked against the architecture: names, types, shapes, and every scale;
+then all files get into DST as one.
 
 Then:  AutoModelForCausalLM.from_pretrained("DST")    (after `import modeling_diffusiongemma`; no further argument)
 The numbers are those of from_pretrained("SRC", quantization_config=FP8Config()).
@@ -173,12 +174,9 @@ class Shard:
 
 
 def quantize_checkpoint(
-    source: str | os.PathLike,
-    destination: str | os.PathLike,
-    ignore: list[str] | None = None,
-    device: str | torch.device = "cpu",
+    source: str | os.PathLike, destination: str | os.PathLike, ignore: list[str] | None = None, device: str | torch.device = "cpu",
     progress: bool = False,
-) -> dict[str, int]:
+) -> dict[str, int]:  # fmt: skip
     """Writes the checkpoint folder `source` to `destination` in the published FP8 layout, or goes on with it.
 
     Args:
@@ -211,17 +209,15 @@ def quantize_checkpoint(
 
     destination.mkdir(parents=True, exist_ok=True)
     finish(destination)
-    by_file: dict[Path, list[StoredTensor]] = {}
-    for entry in stored.values():
-        by_file.setdefault(entry.file, []).append(entry)
-    shards = [Shard(file, entries, quantized, layout) for file, entries in sorted(by_file.items())]
-    if foreign := sorted({path.name for path in destination.glob("*.safetensors")} - {shard.source.name for shard in shards}):
+    sources = sorted({entry.file for entry in stored.values()})
+    shards = [Shard(file, [entry for entry in stored.values() if entry.file == file], quantized, layout) for file in sources]
+    if foreign := sorted({path.name for path in destination.glob("*.safetensors")} - {file.name for file in sources}):
         raise ValueError(f"`destination` holds {foreign[0]}, which is not of this checkpoint; expected a folder without other weights")
     staged = destination / UNFINISHED
     places = [destination if shard.is_complete(destination) else staged for shard in shards]
     with staging(staged) as plan:
         for path in files(staged):  # of another source, whose quantisation was never finished
-            if path not in {shard.source.name for shard in shards}:
+            if path not in {file.name for file in sources}:
                 (staged / path).unlink()
         kept = [place == destination or shard.is_complete(staged) for shard, place in zip(shards, places, strict=True)]
         total = sum(entry.size for entry in stored.values())
