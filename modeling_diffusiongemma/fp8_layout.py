@@ -11,13 +11,12 @@ import os
 import re
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from .experts import Experts
 from .fp8 import FP8Experts, FP8Linear
 from .fp8_math import E4M3
-from .safetensors_files import StoredTensor, published_tensors
+from .safetensors_files import StoredTensor, published_tensors, read_tensors
 
 QUANTIZATION = {  # quantization_config of the published copy, without its list `ignore`
     "quant_method": "compressed-tensors",
@@ -35,29 +34,25 @@ QUANTIZATION = {  # quantization_config of the published copy, without its list 
 }
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # stacked, and as stored
 QUANTIZED = re.compile(r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SCALE_DTYPES = ("BF16", "F16", "F32")
 
 
 def check_quantization(quantization: dict) -> None:
     """Raises ValueError unless `quantization` (of a config.json) is the published scheme; names what differs."""
 
-    def check(name, got, expected):
-        if got != expected:
-            raise ValueError(f"`quantization_config{name}` is {got!r}; expected {expected!r}")
+    def check(place, got, expected):
+        if isinstance(expected, dict) and isinstance(got, dict):
+            for key, value in expected.items():
+                check(f"{place}[{key!r}]", got.get(key), value)
+        elif got != expected:
+            raise ValueError(f"`quantization_config{place}` is {got!r}; expected {expected!r}")
 
-    for name in ("format", "quantization_status", "kv_cache_scheme"):
-        check(f"[{name!r}]", quantization.get(name), QUANTIZATION[name])
+    check("", quantization, {name: QUANTIZATION[name] for name in ("format", "quantization_status", "kv_cache_scheme")})
     groups = quantization.get("config_groups") or {}
     if len(groups) != 1:
         raise ValueError(f"`quantization_config['config_groups']` holds {sorted(groups)}; expected one group")
-    name, group = next(iter(groups.items()))
-    for key, expected in QUANTIZATION["config_groups"]["group_0"].items():
-        got, place = group.get(key), f"['config_groups'][{name!r}][{key!r}]"
-        if isinstance(expected, dict) and isinstance(got, dict):
-            for field, value in expected.items():
-                check(f"{place}[{field!r}]", got.get(field), value)
-        else:
-            check(place, got, expected)
+    ((name, group),) = groups.items()
+    check(f"['config_groups'][{name!r}]", group, QUANTIZATION["config_groups"]["group_0"])
     ignore = quantization.get("ignore")
     if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
         raise ValueError(f"`quantization_config['ignore']` is {ignore!r}; expected a list of module names")
@@ -93,12 +88,10 @@ def expert_names(experts: str, count: int, projection: str) -> list[str]:
     return [f"{experts}.{expert}.{name}" for expert in range(count) for name in PROJECTIONS[projection]]
 
 
-def _experts_ignored(ignore: list[str], names: list[str]) -> bool:
-    """Whether experts of these stored names stay as they are; all of one layer or none."""
-    left = [name for name in names if is_ignored(name, ignore)]
-    if left and len(left) != len(names):
-        raise ValueError(f"`ignore` names {left[0]} and not every expert of its layer; expected all of a layer or none")
-    return bool(left)
+def expert_shapes(experts: str, projection: str, stacked: torch.Size) -> dict[str, tuple[int, int]]:
+    """`expert_names` of a stacked projection of shape `stacked`, (E, rows of all parts, K), and the shape of each."""
+    count, rows, columns = stacked
+    return dict.fromkeys(expert_names(experts, count, projection), (rows // len(PROJECTIONS[projection]), columns))
 
 
 def make_fp8(model: nn.Module, ignore: list[str], dtype: torch.dtype = E4M3) -> list[str]:
@@ -118,7 +111,10 @@ def make_fp8(model: nn.Module, ignore: list[str], dtype: torch.dtype = E4M3) -> 
         with torch.device("meta"):
             if isinstance(module, Experts):
                 names = [entry for projection in PROJECTIONS for entry in expert_names(published, module.num_experts, projection)]
-                if not _experts_ignored(ignore, names):
+                left = [entry for entry in names if is_ignored(entry, ignore)]
+                if left and left != names:
+                    raise ValueError(f"`ignore` names {left[0]} and not every expert of its layer; expected all of a layer or none")
+                if not left:
                     replaced[name] = FP8Experts(module, dtype)
             elif isinstance(module, nn.Linear) and not is_ignored(published, ignore) and published != "lm_head":
                 if module.bias is not None:
@@ -141,11 +137,9 @@ def fp8_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in fp8_modules(model).items():
         if isinstance(module, FP8Linear):
             shapes[name] = tuple(module.weight.shape)
-            continue
-        for projection, parts in PROJECTIONS.items():
-            rows, columns = getattr(module, projection).shape[1:]
-            for entry in expert_names(name, module.num_experts, projection):
-                shapes[entry] = (rows // len(parts), columns)
+        else:
+            for projection in PROJECTIONS:
+                shapes |= expert_shapes(name, projection, getattr(module, projection).shape)
     return shapes
 
 
@@ -159,9 +153,7 @@ def published_layout(model: nn.Module) -> dict[str, tuple[str | None, tuple[int,
         if name == "lm_head.weight" or owner in modules:
             continue
         if owner.endswith(".experts"):
-            count, rows, columns = tensor.shape
-            for entry in expert_names(owner, count, last):
-                layout[f"{entry}.weight"] = (None, (rows // len(PROJECTIONS[last]), columns))
+            layout |= {f"{entry}.weight": (None, shape) for entry, shape in expert_shapes(owner, last, tensor.shape).items()}
         else:
             layout[prefix + name] = (None, tuple(tensor.shape))
     for name, shape in fp8_shapes(model).items():
@@ -176,7 +168,6 @@ def check_files(model: nn.Module, files: list[str | os.PathLike]) -> None:
 
     Args:
         model: with FP8 modules in place (`make_fp8`).
-        files: safetensors files.
 
     Raises:
         OSError: a file is damaged or half-written.
@@ -193,24 +184,20 @@ def check_files(model: nn.Module, files: list[str | os.PathLike]) -> None:
             raise ValueError(f"{where} {name}; expected a weight and its scale for every FP8 layer")
         return stored[name]
 
-    scales: dict = {}
-    shapes = fp8_shapes(model)
+    shapes, scales = fp8_shapes(model), {}
     for layer, shape in shapes.items():
         weight, scale = find(f"{layer}.weight"), find(f"{layer}.weight_scale", f"{layer}.weight")
         if (weight.dtype, weight.shape) != ("F8_E4M3", shape):
             raise ValueError(f"{layer}.weight in {weight.file} is {weight.dtype} {weight.shape}; expected F8_E4M3 {shape}")
         if scale.dtype not in SCALE_DTYPES or scale.shape != (shape[0], 1):
-            raise ValueError(
-                f"{layer}.weight_scale in {scale.file} is {scale.dtype} {scale.shape}; expected {'/'.join(SCALE_DTYPES)} {(shape[0], 1)}"
-            )
-        scales.setdefault(scale.file, []).append(f"{layer}.weight_scale")
+            expected = f"{'/'.join(SCALE_DTYPES)} {(shape[0], 1)}"
+            raise ValueError(f"{layer}.weight_scale in {scale.file} is {scale.dtype} {scale.shape}; expected {expected}")
+        scales[f"{layer}.weight_scale"] = scale
     for name, entry in stored.items():
         if entry.dtype.startswith("F8") and name.removesuffix(".weight") not in shapes:
             raise ValueError(f"{name} in {entry.file} is {entry.dtype}; expected bfloat16, since `ignore` names it or no layer has it")
-    for file, names in scales.items():
-        with safe_open(file, "pt") as opened:
-            for name in names:
-                check_scale(opened.get_tensor(stored[name].name), name, file)
+    for name, scale in read_tensors(scales):
+        check_scale(scale, name, stored[name].file)
 
 
 def check_scale(scale: torch.Tensor, name: str, file: str | os.PathLike) -> None:
@@ -222,6 +209,6 @@ def check_scale(scale: torch.Tensor, name: str, file: str | os.PathLike) -> None
 
 
 __all__ = [
-    "PROJECTIONS", "check_files", "check_quantization", "check_scale", "default_ignore", "expert_names", "fp8_modules", "fp8_shapes",
-    "make_fp8", "published_layout", "published_quantization",
+    "PROJECTIONS", "check_files", "check_quantization", "check_scale", "default_ignore", "expert_names", "expert_shapes", "fp8_modules",
+    "fp8_shapes", "make_fp8", "prefix_of", "published_layout", "published_quantization",
 ]  # fmt: skip

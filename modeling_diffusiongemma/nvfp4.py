@@ -15,17 +15,16 @@ saves as one. Registered like `fp8_quantizer`, under a name of its own.
 import os
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
-from .fp8_layout import PROJECTIONS, expert_names, prefix_of
+from .fp8_layout import PROJECTIONS, expert_shapes, prefix_of
 from .fp8_math import E4M3
 from .quantizer_registry import register
-from .safetensors_files import published_tensors
+from .safetensors_files import published_tensors, read_tensors
 
 METHOD = f"{__name__}"
 GROUP = 16  # numbers a scale
@@ -135,15 +134,12 @@ def check_nvfp4_files(model: nn.Module, files: list[str | os.PathLike], producer
             message names tensor and file.
     """
     prefix, (numbers, block, matrix) = prefix_of(model), NAMES[producer]
-    stored = published_tensors(files)
-    shapes, global_scales = {}, {}
+    stored, shapes, scales = published_tensors(files), {}, {}
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            for projection, parts in PROJECTIONS.items():
-                rows, columns = getattr(module, projection).shape[1:]
+            for projection in PROJECTIONS:
                 if f"{prefix}{name}.{projection}" not in stored:
-                    entries = expert_names(prefix + name, module.num_experts, projection)
-                    shapes |= dict.fromkeys(entries, (rows // len(parts), columns))
+                    shapes |= expert_shapes(prefix + name, projection, getattr(module, projection).shape)
         elif isinstance(module, nn.Linear) and prefix + name != "lm_head":
             shapes[prefix + name] = tuple(module.weight.shape)
     for name, (rows, columns) in shapes.items():
@@ -159,14 +155,12 @@ def check_nvfp4_files(model: nn.Module, files: list[str | os.PathLike], producer
                 raise ValueError(f"{packed.file} holds {name}.{numbers} without {name}.{suffix}")
             if entry.dtype != dtype or entry.shape not in ([(), (1,)] if shape is None else [shape]):
                 raise ValueError(f"{name}.{suffix} in {entry.file} is {entry.dtype} {entry.shape}; expected {dtype} {shape or '()'}")
-        global_scales.setdefault(stored[f"{name}.{matrix}"].file, []).append(f"{name}.{matrix}")
-        global_scales.setdefault(stored[f"{name}.{block}"].file, []).append(f"{name}.{block}")
-    for file, names in global_scales.items():
-        with safe_open(file, "pt") as opened:
-            for name in names:
-                scale = opened.get_tensor(stored[name].name).float()
-                if not (scale.isfinite().all() and (scale >= 0 if name.endswith(block) else scale > 0).all()):
-                    raise ValueError(f"{name} in {file} holds {scale.flatten().tolist()[:4]}...; expected positive finite scales")
+        scales |= {f"{name}.{suffix}": stored[f"{name}.{suffix}"] for suffix in (matrix, block)}
+    for name, scale in read_tensors(scales):
+        scale = scale.float()
+        if not (scale.isfinite().all() and (scale >= 0 if name.endswith(block) else scale > 0).all()):
+            held = scale.flatten().tolist()[:4]
+            raise ValueError(f"{name} in {stored[name].file} holds {held}...; expected positive finite scales")
 
 
 class NVFP4Quantizer(HfQuantizer):

@@ -1,12 +1,16 @@
-"""Headers of safetensors files: what a file holds, without reading it."""
+"""Safetensors files: which of them a checkpoint consists of, and what each holds, by its header, without reading it."""
 
 import contextlib
 import json
 import os
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
 
 SINGLE = "model.safetensors"  # a checkpoint in one file
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
@@ -38,9 +42,7 @@ def indexed_files(folder: Path, variant: str | None = None) -> list[str] | None:
 
 def finds_weights(name: str) -> bool:
     """Whether it is through the file `name` that weights, or those of adapters, are found: no shard of them."""
-    if name.endswith(".json"):
-        return ".safetensors.index." in name
-    return name.endswith(".safetensors") and re.search(SHARD, name) is None
+    return ".safetensors.index." in name if name.endswith(".json") else name.endswith(".safetensors") and not re.search(SHARD, name)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> set[str]:
@@ -96,9 +98,9 @@ def stored_tensors(files: list[str | os.PathLike]) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     for path in map(Path, files):
-        for name, entry in read_header(path).items():
-            if name == "__metadata__":
-                continue
+        header = read_header(path)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
             if name in found:
                 raise ValueError(f"{path} and {found[name].file} both hold {name}; expected every tensor once")
             start, end = entry["data_offsets"]
@@ -112,16 +114,14 @@ def published_tensors(files: list[str | os.PathLike]) -> dict[str, StoredTensor]
     return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": entry for name, entry in stored}
 
 
+def read_tensors(entries: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each key of `entries` with its tensor, file by file."""
+    for file in dict.fromkeys(entry.file for entry in entries.values()):
+        with safe_open(file, "pt") as opened:
+            yield from ((name, opened.get_tensor(entry.name)) for name, entry in entries.items() if entry.file == file)
+
+
 __all__ = [
-    "INDEX",
-    "SINGLE",
-    "StoredTensor",
-    "finds_weights",
-    "indexed_files",
-    "inspect_header",
-    "published_tensors",
-    "read_header",
-    "stored_tensors",
-    "weight_files",
-    "weights_names",
-]
+    "INDEX", "SINGLE", "StoredTensor", "finds_weights", "indexed_files", "inspect_header", "published_tensors", "read_header",
+    "read_tensors", "stored_tensors", "weight_files", "weights_names",
+]  # fmt: skip
