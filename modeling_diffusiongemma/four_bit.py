@@ -13,12 +13,11 @@ set. This is slower than the plain model wherever that fits. Such a model is mad
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
-from .fp8 import FixedDtypes
-from .quantizer_registry import register
+from .fp8 import FixedDtypes, frozen
+from .quantizer_registry import BlockQuantizer, only, register
 
 METHOD = f"{__name__}"
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -56,9 +55,8 @@ class FourBitConfig(QuantizationConfigMixin):
         self.block_size = block_size
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
-        config = cls(config_dict.get("block_size", 64))
-        return (config, kwargs) if return_unused_kwargs else config
+    def from_dict(cls, config_dict: dict, *args, **kwargs):
+        return super().from_dict({name: value for name, value in config_dict.items() if name == "block_size"}, *args, **kwargs)
 
     def to_dict(self) -> dict:
         return {"quant_method": METHOD, "block_size": self.block_size}
@@ -74,17 +72,19 @@ class FourBitExperts(FixedDtypes, Experts):
         block_size: as `FourBitConfig`.
     """
 
+    WEIGHTS = tuple(PACKED.values())
+
     def __init__(self, experts: Experts, dtype: torch.dtype, block_size: int):
         nn.Module.__init__(self)
         # Sizes, and what transformers' experts interface keeps beside them; none of the registries of tensors and modules.
         self.__dict__.update({name: value for name, value in vars(experts).items() if name not in vars(self)})
         self.act_fn = experts.act_fn
         self.block_size, self.dtype = block_size, dtype
-        self.shapes = {name: tuple(getattr(experts, name).shape) for name in PACKED}
+        self.shapes = {name: getattr(experts, name).shape for name in PACKED}
         for name, packed in PACKED.items():
-            blocks = -(-torch.Size(self.shapes[name]).numel() // block_size)
-            self.register_parameter(packed, nn.Parameter(torch.empty(self.shapes[name], dtype=dtype), requires_grad=False))
-            self.register_parameter(f"{packed}_scale", nn.Parameter(torch.empty(blocks), requires_grad=False))
+            blocks = -(-self.shapes[name].numel() // block_size)
+            self.register_parameter(packed, frozen(*self.shapes[name], dtype=dtype))
+            self.register_parameter(f"{packed}_scale", frozen(blocks, dtype=torch.float32))
 
     def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Args and Returns as `Experts.forward`."""
@@ -97,7 +97,7 @@ class FourBitExperts(FixedDtypes, Experts):
 
     def dequantized(self, name: str) -> torch.Tensor:
         """The stacked weight `name` in the model's dtype."""
-        packed, shape, functional = getattr(self, PACKED[name]), torch.Size(self.shapes[name]), kernels()
+        packed, shape, functional = getattr(self, PACKED[name]), self.shapes[name], kernels()
         # Flat: on a CPU bitsandbytes 0.50 takes wrong scales where rows are no whole number of blocks.
         state = functional.QuantState(
             absmax=getattr(self, f"{PACKED[name]}_scale"), shape=torch.Size((shape.numel(),)), dtype=self.dtype, blocksize=self.block_size,
@@ -105,13 +105,8 @@ class FourBitExperts(FixedDtypes, Experts):
         )  # fmt: skip
         return functional.dequantize_4bit(packed, state).view(shape)
 
-    @property
-    def gate_up_proj(self) -> torch.Tensor:
-        return self.dequantized("gate_up_proj")
-
-    @property
-    def down_proj(self) -> torch.Tensor:
-        return self.dequantized("down_proj")
+    gate_up_proj = property(lambda self: self.dequantized("gate_up_proj"))
+    down_proj = property(lambda self: self.dequantized("down_proj"))
 
 
 class PackExperts(ConversionOps):
@@ -119,27 +114,19 @@ class PackExperts(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict, full_layer_name: str, model: nn.Module, **kwargs) -> dict:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        packed, scale = model.get_submodule(full_layer_name.rpartition(".")[0]).quantized(weight)
+        packed, scale = model.get_submodule(full_layer_name.rpartition(".")[0]).quantized(only(input_dict))
         return {full_layer_name: packed, f"{full_layer_name}_scale": scale}
 
 
-class FourBitQuantizer(HfQuantizer):
+class FourBitQuantizer(BlockQuantizer):
     """What transformers asks of a quantiser while loading."""
 
-    requires_calibration = False
     quantization_config: FourBitConfig
+    element_size = 0.5
+    serializable = False
 
     def validate_environment(self, *args, **kwargs) -> None:
         kernels()
-
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
-        module, _, name = param_name.rpartition(".")
-        return name in PACKED.values() and isinstance(model.get_submodule(module), FourBitExperts)
-
-    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
-        return 0.5 if self.param_needs_quantization(model, param_name) else param.element_size()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -164,13 +151,6 @@ class FourBitQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         return [WeightRenaming(f"experts.{name}", f"experts.{packed}") for name, packed in PACKED.items()]
-
-    def is_serializable(self, *args, **kwargs) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True  # adapters on top
 
 
 register(METHOD, FourBitConfig, FourBitQuantizer)

@@ -45,6 +45,8 @@ class FP8Linear(FixedDtypes, nn.Linear):
         dtype: of `weight` until the real one is set, while a checkpoint in another dtype is being quantised.
     """
 
+    WEIGHTS = ("weight",)
+
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype = E4M3):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -59,8 +61,7 @@ class FP8Linear(FixedDtypes, nn.Linear):
 
     def dequantized(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer as an `nn.Linear` in `dtype`."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=False)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(dequantize(self.weight, self.weight_scale, dtype))
         return linear
 
@@ -77,22 +78,23 @@ class FP8Experts(FixedDtypes, nn.Module):
         dtype: as in `FP8Linear`.
     """
 
+    WEIGHTS = ("gate_up_proj", "down_proj")
+
     def __init__(self, experts: Experts, dtype: torch.dtype = E4M3):
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts.num_experts, experts.hidden_dim, experts.intermediate_dim
         self.act_fn = experts.act_fn
-        double = 2 * self.intermediate_dim
-        self.gate_up_proj = frozen(self.num_experts, double, self.hidden_dim, dtype=dtype)
-        self.gate_up_scale = frozen(self.num_experts, double, 1, dtype=torch.float32)
-        self.down_proj = frozen(self.num_experts, self.hidden_dim, self.intermediate_dim, dtype=dtype)
-        self.down_scale = frozen(self.num_experts, self.hidden_dim, 1, dtype=torch.float32)
+        for name in self.WEIGHTS:
+            shape = getattr(experts, name).shape
+            self.register_parameter(name, frozen(*shape, dtype=dtype))
+            self.register_parameter(scale_name(name), frozen(*shape[:-1], 1, dtype=torch.float32))
 
     def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Args: `hidden_states` (N, D), `chosen` int64 (N, A), `weights` (N, A). Returns `(N, D)`."""
         if is_parametrized(self):
             dtype = hidden_states.dtype
             # One after the other: indexing would give each expert a gradient as large as all of them.
-            plain = {name: self._parametrized(name).to(dtype).unbind() for name in ("gate_up_proj", "down_proj")}
+            plain = {name: self._parametrized(name).to(dtype).unbind() for name in self.WEIGHTS}
             return eager_experts(SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **plain), hidden_states, chosen, weights)
         tokens, active = chosen.shape
         experts, order = chosen.flatten().sort(stable=True)  # (N * A)
@@ -106,15 +108,15 @@ class FP8Experts(FixedDtypes, nn.Module):
 
     def _parametrized(self, name: str) -> torch.Tensor:
         """A stacked weight in float32, its parametrisations applied."""
-        steps = self.parametrizations[name] if is_parametrized(self, name) else None
-        weight = dequantize(getattr(self, name) if steps is None else steps.original, getattr(self, scale_name(name)), torch.float32)
-        for step in steps or ():
+        steps = self.parametrizations[name] if is_parametrized(self, name) else ()
+        weight = dequantize(steps.original if steps else getattr(self, name), getattr(self, scale_name(name)), torch.float32)
+        for step in steps:
             weight = step(weight)
         return weight
 
     def dequantized(self, dtype: torch.dtype, like: Experts) -> Experts:
         """`like` with these weights in `dtype`, dequantised expert by expert."""
-        for name in ("gate_up_proj", "down_proj"):
+        for name in self.WEIGHTS:
             weight, scale = getattr(self, name), getattr(self, scale_name(name))
             stacked = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             for index in range(self.num_experts):
@@ -123,4 +125,4 @@ class FP8Experts(FixedDtypes, nn.Module):
         return like
 
 
-__all__ = ["FP8Experts", "FP8Linear", "scale_name"]
+__all__ = ["FP8Experts", "FP8Linear", "FixedDtypes", "frozen", "scale_name"]

@@ -9,23 +9,13 @@ config.json always has the published one.
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
 from .fp8 import FP8Experts, FP8Linear, scale_name
-from .fp8_layout import (
-    PROJECTIONS,
-    check_files,
-    check_quantization,
-    default_ignore,
-    fp8_modules,
-    make_fp8,
-    prefix_of,
-    published_quantization,
-)
+from .fp8_layout import PROJECTIONS, check_files, check_quantization, default_ignore, fp8_modules, make_fp8, published_quantization
 from .fp8_math import E4M3, quantize_weight
-from .quantizer_registry import register
+from .quantizer_registry import BlockQuantizer, only, register, stack_experts
 
 METHOD = f"{__name__}"  # a copy of this file that came as remote code registers under its own name
 
@@ -52,30 +42,19 @@ class FP8Config(QuantizationConfigMixin):
         self.ignore = ignore
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
-        """From the `quantization_config` of a config.json.
-
-        Raises:
-            ValueError: it is not the published scheme.
-        """
+    def from_dict(cls, config_dict: dict, *args, **kwargs):
+        """From the `quantization_config` of a config.json; ValueError where that is not the published scheme."""
         check_quantization(config_dict)
-        config = cls(config_dict["ignore"])
-        return (config, kwargs) if return_unused_kwargs else config
+        return super().from_dict({"ignore": config_dict["ignore"]}, *args, **kwargs)
 
     def to_dict(self) -> dict:
         """The `quantization_config` of a config.json, in the published words; without `ignore` while that is the default."""
-        quantization = published_quantization(self.ignore or [])
-        if self.ignore is None:
-            del quantization["ignore"]
-        return quantization
+        words = published_quantization(self.ignore or [])
+        return {name: value for name, value in words.items() if name != "ignore" or self.ignore is not None}
 
     @classmethod
     def from_argument(cls, given: dict) -> "FP8Config":
-        """From what `to_dict` gave, as an argument of `from_pretrained`.
-
-        Raises:
-            ValueError: it is not the published scheme.
-        """
+        """From what `to_dict` gave, as an argument of `from_pretrained`; ValueError where that is not the published scheme."""
         check_quantization({"ignore": [], **given})
         return cls(given.get("ignore"))
 
@@ -84,7 +63,7 @@ class FP8Config(QuantizationConfigMixin):
 
 
 class MergeExperts(ConversionOps):
-    """Experts stored one by one, `(rows, K)` each, into a stacked tensor `(E, rows of all parts, K)`, allocated once.
+    """Experts stored one by one, `(rows, K)` each, into a stacked tensor `(E, rows of all parts, K)`.
 
     Scales become float32, which the scaled products take.
     """
@@ -94,37 +73,27 @@ class MergeExperts(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
+        def matrix(part, expert):  # each is freed: the stack and its parts are never there twice
+            rows, part[expert] = part[expert], None
+            return rows.float() if self.scales else rows
+
         parts = [input_dict.pop(pattern) for pattern in source_patterns]
-        rows = [part[0].shape[0] for part in parts]
-        first = parts[0][0]
-        dtype = torch.float32 if self.scales else first.dtype
-        stacked = torch.empty(len(parts[0]), sum(rows), *first.shape[1:], dtype=dtype, device=first.device)
-        start = 0
-        for part, height in zip(parts, rows, strict=True):
-            for expert in range(len(part)):
-                stacked[expert, start : start + height] = part[expert]
-                part[expert] = None  # freed one by one: the stack and its parts are never there twice
-            start += height
-        return {target_patterns[0]: stacked}
+        return {target_patterns[0]: stack_experts(len(parts[0]), parts, matrix)}
 
     @property
     def reverse_op(self) -> ConversionOps:
         return SplitExperts(self.parts, self.scales)
 
 
-class SplitExperts(ConversionOps):
+class SplitExperts(MergeExperts):
     """`MergeExperts` backwards, without copying weights."""
-
-    def __init__(self, parts: int, scales: bool):
-        self.parts, self.scales = parts, scales
 
     @torch.no_grad()
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
-        (stacked,) = next(iter(input_dict.values()))
         return {
             pattern.replace("*", str(expert)): stored_scale(rows) if self.scales else separately_stored(rows)
-            for expert, one in enumerate(stacked)
-            for pattern, rows in zip(target_patterns, one.chunk(self.parts), strict=True)
+            for expert, stacked in enumerate(only(input_dict))
+            for pattern, rows in zip(target_patterns, stacked.chunk(self.parts), strict=True)
         }
 
     @property
@@ -132,28 +101,19 @@ class SplitExperts(ConversionOps):
         return MergeExperts(self.parts, self.scales)
 
 
-class LoadScale(ConversionOps):
-    """A linear layer's scales: float32 in the model."""
+class ConvertScale(ConversionOps):
+    """A linear layer's scales: float32 in the model, bfloat16 in a file."""
+
+    def __init__(self, storing: bool = False):
+        self.storing = storing
 
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
-        (scale,) = next(iter(input_dict.values()))
-        return {target_patterns[0]: scale.float()}
+        scale = only(input_dict)
+        return {target_patterns[0]: stored_scale(scale) if self.storing else scale.float()}
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return StoreScale()
-
-
-class StoreScale(ConversionOps):
-    """A linear layer's scales: bfloat16 in a file."""
-
-    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
-        (scale,) = next(iter(input_dict.values()))
-        return {target_patterns[0]: stored_scale(scale)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return LoadScale()
+        return ConvertScale(not self.storing)
 
 
 def stored_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -175,7 +135,7 @@ def conversions() -> list[WeightConverter]:
         for suffix, target in (("weight_scale", scale_name(f"experts.{stacked}")), ("weight", f"experts.{stacked}")):
             sources = [f"experts.*.{part}.{suffix}" for part in parts]
             converters.append(WeightConverter(sources, target, [MergeExperts(len(parts), suffix == "weight_scale")]))
-    return [*converters, WeightConverter("weight_scale", "weight_scale", [LoadScale()])]
+    return [*converters, WeightConverter("weight_scale", "weight_scale", [ConvertScale()])]
 
 
 class QuantizeWeight(ConversionOps):
@@ -186,8 +146,7 @@ class QuantizeWeight(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict, full_layer_name: str, **kwargs) -> dict:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
+        weight = only(input_dict)
         expected = kwargs["model"].get_parameter(full_layer_name).shape
         if weight.shape != expected:
             self.quantizer.unquantizable.append(f"{full_layer_name} has shape {tuple(weight.shape)}, expected {tuple(expected)}")
@@ -197,11 +156,12 @@ class QuantizeWeight(ConversionOps):
         return {full_layer_name: quantized, scale_name(full_layer_name): scale}
 
 
-class FP8Quantizer(HfQuantizer):
+class FP8Quantizer(BlockQuantizer):
     """What transformers asks of a quantiser while loading and saving; the work is in `fp8_layout` and `fp8_math`."""
 
-    requires_calibration = False
     quantization_config: FP8Config
+    element_size = 1
+    is_compileable = True
 
     def __init__(self, quantization_config: FP8Config, **kwargs):
         super().__init__(quantization_config, **kwargs)
@@ -210,14 +170,6 @@ class FP8Quantizer(HfQuantizer):
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # dtype="auto" finds the dtype of the first weight in a config.json that names none
         return torch.bfloat16 if dtype == E4M3 else dtype
-
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
-        module, _, name = param_name.rpartition(".")
-        owner = model.get_submodule(module)
-        return (isinstance(owner, FP8Linear) and name == "weight") or (isinstance(owner, FP8Experts) and name in PROJECTIONS)
-
-    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
-        return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         if not any(isinstance(module, Experts) for module in model.modules()):
@@ -233,10 +185,9 @@ class FP8Quantizer(HfQuantizer):
         if self.unquantizable:
             raise ValueError(f"cannot quantise {model.name_or_path}: {'; '.join(sorted(self.unquantizable))}")
         for name, module in fp8_modules(model).items():
-            for projection in PROJECTIONS if isinstance(module, FP8Experts) else ("weight",):
-                weight = getattr(module, projection)
-                if weight.dtype != E4M3 and not weight.is_meta:
-                    raise ValueError(f"the checkpoint has no {name}.{projection}; expected one: FP8 weights are not made up")
+            for weight in module.WEIGHTS:
+                if getattr(module, weight).dtype != E4M3 and not getattr(module, weight).is_meta:
+                    raise ValueError(f"the checkpoint has no {name}.{weight}; expected one: FP8 weights are not made up")
             module.requires_grad_(False)
         if not self.pre_quantized:
             model._weight_conversions = [*model._weight_conversions, *conversions()]
@@ -248,27 +199,15 @@ class FP8Quantizer(HfQuantizer):
         return conversions() if self.pre_quantized else []
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        prefix = prefix_of(model)
-        for name, module in fp8_modules(model).items():
+        for name, module in list(model.named_modules()):
             if isinstance(module, FP8Linear):
-                plain = module.dequantized(dtype)
-            else:
+                model.set_submodule(name, module.dequantized(dtype).train(module.training))
+            elif isinstance(module, FP8Experts):
                 with torch.device("meta"):
-                    plain = module.dequantized(dtype, Experts(model.config.get_text_config()))
-            model.set_submodule(name.removeprefix(prefix), plain.train(module.training))
+                    plain = Experts(model.config.get_text_config())
+                model.set_submodule(name, module.dequantized(dtype, plain).train(module.training))
         model._weight_conversions = []
         return model
-
-    def is_serializable(self, *args, **kwargs) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True  # adapters on top
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 register(METHOD, FP8Config, FP8Quantizer)

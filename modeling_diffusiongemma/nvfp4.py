@@ -17,13 +17,12 @@ import os
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
 from .fp8_layout import PROJECTIONS, expert_shapes, prefix_of
 from .fp8_math import E4M3
-from .quantizer_registry import register
+from .quantizer_registry import BlockQuantizer, register, stack_experts
 from .safetensors_files import published_tensors, read_tensors
 
 METHOD = f"{__name__}"
@@ -64,12 +63,8 @@ class StoredNVFP4Config(QuantizationConfigMixin):
         self.producer = producer
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
-        """From the `quantization_config` of a config.json.
-
-        Raises:
-            ValueError: it is not NVFP4.
-        """
+    def from_dict(cls, config_dict: dict, *args, **kwargs):
+        """From the `quantization_config` of a config.json; ValueError where that is not NVFP4."""
         if "format" in config_dict and "quant_algo" not in config_dict:
             if config_dict["format"] != "nvfp4-pack-quantized":
                 raise ValueError(f"`quantization_config['format']` is {config_dict['format']!r}; expected 'nvfp4-pack-quantized'")
@@ -78,20 +73,18 @@ class StoredNVFP4Config(QuantizationConfigMixin):
                 if (weights.get("num_bits"), weights.get("type"), weights.get("group_size")) != (4, "float", GROUP):
                     place = f"`quantization_config['config_groups'][{name!r}]['weights']`"
                     raise ValueError(f"{place} is {weights}; expected 4-bit float in groups of {GROUP}")
-            config = cls("compressed-tensors")
+            producer = "compressed-tensors"
         else:
             algorithm = config_dict.get("quant_algo", (config_dict.get("quantization") or {}).get("quant_algo"))
             if algorithm != "NVFP4":
                 raise ValueError(f"`quantization_config['quant_algo']` is {algorithm!r}; expected 'NVFP4'")
-            config = cls("modelopt")
-        return (config, kwargs) if return_unused_kwargs else config
+            producer = "modelopt"
+        return super().from_dict({"producer": producer}, *args, **kwargs)
 
 
 class DequantizeNVFP4(ConversionOps):
     """Global scales, scales and packed matrices (in this order of `source_patterns`) into one plain matrix, or those of all
-    experts into a stacked one, allocated once.
-
-    A matrix that comes without scales is passed on.
+    experts into a stacked one. A matrix that comes without scales is passed on.
     """
 
     def __init__(self, producer: str, dtype: torch.dtype):
@@ -100,24 +93,13 @@ class DequantizeNVFP4(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
         parts = [source_patterns[first : first + 3] for first in range(0, len(source_patterns), 3)]
-        columns = [[input_dict.pop(pattern, None) for pattern in reversed(part)] for part in parts]
-        stacked = target_patterns[0].startswith("experts.")
-        if not stacked:
-            return {target_patterns[0]: self.matrix(*(column and column[0] for column in columns[0]))}
-        heights = [numbers[0].shape[0] for numbers, *_ in columns]
-        result = None
-        for expert in range(len(columns[0][0])):
-            start = 0
-            for column, height in zip(columns, heights, strict=True):
-                matrix = self.matrix(*(tensors and tensors[expert] for tensors in column))
-                if result is None:
-                    size = (len(columns[0][0]), sum(heights), matrix.shape[-1])
-                    result = torch.empty(size, dtype=matrix.dtype, device=matrix.device)
-                result[expert, start : start + height] = matrix
-                start += height
-        return {target_patterns[0]: result}
+        parts = [[input_dict.pop(pattern, None) for pattern in reversed(part)] for part in parts]
+        if target_patterns[0].startswith("experts."):
+            return {target_patterns[0]: stack_experts(len(parts[0][0]), parts, self.matrix)}
+        return {target_patterns[0]: self.matrix(parts[0], 0)}
 
-    def matrix(self, numbers: torch.Tensor, scale: torch.Tensor | None, global_scale: torch.Tensor | None) -> torch.Tensor:
+    def matrix(self, part: list[list[torch.Tensor] | None], expert: int) -> torch.Tensor:
+        numbers, scale, global_scale = (tensors and tensors[expert] for tensors in part)
         if scale is None:
             return numbers.to(self.dtype)
         if self.producer == "compressed-tensors":
@@ -163,10 +145,9 @@ def check_nvfp4_files(model: nn.Module, files: list[str | os.PathLike], producer
             raise ValueError(f"{name} in {stored[name].file} holds {held}...; expected positive finite scales")
 
 
-class NVFP4Quantizer(HfQuantizer):
+class NVFP4Quantizer(BlockQuantizer):
     """What transformers asks of a quantiser while loading; nothing is left of it afterwards."""
 
-    requires_calibration = False
     quantization_config: StoredNVFP4Config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -189,19 +170,11 @@ class NVFP4Quantizer(HfQuantizer):
         producer = self.quantization_config.producer
         # Longest first: transformers before 5.23 takes the first pattern that a name begins with.
         names = NAMES[producer][::-1]
-        converters = []
-        for stacked, parts in PROJECTIONS.items():
-            sources = [f"experts.*.{part}.{name}" for part in parts for name in names]
-            converters.append(WeightConverter(sources, f"experts.{stacked}", [DequantizeNVFP4(producer, self.dtype)]))
-        sources = [f".{name}" for name in names]
-        return [*converters, WeightConverter(sources, ".weight", [DequantizeNVFP4(producer, self.dtype)])]
-
-    def is_serializable(self, *args, **kwargs) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
+        experts = ((f"experts.{stacked}", [f"experts.*.{part}." for part in parts]) for stacked, parts in PROJECTIONS.items())
+        return [
+            WeightConverter([start + name for start in starts for name in names], target, [DequantizeNVFP4(producer, self.dtype)])
+            for target, starts in (*experts, (".weight", ["."]))
+        ]
 
 
 register(METHOD, StoredNVFP4Config, NVFP4Quantizer)

@@ -1,6 +1,29 @@
-"""How this package's quantisers get into transformers' `from_pretrained`."""
+"""What this package's quantisers share: their way into transformers' `from_pretrained`, what they answer there, and stacked experts."""
 
+from collections.abc import Callable
+
+import torch
+from torch import nn
 from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+
+class BlockQuantizer(HfQuantizer):
+    """Quantises the parameters that a module of ours lists in `WEIGHTS`; adapters can be trained on top."""
+
+    element_size: float  # bytes of a quantised number
+    serializable = True
+    is_trainable = True
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        module, _, name = param_name.rpartition(".")
+        return name in getattr(model.get_submodule(module), "WEIGHTS", ())
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        return self.element_size if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return self.serializable
 
 
 def register(method: str, config: type, quantizer: type) -> None:
@@ -12,4 +35,21 @@ def register(method: str, config: type, quantizer: type) -> None:
     auto.register_quantizer(method)(quantizer)
 
 
-__all__ = ["register"]
+def only(input_dict: dict) -> torch.Tensor:
+    """The one tensor that transformers gives a conversion, in a list or not."""
+    (tensor,) = input_dict.values()
+    return tensor[0] if isinstance(tensor, list) else tensor
+
+
+def stack_experts(experts: int, parts: list, matrix: Callable[[list, int], torch.Tensor]) -> torch.Tensor:
+    """`matrix(part, expert)`, `(rows, K)`, of all parts and experts as `(E, rows of all parts, K)`, allocated once."""
+    stacked = None
+    for expert in range(experts):
+        matrices = [matrix(part, expert) for part in parts]
+        if stacked is None:
+            stacked = matrices[0].new_empty(experts, sum(map(len, matrices)), matrices[0].shape[1])
+        torch.cat(matrices, out=stacked[expert])
+    return stacked
+
+
+__all__ = ["BlockQuantizer", "only", "register", "stack_experts"]
