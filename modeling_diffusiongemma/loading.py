@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from .auto import REGISTERED, forget
-from .fp8_quantizer import METHOD as FP8
 from .fp8_quantizer import FP8Config
-from .nvfp4 import METHOD as NVFP4
+from .nvfp4 import StoredNVFP4Config
 from .remote_code import auto_map, write_card, write_code
 from .safetensors_files import INDEX, indexed_files, inspect_header
 from .saving import FINISHED, finish, replacing
@@ -77,13 +76,13 @@ def names_our_quantizer(config: PreTrainedConfig) -> bool:
     if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
         return False
     four_bits = quantization["quant_method"] == "modelopt" or str(quantization.get("format")).startswith("nvfp4")
-    config.quantization_config = quantization | {"quant_method": NVFP4 if four_bits else FP8}
+    config.quantization_config = quantization | {"quant_method": (StoredNVFP4Config if four_bits else FP8Config).quant_method}
     return True
 
 
 def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
     """Arguments of `from_pretrained` in which the config of a checkpoint that this package reads as quantised says so, and a
-    `quantization_config` as a mapping in the published words is the one of this package."""
+    `quantization_config` as a mapping in the published words is `FP8Config`."""
     asked = arguments.get("quantization_config")
     if isinstance(asked, dict) and asked.get("format") == "float-quantized":
         arguments = arguments | {"quantization_config": FP8Config.from_argument(asked)}
@@ -166,7 +165,7 @@ class LoadingMixin:
             raise ValueError("`push_to_hub` is True; expected False here: call `model.push_to_hub(repo_id)` instead")
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("`safe_serialization` is False; expected True or unset: weights are saved as safetensors alone")
-        self._check_remote_code(remote_code)
+        remote_code = self._with_code(remote_code)
         self._check_save_directory(Path(save_directory), distributed_checkpoint)
         with_adapters = getattr(self, "_hf_peft_config_loaded", False)
         writes, before = self.should_save_on_this_rank(is_main_process), self.config.architectures
@@ -180,7 +179,7 @@ class LoadingMixin:
                 self.config.architectures = [self.saved_architecture]
                 # Adapters are saved alone; a config.json would make a whole checkpoint of their folder.
                 if writes and not with_adapters:
-                    self._save_config_and_code(folder, self._with_code(remote_code), not (Path(save_directory) / "README.md").exists())
+                    self._save_config_and_code(folder, remote_code, not (Path(save_directory) / "README.md").exists())
                 if writes and with_adapters and (Path(folder) / INDEX).exists():
                     raise ValueError(f"`max_shard_size` is {max_shard_size!r}, less than the adapters take; expected one file of them")
         except BaseException as error:
@@ -195,16 +194,11 @@ class LoadingMixin:
         if folder.is_file():
             raise ValueError(f"`save_directory` is the file {folder}; expected a folder")
         if distributed and (held := sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".distcp"))):
-            raise ValueError(
-                f"`save_directory` is {folder}, which holds {held[0]}; expected a folder without weights, since the files of a "
-                "distributed checkpoint cannot take their place as one"
-            )
-        if "disk" in getattr(self, "hf_device_map", {}).values() and folder.is_dir() and os.path.isdir(self.name_or_path):
-            if folder.samefile(self.name_or_path):
-                raise ValueError(f"`save_directory` is {folder}, from which the model, offloaded to disk, still reads; expected another")
-
-    def _with_code(self, remote_code: bool | None) -> bool:
-        return self._auto_class is not None if remote_code is None else remote_code
+            why = "the files of a distributed checkpoint cannot take their place as one"
+            raise ValueError(f"`save_directory` is {folder}, which holds {held[0]}; expected a folder without weights, since {why}")
+        on_disk = "disk" in getattr(self, "hf_device_map", {}).values()
+        if on_disk and folder.is_dir() and os.path.isdir(self.name_or_path) and folder.samefile(self.name_or_path):
+            raise ValueError(f"`save_directory` is {folder}, from which the model, offloaded to disk, still reads; expected another")
 
     def _save_config_and_code(self, folder: str | os.PathLike, remote_code: bool, card: bool) -> None:
         """config.json with or without an `auto_map` of ours, whatever the config in memory was loaded with; and the code."""
@@ -217,13 +211,12 @@ class LoadingMixin:
         config.save_pretrained(folder)
         if remote_code:
             write_code(folder)
-        if remote_code and card:
-            write_card(folder, remote_code)
+            if card:
+                write_card(folder, remote_code)
 
     def _is_tied(self) -> bool:
         """Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not."""
-        modules = (self.get_output_embeddings(), self.get_input_embeddings())
-        head, embedding = (getattr(module, "weight", None) for module in modules)
+        head, embedding = (getattr(module, "weight", None) for module in (self.get_output_embeddings(), self.get_input_embeddings()))
         if head is None or embedding is None or head.is_meta or embedding.is_meta:  # no head; or offloaded, where nothing tells
             return self.config.tie_word_embeddings
         return head is embedding
@@ -238,7 +231,7 @@ class LoadingMixin:
         Raises:
             ValueError: as `save_pretrained`, and before anything is created on the Hub.
         """
-        self._check_remote_code(remote_code)
+        remote_code = self._with_code(remote_code)
         commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
         if getattr(self, "_hf_peft_config_loaded", False):  # the card below describes a whole model
             return super().push_to_hub(repo_id, private=private, token=token, max_shard_size=max_shard_size, tags=tags, **commit)
@@ -251,7 +244,7 @@ class LoadingMixin:
             if api.file_exists(repo_id, path.name):
                 ModelCard.load(repo_id, token=token).save(path)
             else:
-                write_card(folder, self._with_code(remote_code), repo_id)
+                write_card(folder, remote_code, repo_id)
             if tags:
                 card = ModelCard.load(path)
                 card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
@@ -259,11 +252,13 @@ class LoadingMixin:
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
 
-    def _check_remote_code(self, remote_code: bool | None) -> None:
+    def _with_code(self, remote_code: bool | None) -> bool:
+        """`remote_code`, checked, or its default."""
         if remote_code is not None and not isinstance(remote_code, bool):
             raise ValueError(f"`remote_code` is {remote_code!r}; expected True, False or None")
         if remote_code and getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError("`remote_code` is True; expected None or False here: of a model with adapters only these are saved")
+        return self._auto_class is not None if remote_code is None else remote_code
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:

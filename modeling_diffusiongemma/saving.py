@@ -38,14 +38,8 @@ FIRST = ("config.json", "adapter_config.json")  # to move: an Auto class reads t
 def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
     """A context with an empty folder to write into; at its end what was written there takes the place of what is in `folder`, as one.
 
-    Files of other names in `folder` stay, but for the old checkpoint's weights where new ones were written.
-
-    Args:
-        folder: made where it is missing.
-        variant: that of the weights written, as in `save_pretrained`.
-
-    Raises:
-        OSError: `folder` cannot be written, or is full. It is as it was before, as after any other exception.
+    `folder` is made where it is missing. Files of other names in it stay, but for the old checkpoint's weights of `variant`, as in
+    `save_pretrained`, where new ones were written. After an exception (OSError: it cannot be written, or is full) it is as it was before.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -68,11 +62,8 @@ def replacing(folder: str | os.PathLike, variant: str | None = None) -> Iterator
 
 @contextlib.contextmanager
 def staging(staged: Path, wait: bool = False) -> Iterator[BinaryIO]:
-    """Makes the folder `staged`, or takes over the one that a killed process left, and holds its lock.
-
-    Raises:
-        OSError: a process that is alive writes there, and this is not to `wait`.
-    """
+    """Makes the folder `staged`, or takes over the one that a killed process left, and holds its lock; OSError where a process that is
+    alive writes there, and this is not to `wait`."""
     while True:
         staged.mkdir(exist_ok=True)
         try:
@@ -90,10 +81,9 @@ def staging(staged: Path, wait: bool = False) -> Iterator[BinaryIO]:
 
 def is_there(plan: BinaryIO, folder: Path) -> bool:
     """Whether an open file still is the plan of `folder`, now that its lock has been got."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(plan.fileno()), os.stat(folder / PLAN))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def write_plan(plan: BinaryIO, old: list[str]) -> None:
@@ -104,12 +94,10 @@ def write_plan(plan: BinaryIO, old: list[str]) -> None:
 
 
 def put_in_place(staged: Path, plan: BinaryIO, folder: Path, variant: str | None = None) -> None:
-    """Moves the files of `staged`, whose `plan` is locked, to `folder`, which is their checkpoint from one moment on.
-
-    Raises:
-        OSError: a folder stands where a file is to go, or the disk is full; nothing has changed.
-    """
-    with alone(folder):
+    """Moves the files of `staged`, whose `plan` is locked, to `folder`, which is their checkpoint from one moment on; OSError where a
+    folder stands in a file's place, or the disk is full: nothing has changed."""
+    with opened(folder) if fcntl else contextlib.nullcontext() as target:
+        lock(target)  # nobody else puts files in place in `folder` meanwhile
         finish(folder)
         for name in files(staged):
             if (folder / name).is_dir():
@@ -123,8 +111,7 @@ def put_in_place(staged: Path, plan: BinaryIO, folder: Path, variant: str | None
         for path in {staged, *(staged / name for name in new), *((staged / name).parent for name in new)}:
             to_disk(path)
         if len(new) == 1 and not old:
-            (folder / new[0]).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staged / new[0], folder / new[0])
+            replace(staged / new[0], folder / new[0])
             to_disk((folder / new[0]).parent)
         elif new:
             write_plan(plan, sorted(old))
@@ -134,28 +121,10 @@ def put_in_place(staged: Path, plan: BinaryIO, folder: Path, variant: str | None
             move(folder)
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """A context in which nobody else puts files in place in `folder`."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def finish(folder: str | os.PathLike) -> set[str]:
-    """Finishes an interrupted move in `folder`, and waits for one that is under way. Returns the files that were moved here.
-
-    Raises:
-        OSError: there is one, and `folder` cannot be written.
-    """
-    folder = Path(folder)
-    finished = folder / FINISHED
+    """Finishes an interrupted move in `folder`, and waits for one that is under way. Returns the files that were moved here; OSError where
+    there are any, and `folder` cannot be written."""
+    finished = (folder := Path(folder)) / FINISHED
     while os.path.isdir(finished):
         try:
             with (finished / PLAN).open("r+b") as plan:
@@ -177,14 +146,11 @@ def finish(folder: str | os.PathLike) -> set[str]:
 def move(folder: Path) -> set[str]:
     """The renames; whoever calls this holds the lock. May be called again after it was interrupted anywhere."""
     finished = folder / FINISHED
-    new = files(finished)
-    entries = [name for name in new if finds_weights(name)]
-    old = json.loads((finished / PLAN).read_bytes().splitlines()[-1])
-    for name in sorted({*old, *entries}, key=lambda name: (not finds_weights(name), name)):
+    new, old = files(finished), json.loads((finished / PLAN).read_bytes().splitlines()[-1])
+    for name in sorted({*old, *filter(finds_weights, new)}, key=lambda name: (not finds_weights(name), name)):
         (folder / name).unlink(missing_ok=True)
-    for name in sorted(new, key=lambda name: (name in entries, name not in FIRST, name)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(finished / name, folder / name)
+    for name in sorted(new, key=lambda name: (finds_weights(name), name not in FIRST, name)):
+        replace(finished / name, folder / name)
     for path in {(folder / name).parent for name in new} | {folder}:
         to_disk(path)
     for path in sorted(finished.rglob("*"), reverse=True):
@@ -194,6 +160,11 @@ def move(folder: Path) -> set[str]:
     with contextlib.suppress(OSError):  # the next save stands there already
         finished.rmdir()
     return set(new)
+
+
+def replace(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
 
 
 def clear(folder: Path) -> None:
@@ -208,21 +179,16 @@ def clear(folder: Path) -> None:
                 path.rmdir()
 
 
-def lock(file: BinaryIO | int, wait: bool = True) -> bool | None:
-    """Locks an open file until it is closed or its process ends.
-
-    Returns:
-        True; False where another process has it and this is not to `wait`; None where the file system has no locks.
-    """
+def lock(file: BinaryIO | int | None, wait: bool = True) -> bool | None:
+    """Locks an open file until it is closed or its process ends. False where another process has it and this is not to `wait`; None
+    where the file system has no locks."""
     if fcntl is None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
+        return True
+    except OSError as error:
+        return False if isinstance(error, BlockingIOError) else None
 
 
 def files(folder: Path) -> list[str]:
@@ -231,15 +197,21 @@ def files(folder: Path) -> list[str]:
     return [name for name in found if name != PLAN]
 
 
-def to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name != "posix":  # Windows syncs what is open for writing alone
-        return
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A context with the descriptor of a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "posix":  # Windows syncs what is open for writing alone
+        with opened(path) as descriptor:
+            os.fsync(descriptor)
 
 
 __all__ = ["FINISHED", "files", "finish", "put_in_place", "replacing", "staging"]
