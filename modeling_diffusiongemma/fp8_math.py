@@ -13,6 +13,9 @@ scale is moreover rounded to bf16, which may push its row's largest value beyond
 `rounding_bound` sums this over a dot product (`tests/test_fp8_math.py` holds it).
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from transformers.utils import logging
 
@@ -57,9 +60,6 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rows` of a weight `(out, K)` or of stacked ones `(E, out, K)`, with scales rounded to bfloat16.
 
     Stacked weights go one by one, so that no float32 copy of all of them is made.
-
-    Returns:
-        e4m3 of the weight's shape and float32 scales `(..., out, 1)`, both on the weight's device.
     """
     if weight.dim() == 2:
         return quantize_rows(weight, torch.bfloat16)
@@ -78,9 +78,7 @@ def dequantize(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype)
 def reference_product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """What every FP8 product here computes, in float32: `(q(x) @ q(w)^T) * s(x) * s(w)^T`.
 
-    Args:
-        inputs (floating `(N, K)`): activations, quantised here by row.
-        weight (e4m3 `(out, K)`), scale (float32 `(out, 1)`).
+    Args: floating `(N, K)`, quantised here by row; e4m3 `(out, K)`, float32 `(out, 1)`.
     """
     quantized, input_scale = quantize_rows(inputs)
     return (quantized.float() @ weight.float().T) * input_scale * scale.T
@@ -133,9 +131,7 @@ def scaled_grouped_product(
     Returns bfloat16 `(M, out)`.
     """
     rows = ScalingType.RowWise
-    return scaled_grouped_mm(
-        quantized, weight.transpose(-2, -1), input_scale.squeeze(-1), rows, scale.squeeze(-1), rows, offs=ends
-    )  # fmt: skip
+    return scaled_grouped_mm(quantized, weight.mT, input_scale.squeeze(-1), rows, scale.squeeze(-1), rows, offs=ends)
 
 
 def dequantized_product(
@@ -152,13 +148,14 @@ def dequantized_grouped_product(
 ) -> torch.Tensor:
     """`scaled_grouped_product` on any device, in `dtype`, with one dequantised weight at a time."""
     output = torch.empty(len(quantized), weight.shape[1], dtype=dtype, device=quantized.device)
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if start < end:
-            rows = slice(start, end)
-            output[rows] = dequantized_product(quantized[rows], input_scale[rows], weight[expert], scale[expert], dtype)
-        start = end
+    for expert, rows in groups(ends):
+        output[rows] = dequantized_product(quantized[rows], input_scale[rows], weight[expert], scale[expert], dtype)
     return output
+
+
+def groups(ends: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Every group that has rows, and these; waits for the device."""
+    return ((group, slice(start, end)) for group, (start, end) in enumerate(pairwise([0, *ends.tolist()])) if start < end)
 
 
 def _missing_units(device: torch.device) -> str | None:
@@ -167,11 +164,8 @@ def _missing_units(device: torch.device) -> str | None:
         return f"they need a GPU of compute capability 9.0, and the device is {device.type!r}"
     if scaled_mm is None:
         return f"torch {torch.__version__} has none"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (9, 0):
-        name = torch.cuda.get_device_name(device)
-        return f"they need compute capability 9.0, and {name} has {capability[0]}.{capability[1]}"
-    return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 9 else f"they need compute capability 9.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
 
 
 def _prove_scaled(device: torch.device):
@@ -237,27 +231,18 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, scale, ends = ctx.saved_tensors
-        total, start = gradient.new_zeros(ctx.shape), 0
-        for expert, end in enumerate(ends.tolist()):
-            if start < end:
-                total.index_add_(0, rows[start:end], gradient[start:end] @ dequantize(weight[expert], scale[expert], gradient.dtype))
-            start = end
+        total = gradient.new_zeros(ctx.shape)
+        for expert, group in groups(ends):
+            total.index_add_(0, rows[group], gradient[group] @ dequantize(weight[expert], scale[expert], gradient.dtype))
         return total, None, None, None, None
 
 
 def fp8_product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`inputs @ weight.T` in FP8, by the fastest way the device has.
+    """`inputs @ weight.T` in FP8, by the fastest way the device has; its gradient is that of the dequantised weight.
 
-    Differentiable with respect to `inputs`: the gradient is that of the dequantised weight.
-
-    Args:
-        inputs (floating `(N, K)`).
-        weight (e4m3 `(out, K)`), scale (float32 `(out, 1)`): from `quantize_weight`.
-
-    Returns:
-        `(N, out)` in the dtype of `inputs`.
+    Args: floating `(N, K)`, and from `quantize_weight` e4m3 `(out, K)` and float32 `(out, 1)`. Returns `(N, out)` in the dtype of `inputs`.
     """
-    return _Product.apply(inputs, weight, scale) if _differentiated(inputs) else _product(inputs, weight, scale)
+    return (_Product.apply if _differentiated(inputs) else _product)(inputs, weight, scale)
 
 
 def fp8_grouped_product(
@@ -271,12 +256,8 @@ def fp8_grouped_product(
         rows (int64 `(M,)`): rows of `inputs`, group after group.
         weight (e4m3 `(E, out, K)`), scale (float32 `(E, out, 1)`).
         ends (int32 `(E,)`): where each group ends in `rows`; a group may be empty.
-
-    Returns:
-        `(M, out)` in the dtype of `inputs`.
     """
-    grouped = _GroupedProduct.apply if _differentiated(inputs) else _grouped_product
-    return grouped(inputs, rows, weight, scale, ends)
+    return (_GroupedProduct.apply if _differentiated(inputs) else _grouped_product)(inputs, rows, weight, scale, ends)
 
 
 def _differentiated(inputs: torch.Tensor) -> bool:

@@ -1,5 +1,7 @@
 """What the two model classes and their passes return."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers import Cache
 
@@ -22,22 +24,16 @@ class PassOutput(CacheOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-@cache_output
-class BlockModelOutput(CacheOutput):
-    """Output of `DiffusionGemmaBlockModel`.
+@dataclass
+class BlockModelOutput(PassOutput):
+    """Output of `DiffusionGemmaBlockModel`: that of its canvas pass, and
 
     Args:
-        last_hidden_state (`(B, C, D)`): normed output of the canvas pass.
-        cache: the prompt's cache.
         hidden_states (*optional*): `num_hidden_layers + 1` tensors `(B, C, D)` of the canvas pass; None for those not asked for.
         attentions (*optional*): `num_hidden_layers` tensors `(B, H, C, slots + C)` of the canvas pass, eager attention.
         encoder_last_hidden_state (`(B, P, D)`, *optional*): normed output of the prompt pass, if there was one.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    cache: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
 
 

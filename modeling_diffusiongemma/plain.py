@@ -85,7 +85,7 @@ def brought_in(module: nn.Module) -> Iterator[torch.Tensor]:
 def expected_embedding(embedding: nn.Module, probabilities: torch.Tensor) -> torch.Tensor:
     """The mean of the embedding's rows under `probabilities` `(B, C, V)`: `(B, C, D)` in the embedding's dtype.
 
-    A plain embedding is one product with its weight. Any other is asked for the rows of all ids, a part at a time, so that whatever
+    A plain embedding is one product with its weight. Any other is asked for the rows of all ids, a piece at a time, so that whatever
     makes them is seen, and takes its gradient.
     """
     if why_not_plain(embedding, ScaledEmbedding) is None:
@@ -94,9 +94,9 @@ def expected_embedding(embedding: nn.Module, probabilities: torch.Tensor) -> tor
     total = None
     copies = len(probabilities) if mixes_adapters(embedding) else 1  # each row of the batch has rows of its own then
     ids = torch.arange(probabilities.shape[-1], dtype=torch.int64, device=probabilities.device)
-    for own, part in zip(ids.split(ROWS), probabilities.split(ROWS, dim=-1), strict=True):
-        rows = embedding(own.expand(copies, -1))  # (1 or B, W, D)
-        mean = torch.matmul(part.to(rows), rows if copies > 1 else rows[0])
+    for piece, weights in zip(ids.split(ROWS), probabilities.split(ROWS, dim=-1), strict=True):
+        rows = embedding(piece.expand(copies, -1))  # (1 or B, W, D)
+        mean = torch.matmul(weights.to(rows), rows if copies > 1 else rows[0])
         total = mean if total is None else total + mean
     return total.to(probabilities.device)
 

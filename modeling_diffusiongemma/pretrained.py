@@ -1,9 +1,11 @@
 """The base class of every model class here: what transformers asks about initialisation, placement and implementations."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -57,10 +59,8 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
         """
         second = sorted(name for name in loading_info.unexpected_keys if "encoder.language_model." in name)
         if second and not getattr(self.config, "tie_word_embeddings", True):
-            raise ValueError(
-                f"the checkpoint holds a second stack for the prompt pass ({second[0]} and {len(second) - 1} more), and "
-                "`tie_word_embeddings` is False in its config; expected one stack, which both passes share"
-            )
+            held = f"the checkpoint holds a second stack for the prompt pass ({second[0]} and {len(second) - 1} more)"
+            raise ValueError(f"{held}, and `tie_word_embeddings` is False in its config; expected one stack, which both passes share")
         super()._adjust_missing_and_unexpected_keys(loading_info)
 
     def reference_arithmetic(self) -> contextlib.AbstractContextManager[None]:
@@ -68,16 +68,13 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
         where nothing is requested. Other threads that use the model meanwhile do not notice."""
         return experts_by(super().get_correct_experts_implementation(None))
 
-    # One method under its two names in transformers 5 (the second is the newer).
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """As in transformers, without the reentrant kind."""
-        _refuse_reentrant(gradient_checkpointing_kwargs)
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """As in transformers, without the reentrant kind."""
-        _refuse_reentrant(activation_checkpointing_kwargs)
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+    # Under both names that enabling it has in transformers 5.
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs) -> None:
+        """As in transformers, without the reentrant kind, which follows no tensor inside a tuple: keys and values handed on by the layers
+        would lose their gradient."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("`use_reentrant` is True in the checkpointing arguments; expected False: it drops gradients here")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,14 +85,8 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
             init.ones_(module.scale)
             init.ones_(module.per_expert_scale)
         elif isinstance(module, Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
-            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
-
-
-def _refuse_reentrant(arguments: dict | None) -> None:
-    """Reentrant checkpointing follows no tensor inside a tuple: keys and values handed on by the layers would lose their gradient."""
-    if (arguments or {}).get("use_reentrant"):
-        raise ValueError("`use_reentrant` is True in the checkpointing arguments; expected False: it drops gradients here")
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
 
 
 __all__ = ["DiffusionGemmaBlockPreTrainedModel"]

@@ -41,13 +41,13 @@ def only(input_dict: dict) -> torch.Tensor:
     return tensor[0] if isinstance(tensor, list) else tensor
 
 
-def stack_experts(experts: int, parts: list, matrix: Callable[[list, int], torch.Tensor]) -> torch.Tensor:
-    """`matrix(part, expert)`, `(rows, K)`, of all parts and experts as `(E, rows of all parts, K)`, allocated once."""
+def stack_experts(experts: int, projections: list, matrix: Callable[[list, int], torch.Tensor]) -> torch.Tensor:
+    """`matrix(projection, expert)`, `(rows, K)`, of all of them as `(E, rows of all projections, K)`, allocated once."""
     stacked = None
     for expert in range(experts):
-        matrices = [matrix(part, expert) for part in parts]
+        matrices = [matrix(projection, expert) for projection in projections]
         if stacked is None:
-            stacked = matrices[0].new_empty(experts, sum(map(len, matrices)), matrices[0].shape[1])
+            stacked = matrices[0].new_empty(experts, sum(map(len, matrices)), *matrices[0].shape[1:])
         torch.cat(matrices, out=stacked[expert])
     return stacked
 

@@ -28,10 +28,10 @@ def largest(count: int, groups: list, device: torch.device) -> int:
     """The largest `count` of all ranks in `groups`, which all have to ask; `count` itself where there are none."""
     if not groups:
         return count
-    number = torch.tensor(count, dtype=torch.int64, device=device)
+    found = torch.tensor(count, dtype=torch.int64, device=device)
     for group in groups:
-        distributed.all_reduce(number, distributed.ReduceOp.MAX, group)
-    return int(number)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group)
+    return int(found)
 
 
 __all__ = ["gathering_groups", "largest"]
