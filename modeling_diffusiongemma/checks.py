@@ -19,28 +19,22 @@ def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Te
     values, pooled = 3 * vision.patch_size**2, vision.pooling_kernel_size**2
     images, patches = pixel_values.shape[:2]
     if pixel_values.shape[2] != values or pixel_values.numel() == 0 or patches % pooled:
-        raise ValueError(
-            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, patches, {values}), with a number of patches "
-            f"that {pooled} divides"
-        )
+        expected = f"(images, patches, {values}), with a number of patches that {pooled} divides"
+        raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected {expected}")
     check_shape("image_position_ids", places, (images, patches, 2))
     low, high = (int(value) for value in places.aminmax())
     # The tower averages patches in cells, which it counts off row by row.
     cells = places.clamp(min=0) // vision.pooling_kernel_size
     cells = cells[..., 0] + (places[..., :1].clamp(min=0).amax(dim=1) + 1) // vision.pooling_kernel_size * cells[..., 1]
     if low < -1 or high >= vision.position_embedding_size or int(cells.max()) >= patches // pooled:
-        raise ValueError(
-            f"`image_position_ids` holds places from {low} to {high}; expected from -1, padding, to {vision.position_embedding_size - 1}, "
-            f"on a grid of at most {patches} patches"
-        )
+        expected = f"from -1, padding, to {vision.position_embedding_size - 1}, on a grid of at most {patches} patches"
+        raise ValueError(f"`image_position_ids` holds places from {low} to {high}; expected {expected}")
     if pooled > 1:
         seen = torch.zeros((images, patches // pooled), dtype=torch.int64, device=cells.device)
         soft = int(seen.scatter(1, cells, 1).sum())
         if input_ids is not None and (found := int((input_ids == config.image_token_id).sum())) != soft:
-            raise ValueError(
-                f"`input_ids` holds {found} image tokens (id {config.image_token_id}) and `pixel_values` gives {soft} soft tokens; "
-                "expected as many image tokens as soft tokens"
-            )
+            got = f"`input_ids` holds {found} image tokens (id {config.image_token_id}) and `pixel_values` gives {soft} soft tokens"
+            raise ValueError(f"{got}; expected as many image tokens as soft tokens")
 
 
 def check_cached_shapes(cache: Cache, config) -> None:

@@ -10,12 +10,11 @@ from transformers.activations import ACT2FN
 def check_config(config: DiffusionGemmaConfig) -> None:
     """Raises ValueError for values no model can be built from, naming the field, what it holds and what it expects."""
     text = config.text_config
-    positive = {name: getattr(text, name) for name in (
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-        "num_experts", "top_k_experts", "moe_intermediate_size", "sliding_window",
-    )}  # fmt: skip
-    positive["canvas_length"] = config.canvas_length
-    for name, value in positive.items():
+    for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_experts", "top_k_experts",
+        "moe_intermediate_size", "sliding_window", "canvas_length",
+    ):  # fmt: skip
+        value = getattr(config if name == "canvas_length" else text, name)
         if not isinstance(value, int) or value <= 0:
             raise ValueError(f"`{name}` in the config is {value!r}; expected a positive integer")
     if text.top_k_experts > text.num_experts:
@@ -37,10 +36,8 @@ def check_config(config: DiffusionGemmaConfig) -> None:
         if layer.head_dim <= 0 or layer.head_dim % 2:
             raise ValueError(f"`head_dim` of layer {layer_idx} is {layer.head_dim}; expected a positive even number")
         if layer.num_key_value_heads <= 0 or text.num_attention_heads % layer.num_key_value_heads:
-            raise ValueError(
-                f"`num_key_value_heads` of layer {layer_idx} is {layer.num_key_value_heads}; "
-                f"expected a divisor of `num_attention_heads`, {text.num_attention_heads}"
-            )
+            expected = f"a divisor of `num_attention_heads`, {text.num_attention_heads}"
+            raise ValueError(f"`num_key_value_heads` of layer {layer_idx} is {layer.num_key_value_heads}; expected {expected}")
 
 
 __all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "check_config"]

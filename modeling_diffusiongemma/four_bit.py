@@ -25,11 +25,7 @@ PACKED = {"gate_up_proj": "gate_up_packed", "down_proj": "down_packed"}
 
 
 def kernels():
-    """bitsandbytes' functions, imported at first use.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """bitsandbytes' functions, imported at first use; ImportError where it is not installed."""
     try:
         from bitsandbytes import functional
     except ImportError as error:
@@ -41,10 +37,8 @@ class FourBitConfig(QuantizationConfigMixin):
     """Experts in NF4, for `from_pretrained(..., quantization_config=FourBitConfig())`. Needs bitsandbytes.
 
     Args:
-        block_size: numbers that share a float32 scale (64: QLoRA's). An expert's weight takes 0.5 + 4 / block_size bytes.
-
-    Raises:
-        ValueError: a `block_size` bitsandbytes does not have.
+        block_size: numbers that share a float32 scale (64: QLoRA's), one of `BLOCK_SIZES`, which are bitsandbytes', or ValueError. An
+            expert's weight takes 0.5 + 4 / block_size bytes.
     """
 
     quant_method = METHOD

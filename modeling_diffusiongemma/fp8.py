@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .experts import Experts, eager_experts
 from .fp8_math import E4M3, dequantize, fp8_grouped_product, fp8_product
+from .quantizer_registry import stack_experts
 
 
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -117,11 +118,9 @@ class FP8Experts(FixedDtypes, nn.Module):
     def dequantized(self, dtype: torch.dtype, like: Experts) -> Experts:
         """`like` with these weights in `dtype`, dequantised expert by expert."""
         for name in self.WEIGHTS:
-            weight, scale = getattr(self, name), getattr(self, scale_name(name))
-            stacked = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-            for index in range(self.num_experts):
-                stacked[index] = dequantize(weight[index], scale[index], dtype)
-            setattr(like, name, nn.Parameter(stacked))
+            stored = list(zip(getattr(self, name), getattr(self, scale_name(name)), strict=True))
+            plain = stack_experts(self.num_experts, [stored], lambda pairs, expert: dequantize(*pairs[expert], dtype))
+            setattr(like, name, nn.Parameter(plain))
         return like
 
 

@@ -95,15 +95,15 @@ def expert_shapes(experts: str, projection: str, stacked: torch.Size) -> dict[st
 
 
 def make_fp8(model: nn.Module, ignore: list[str], dtype: torch.dtype = E4M3) -> list[str]:
-    """Puts FP8 modules into `model`, in place, on the meta device; returns the published names of what was replaced.
+    """Puts FP8 modules into `model`, with or without its head, in place, on the meta device.
 
     Args:
-        model: with or without its head.
         ignore: published names, or patterns `re:...`, of linear layers to leave alone.
         dtype: of the weights until they are loaded.
 
-    Raises:
-        ValueError: a layer with a bias, which the format does not know; an `ignore` that splits a layer's experts.
+    Returns:
+        The published names of what was replaced. ValueError: a layer with a bias, which the format does not know; an `ignore` that
+        splits a layer's experts.
     """
     prefix, replaced = prefix_of(model), {}
     for name, module in model.named_modules():
@@ -163,11 +163,7 @@ def published_layout(model: nn.Module) -> dict[str, tuple[str | None, tuple[int,
 
 
 def check_files(model: nn.Module, files: list[str | os.PathLike]) -> None:
-    """Checks the FP8 tensors of a checkpoint before anything of it is loaded: all there, of the right type and shape, and
-    every scale a positive number.
-
-    Args:
-        model: with FP8 modules in place (`make_fp8`).
+    """Checks the FP8 tensors of a checkpoint, of a `model` whose FP8 modules stand in place, before anything of it is loaded.
 
     Raises:
         OSError: a file is damaged or half-written.

@@ -28,10 +28,7 @@ class FP8Config(QuantizationConfigMixin):
     Args:
         ignore: names of linear layers to leave alone, as the released model has them (`"model.decoder.layers.0.mlp.up_proj"`;
             one expert: `"model.decoder.layers.0.experts.7.up_proj"`), or regular expressions behind `re:`. They replace the
-            default, which is that of the published copy: all but attention, dense MLP and experts.
-
-    Raises:
-        ValueError: `ignore` is no list of strings.
+            default, which is that of the published copy: all but attention, dense MLP and experts. ValueError: no list of strings.
     """
 
     quant_method = METHOD
@@ -62,17 +59,22 @@ class FP8Config(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-class MergeExperts(ConversionOps):
-    """Experts stored one by one, `(rows, K)` each, into a stacked tensor `(E, rows of all parts, K)`.
+class StoredExperts(ConversionOps):
+    """Experts stored one by one, `(rows, K)` each, into a stacked tensor `(E, rows of all parts, K)`; scales become float32, which the
+    scaled products take. `storing`: backwards, without copying weights."""
 
-    Scales become float32, which the scaled products take.
-    """
-
-    def __init__(self, parts: int, scales: bool):
-        self.parts, self.scales = parts, scales
+    def __init__(self, parts: int, scales: bool, storing: bool = False):
+        self.parts, self.scales, self.storing = parts, scales, storing
 
     @torch.no_grad()
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
+        if self.storing:
+            return {
+                pattern.replace("*", str(expert)): stored_scale(rows) if self.scales else separately_stored(rows)
+                for expert, stacked in enumerate(only(input_dict))
+                for pattern, rows in zip(target_patterns, stacked.chunk(self.parts), strict=True)
+            }
+
         def matrix(part, expert):  # each is freed: the stack and its parts are never there twice
             rows, part[expert] = part[expert], None
             return rows.float() if self.scales else rows
@@ -82,23 +84,7 @@ class MergeExperts(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return SplitExperts(self.parts, self.scales)
-
-
-class SplitExperts(MergeExperts):
-    """`MergeExperts` backwards, without copying weights."""
-
-    @torch.no_grad()
-    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
-        return {
-            pattern.replace("*", str(expert)): stored_scale(rows) if self.scales else separately_stored(rows)
-            for expert, stacked in enumerate(only(input_dict))
-            for pattern, rows in zip(target_patterns, stacked.chunk(self.parts), strict=True)
-        }
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return MergeExperts(self.parts, self.scales)
+        return StoredExperts(self.parts, self.scales, not self.storing)
 
 
 class ConvertScale(ConversionOps):
@@ -134,7 +120,7 @@ def conversions() -> list[WeightConverter]:
         # Scales first: for transformers before 5.23 their names match the weights' patterns too.
         for suffix, target in (("weight_scale", scale_name(f"experts.{stacked}")), ("weight", f"experts.{stacked}")):
             sources = [f"experts.*.{part}.{suffix}" for part in parts]
-            converters.append(WeightConverter(sources, target, [MergeExperts(len(parts), suffix == "weight_scale")]))
+            converters.append(WeightConverter(sources, target, [StoredExperts(len(parts), suffix == "weight_scale")]))
     return [*converters, WeightConverter("weight_scale", "weight_scale", [ConvertScale()])]
 
 

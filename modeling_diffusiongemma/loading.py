@@ -108,9 +108,7 @@ class LoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As `PreTrainedModel.from_pretrained`.
-
-        A folder that a save was killed in is loaded as the checkpoint before or after that save.
+        """As `PreTrainedModel.from_pretrained`. A folder that a save was killed in is loaded as the checkpoint before or after that save.
 
         Raises:
             OSError: a weight file is missing, truncated or not a safetensors file; or the folder was saved over at the same time.
@@ -149,17 +147,15 @@ class LoadingMixin:
         as one, whatever is killed or fails (`saving`): for a while both take space. Other files in it stay.
 
         Args:
-            remote_code: True adds this implementation's code, the `auto_map` that names it and a model card where there is
-                none: the folder, or a Hub repository of its files, then loads with `trust_remote_code=True` where this
-                package is not installed, and with transformers' own class without. False: weights and settings alone.
-                Default: True if the model's own class was loaded with `trust_remote_code` (or registered by
-                `register_for_auto_class`), else False.
+            remote_code: True adds this implementation's code, the `auto_map` that names it and a model card where there is none: the
+                folder, or a Hub repository of its files, then loads with `trust_remote_code=True` where this package is not installed, and
+                with transformers' own class without. False: weights and settings alone. Default: True if the model's own class was loaded
+                with `trust_remote_code` (or registered by `register_for_auto_class`), else False.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full; it is as before.
-            ValueError: `push_to_hub=True`; call `model.push_to_hub(repo_id)`, which saves through here. `remote_code=True` with
-                adapters, which are saved alone. `safe_serialization=False`. `distributed_checkpoint=True` into a folder that holds weights.
-                The folder that the model, offloaded to disk, reads its weights from.
+            ValueError: `push_to_hub=True`, `safe_serialization=False`, `remote_code=True` with adapters, which are saved alone,
+                `distributed_checkpoint=True` into a folder that holds weights, or the folder that the model, offloaded to disk, reads from.
         """
         if push_to_hub:
             raise ValueError("`push_to_hub` is True; expected False here: call `model.push_to_hub(repo_id)` instead")
@@ -180,7 +176,7 @@ class LoadingMixin:
                 # Adapters are saved alone; a config.json would make a whole checkpoint of their folder.
                 if writes and not with_adapters:
                     self._save_config_and_code(folder, remote_code, not (Path(save_directory) / "README.md").exists())
-                if writes and with_adapters and (Path(folder) / INDEX).exists():
+                elif writes and (Path(folder) / INDEX).exists():
                     raise ValueError(f"`max_shard_size` is {max_shard_size!r}, less than the adapters take; expected one file of them")
         except BaseException as error:
             self.config.architectures = before
@@ -226,11 +222,8 @@ class LoadingMixin:
         commit_description: str | None = None, private: bool | None = None, token: str | bool | None = None,
         revision: str | None = None, create_pr: bool = False, max_shard_size: int | str = "50GB", tags: list[str] | None = None,
     ):  # fmt: skip
-        """As `PreTrainedModel.push_to_hub`; `remote_code` as in `save_pretrained`. A model card that the repository has is kept.
-
-        Raises:
-            ValueError: as `save_pretrained`, and before anything is created on the Hub.
-        """
+        """As `PreTrainedModel.push_to_hub`; `remote_code` as in `save_pretrained`, whose errors come before anything is created on the
+        Hub. A model card that the repository has is kept."""
         remote_code = self._with_code(remote_code)
         commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
         if getattr(self, "_hf_peft_config_loaded", False):  # the card below describes a whole model

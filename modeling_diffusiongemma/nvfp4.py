@@ -48,11 +48,8 @@ def dequantize_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: to
 
 
 class StoredNVFP4Config(QuantizationConfigMixin):
-    """How an NVFP4 checkpoint is stored; made from its config.json. transformers' `NVFP4Config` asks for a plain one to become NVFP4.
-
-    Args:
-        producer: `"compressed-tensors"` or `"modelopt"`.
-    """
+    """How an NVFP4 checkpoint is stored, by `producer`; made from its config.json. transformers' `NVFP4Config` asks for a plain one to
+    become NVFP4."""
 
     quant_method = METHOD
     dequantize = True  # for transformers: what is loaded is not quantised
@@ -84,8 +81,7 @@ class StoredNVFP4Config(QuantizationConfigMixin):
 
 class DequantizeNVFP4(ConversionOps):
     """Global scales, scales and packed matrices (in this order of `source_patterns`) into one plain matrix, or those of all
-    experts into a stacked one. A matrix that comes without scales is passed on.
-    """
+    experts into a stacked one. A matrix that comes without scales is passed on."""
 
     def __init__(self, producer: str, dtype: torch.dtype):
         self.producer, self.dtype = producer, dtype
@@ -112,8 +108,7 @@ def check_nvfp4_files(model: nn.Module, files: list[str | os.PathLike], producer
 
     Raises:
         OSError: a file is damaged or half-written.
-        ValueError: a matrix or a scale is missing, has the wrong type or shape, or is NaN, infinite or no positive number. The
-            message names tensor and file.
+        ValueError: a matrix or a scale is missing, of the wrong type or shape, NaN, infinite or no positive number; names tensor and file.
     """
     prefix, (numbers, block, matrix) = prefix_of(model), NAMES[producer]
     stored, shapes, scales = published_tensors(files), {}, {}

@@ -30,13 +30,7 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
     _supports_attention_backend = True
 
     # transformers looks for these two in the source text of the class's own module; ours stand in other files.
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
+    _can_set_attn_implementation = _can_set_experts_implementation = classmethod(lambda cls: True)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers; `"auto"` (`experts.choose_experts`) where nothing is requested."""
@@ -45,18 +39,13 @@ class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         """As in transformers, without kernels that take no mask, those from the Hub included: images and padding would go unseen."""
         if any(kind in str(attn_implementation) for kind in ("flash", "paged")):
-            raise ValueError(
-                f"`attn_implementation` is {attn_implementation!r}; expected 'sdpa', 'eager' or 'flex_attention': "
-                "it takes no mask, and images and padding need one"
-            )
+            why = "it takes no mask, and images and padding need one"
+            raise ValueError(f"`attn_implementation` is {attn_implementation!r}; expected 'sdpa', 'eager' or 'flex_attention': {why}")
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        """As in transformers, whose class ties its two stacks by `tie_word_embeddings`, too: what it saves without is two models in one.
-
-        Raises:
-            ValueError: the checkpoint holds weights of the prompt pass's own beside those of the canvas pass.
-        """
+        """As in transformers, whose class ties its two stacks by `tie_word_embeddings`, too: what it saves without is two models in one,
+        which is refused."""
         second = sorted(name for name in loading_info.unexpected_keys if "encoder.language_model." in name)
         if second and not getattr(self.config, "tie_word_embeddings", True):
             held = f"the checkpoint holds a second stack for the prompt pass ({second[0]} and {len(second) - 1} more)"

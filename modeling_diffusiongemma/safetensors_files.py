@@ -78,11 +78,8 @@ def inspect_header(path: Path) -> tuple[dict, str | None]:
 
 
 def read_header(path: str | os.PathLike) -> dict:
-    """The header of a safetensors file: `{name: {"dtype", "shape", "data_offsets"}}`, and `"__metadata__"` where it has one.
-
-    Raises:
-        OSError: the file is missing, is no safetensors file, or is not as long as its header says.
-    """
+    """The header of a safetensors file: `{name: {"dtype", "shape", "data_offsets"}}`, and `"__metadata__"` where it has one. OSError: it is
+    missing, no safetensors file, or not as long as its header says."""
     header, wrong = inspect_header(Path(path))
     if wrong:
         raise OSError(f"{path} {wrong}")
@@ -90,12 +87,7 @@ def read_header(path: str | os.PathLike) -> dict:
 
 
 def stored_tensors(files: list[str | os.PathLike]) -> dict[str, StoredTensor]:
-    """Every tensor of the files by name, from their headers alone.
-
-    Raises:
-        OSError: a file is damaged.
-        ValueError: two files hold the same tensor.
-    """
+    """Every tensor of the files by name, from their headers alone. OSError: one is damaged; ValueError: two hold the same tensor."""
     found: dict[str, StoredTensor] = {}
     for path in map(Path, files):
         header = read_header(path)

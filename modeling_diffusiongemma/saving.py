@@ -136,10 +136,8 @@ def finish(folder: str | os.PathLike) -> set[str]:
                 finished.rmdir()
             return set()
         except OSError as error:
-            raise OSError(
-                f"a save into {folder} was interrupted while its last files, now in {finished}, were moved to their places, and they "
-                f"cannot be moved here: {error}; expected a folder that can be written, once"
-            ) from error
+            what = f"a save into {folder} was interrupted while its last files, now in {finished}, were moved to their places"
+            raise OSError(f"{what}, and they cannot be moved here: {error}; expected a folder that can be written, once") from error
     return set()
 
 
