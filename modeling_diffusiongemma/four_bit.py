@@ -19,7 +19,6 @@ from .experts import Experts
 from .fp8 import FixedDtypes, frozen
 from .quantizer_registry import BlockQuantizer, only, register
 
-METHOD = f"{__name__}"
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 PACKED = {"gate_up_proj": "gate_up_packed", "down_proj": "down_packed"}
 
@@ -41,7 +40,7 @@ class FourBitConfig(QuantizationConfigMixin):
             expert's weight takes 0.5 + 4 / block_size bytes.
     """
 
-    quant_method = METHOD
+    quant_method = f"{__name__}"
 
     def __init__(self, block_size: int = 64):
         if block_size not in BLOCK_SIZES:
@@ -53,7 +52,7 @@ class FourBitConfig(QuantizationConfigMixin):
         return super().from_dict({name: value for name, value in config_dict.items() if name == "block_size"}, *args, **kwargs)
 
     def to_dict(self) -> dict:
-        return {"quant_method": METHOD, "block_size": self.block_size}
+        return {"quant_method": self.quant_method, "block_size": self.block_size}
 
 
 class FourBitExperts(FixedDtypes, Experts):
@@ -147,7 +146,7 @@ class FourBitQuantizer(BlockQuantizer):
         return [WeightRenaming(f"experts.{name}", f"experts.{packed}") for name, packed in PACKED.items()]
 
 
-register(METHOD, FourBitConfig, FourBitQuantizer)
+register(FourBitConfig, FourBitQuantizer)
 
 
 __all__ = ["FourBitConfig", "FourBitExperts", "FourBitQuantizer"]

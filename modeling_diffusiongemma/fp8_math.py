@@ -41,12 +41,8 @@ def quantize_rows(values: torch.Tensor, scale_dtype: torch.dtype = torch.float32
     A row of zeros, or of nothing above 5e-36 (which would need a subnormal scale), gets the scale 1 and becomes zero. NaN and
     infinity in a row make its scale NaN or infinite.
 
-    Args:
-        values (floating `(..., K)`): rows along the last dimension.
-        scale_dtype: what the scale is rounded to before the rows are divided by it; bfloat16 for weights as published.
-
-    Returns:
-        e4m3 `(..., K)` and the scales, float32 `(..., 1)`.
+    Args: floating `(..., K)`, and what the scale is rounded to before the rows are divided by it: bfloat16 for weights as published.
+    Returns e4m3 `(..., K)` and the scales, float32 `(..., 1)`.
     """
     scale = torch.linalg.vector_norm(values, float("inf"), dim=-1, keepdim=True).float() / LARGEST
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)

@@ -17,8 +17,6 @@ from .fp8_layout import PROJECTIONS, check_files, check_quantization, default_ig
 from .fp8_math import E4M3, quantize_weight
 from .quantizer_registry import BlockQuantizer, only, register, stack_experts
 
-METHOD = f"{__name__}"  # a copy of this file that came as remote code registers under its own name
-
 
 class FP8Config(QuantizationConfigMixin):
     """FP8 weights (e4m3, one scale an output channel) and activations (e4m3, one scale a token), for
@@ -31,7 +29,7 @@ class FP8Config(QuantizationConfigMixin):
             default, which is that of the published copy: all but attention, dense MLP and experts. ValueError: no list of strings.
     """
 
-    quant_method = METHOD
+    quant_method = f"{__name__}"  # a copy of this file that came as remote code registers under its own name
 
     def __init__(self, ignore: list[str] | None = None):
         if ignore is not None and (not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore)):
@@ -153,10 +151,6 @@ class FP8Quantizer(BlockQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.unquantizable: list[str] = []  # and why; an exception during a conversion would be swallowed
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        # dtype="auto" finds the dtype of the first weight in a config.json that names none
-        return torch.bfloat16 if dtype == E4M3 else dtype
-
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         if not any(isinstance(module, Experts) for module in model.modules()):
             raise ValueError(f"`quantization_config` is FP8Config and the model {type(model).__name__}; expected a DiffusionGemma")
@@ -196,7 +190,7 @@ class FP8Quantizer(BlockQuantizer):
         return model
 
 
-register(METHOD, FP8Config, FP8Quantizer)
+register(FP8Config, FP8Quantizer)
 
 
-__all__ = ["METHOD", "FP8Config", "FP8Quantizer"]
+__all__ = ["FP8Config", "FP8Quantizer"]

@@ -49,11 +49,8 @@ def rotary_frequencies(config: DiffusionGemmaTextConfig, layer_type: str) -> tor
 
 
 class RotaryPositions(nn.Module):
-    """Cosines and sines of the rotary angles, for every layer type at once.
-
-    The frequencies are no buffers: `.to(bfloat16)` must not round them, and a model built on the meta device must not
-    lose them. They are recomputed from the config at first use on a device.
-    """
+    """Cosines and sines of the rotary angles, for every layer type at once. The frequencies are no buffers: `.to(bfloat16)` must not round
+    them, nor the meta device lose them. They are computed from the config at first use on a device."""
 
     def __init__(self, config: DiffusionGemmaTextConfig):
         super().__init__()
@@ -61,12 +58,11 @@ class RotaryPositions(nn.Module):
         self._frequencies: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     def frequencies(self, layer_type: str, device: torch.device) -> torch.Tensor:
-        frequencies = self._frequencies.get((layer_type, device))
-        if frequencies is None:
-            frequencies = rotary_frequencies(self.config, layer_type).to(device)
+        if (found := self._frequencies.get((layer_type, device))) is None:
+            found = rotary_frequencies(self.config, layer_type).to(device)
             if not torch.compiler.is_compiling():  # what is traced belongs to the graph
-                self._frequencies[layer_type, device] = frequencies
-        return frequencies
+                self._frequencies[layer_type, device] = found
+        return found
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -110,8 +106,7 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input_ids) * self.scales[self.weight.dtype]
 
     def expect(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The mean row under distributions `(B, L, V)`, `(B, L, D)`. By way of `plain.expected_embedding`, which knows what may stand
-        in the place of this module."""
+        """The mean row, `(B, L, D)`, under distributions `(B, L, V)`; called by `plain.expected_embedding` alone."""
         return torch.matmul(probabilities.to(self.weight.dtype), self.weight) * self.scales[self.weight.dtype]
 
 
@@ -130,11 +125,8 @@ class GatedMLP(nn.Module):
 
 
 class SelfConditioning(GatedMLP):
-    """Adds what the previous denoising step believed to the canvas embeddings: `norm(canvas + mlp(norm(soft)))`.
-
-    The last norm has no scale and runs also at the first step, where the soft embedding is zero.
-    Self-conditioning: Chen et al. 2022 (arXiv 2208.04202).
-    """
+    """Adds what the previous denoising step believed to the canvas embeddings: `norm(canvas + mlp(norm(soft)))` (self-conditioning: Chen et
+    al. 2022, arXiv 2208.04202). The last norm has no scale and runs also at the first step, where the soft embedding is zero."""
 
     def __init__(self, config: DiffusionGemmaTextConfig):
         super().__init__(config)

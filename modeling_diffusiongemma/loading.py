@@ -261,11 +261,8 @@ class LoadingMixin:
         if not isinstance(auto_class, str):
             forget(auto_class, cls)
 
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        """False: where this is True transformers copies source files itself while saving, those that one Auto class needs.
-        `save_pretrained` here writes them all."""
-        return False
+    # Where this is True transformers copies source files itself while saving, those that one Auto class needs; here all are written.
+    is_remote_code = classmethod(lambda cls: False)
 
 
 __all__ = ["LoadingMixin", "damaged_files"]

@@ -21,11 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .experts import Experts
 from .fp8_layout import PROJECTIONS, expert_shapes, prefix_of
-from .fp8_math import E4M3
 from .quantizer_registry import BlockQuantizer, register, stack_experts
 from .safetensors_files import published_tensors, read_tensors
 
-METHOD = f"{__name__}"
 GROUP = 16  # numbers a scale
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the three low bits
 # How each producer names a matrix, its scales and its global scale; and how the latter enters.
@@ -51,7 +49,7 @@ class StoredNVFP4Config(QuantizationConfigMixin):
     """How an NVFP4 checkpoint is stored, by `producer`; made from its config.json. transformers' `NVFP4Config` asks for a plain one to
     become NVFP4."""
 
-    quant_method = METHOD
+    quant_method = f"{__name__}"
     dequantize = True  # for transformers: what is loaded is not quantised
 
     def __init__(self, producer: str):
@@ -145,10 +143,6 @@ class NVFP4Quantizer(BlockQuantizer):
 
     quantization_config: StoredNVFP4Config
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        self.dtype = torch.bfloat16 if dtype in (E4M3, torch.uint8) else dtype
-        return self.dtype
-
     def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
         # A matrix's float32 scale must not be rounded on its way in.
         return None if isinstance(converter, WeightConverter) else super().get_new_dtype(converter, param, dtype)
@@ -172,7 +166,7 @@ class NVFP4Quantizer(BlockQuantizer):
         ]
 
 
-register(METHOD, StoredNVFP4Config, NVFP4Quantizer)
+register(StoredNVFP4Config, NVFP4Quantizer)
 
 
-__all__ = ["METHOD", "NVFP4Quantizer", "StoredNVFP4Config", "check_nvfp4_files", "dequantize_nvfp4"]
+__all__ = ["NVFP4Quantizer", "StoredNVFP4Config", "check_nvfp4_files", "dequantize_nvfp4"]

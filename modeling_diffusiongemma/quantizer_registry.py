@@ -22,13 +22,19 @@ class BlockQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         return self.element_size if self.param_needs_quantization(model, param_name) else param.element_size()
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # dtype="auto" finds the dtype of the first weight where config.json names none
+        self.dtype = torch.bfloat16 if dtype in (torch.float8_e4m3fn, torch.uint8) else dtype
+        return self.dtype
+
     def is_serializable(self, *args, **kwargs) -> bool:
         return self.serializable
 
 
-def register(method: str, config: type, quantizer: type) -> None:
+def register(config: type, quantizer: type) -> None:
     """As transformers' `register_quantization_config` and `register_quantizer`, which refuse a name they know, as that of a file of
     remote code that is read anew."""
+    method = config.quant_method
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(method, None)
     auto.AUTO_QUANTIZER_MAPPING.pop(method, None)
     auto.register_quantization_config(method)(config)

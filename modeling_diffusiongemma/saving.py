@@ -111,7 +111,8 @@ def put_in_place(staged: Path, plan: BinaryIO, folder: Path, variant: str | None
         for path in {staged, *(staged / name for name in new), *((staged / name).parent for name in new)}:
             to_disk(path)
         if len(new) == 1 and not old:
-            replace(staged / new[0], folder / new[0])
+            (folder / new[0]).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / new[0], folder / new[0])
             to_disk((folder / new[0]).parent)
         elif new:
             write_plan(plan, sorted(old))
@@ -148,7 +149,8 @@ def move(folder: Path) -> set[str]:
     for name in sorted({*old, *filter(finds_weights, new)}, key=lambda name: (not finds_weights(name), name)):
         (folder / name).unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: (finds_weights(name), name not in FIRST, name)):
-        replace(finished / name, folder / name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(finished / name, folder / name)
     for path in {(folder / name).parent for name in new} | {folder}:
         to_disk(path)
     for path in sorted(finished.rglob("*"), reverse=True):
@@ -158,11 +160,6 @@ def move(folder: Path) -> set[str]:
     with contextlib.suppress(OSError):  # the next save stands there already
         finished.rmdir()
     return set(new)
-
-
-def replace(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, target)
 
 
 def clear(folder: Path) -> None:
