@@ -193,7 +193,7 @@ def _product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) ->
     return dequantized_product(quantized, input_scale, weight, scale, inputs.dtype)
 
 
-def _grouped_product(inputs, rows, weight, scale, ends) -> torch.Tensor:
+def _grouped_product(inputs, weight, scale, rows, ends) -> torch.Tensor:
     quantized, input_scale = quantize_rows(inputs)
     # As bytes: torch indexes those everywhere.
     quantized, input_scale = quantized.view(torch.uint8)[rows].view(E4M3), input_scale[rows]
@@ -203,31 +203,20 @@ def _grouped_product(inputs, rows, weight, scale, ends) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Straight-through: rounding the activations counts as the identity, the weight is fixed."""
+    """Straight-through: rounding the activations counts as the identity, the weight is fixed. `grouped`: rows, and their groups' ends."""
 
     @staticmethod
-    def forward(ctx, inputs, weight, scale):
-        ctx.save_for_backward(weight, scale)
-        return _product(inputs, weight, scale)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient @ dequantize(*ctx.saved_tensors, gradient.dtype), None, None
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """`_Product` of groups of rows."""
-
-    @staticmethod
-    def forward(ctx, inputs, rows, weight, scale, ends):
-        ctx.save_for_backward(rows, weight, scale, ends)
+    def forward(ctx, inputs, weight, scale, *grouped):
+        ctx.save_for_backward(weight, scale, *grouped)
         ctx.shape = inputs.shape
-        return _grouped_product(inputs, rows, weight, scale, ends)
+        return (_grouped_product if grouped else _product)(inputs, weight, scale, *grouped)
 
     @staticmethod
     def backward(ctx, gradient):
-        rows, weight, scale, ends = ctx.saved_tensors
-        total = gradient.new_zeros(ctx.shape)
+        weight, scale, *grouped = ctx.saved_tensors
+        if not grouped:
+            return gradient @ dequantize(weight, scale, gradient.dtype), None, None
+        total, (rows, ends) = gradient.new_zeros(ctx.shape), grouped
         for expert, group in groups(ends):
             total.index_add_(0, rows[group], gradient[group] @ dequantize(weight[expert], scale[expert], gradient.dtype))
         return total, None, None, None, None
@@ -253,7 +242,7 @@ def fp8_grouped_product(
         weight (e4m3 `(E, out, K)`), scale (float32 `(E, out, 1)`).
         ends (int32 `(E,)`): where each group ends in `rows`; a group may be empty.
     """
-    return (_GroupedProduct.apply if _differentiated(inputs) else _grouped_product)(inputs, rows, weight, scale, ends)
+    return (_Product.apply if _differentiated(inputs) else _grouped_product)(inputs, weight, scale, rows, ends)
 
 
 def _differentiated(inputs: torch.Tensor) -> bool:

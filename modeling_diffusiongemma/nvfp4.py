@@ -26,8 +26,7 @@ from .safetensors_files import published_tensors, read_tensors
 
 GROUP = 16  # numbers a scale
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the three low bits
-# How each producer names a matrix, its scales and its global scale; and how the latter enters.
-NAMES = {
+NAMES = {  # of a matrix, its scales and its global scale, by producer
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale"),
     "modelopt": ("weight", "weight_scale", "weight_scale_2"),
 }
