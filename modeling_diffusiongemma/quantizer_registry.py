@@ -54,7 +54,8 @@ def stack_experts(experts: int, projections: list, matrix: Callable[[list, int],
         matrices = [matrix(projection, expert) for projection in projections]
         if stacked is None:
             stacked = matrices[0].new_empty(experts, sum(map(len, matrices)), *matrices[0].shape[1:])
-        torch.cat(matrices, out=stacked[expert])
+        for place, rows in zip(stacked[expert].split([len(rows) for rows in matrices]), matrices, strict=True):
+            place.copy_(rows)
     return stacked
 
 
