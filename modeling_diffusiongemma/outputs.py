@@ -26,9 +26,10 @@ class PassOutput(CacheOutput):
 
 @dataclass
 class BlockModelOutput(PassOutput):
-    """Output of `DiffusionGemmaBlockModel`: that of its canvas pass, and
+    """Output of `DiffusionGemmaBlockModel`.
 
     Args:
+        last_hidden_state, cache: of the canvas pass, as in `PassOutput`.
         hidden_states (*optional*): `num_hidden_layers + 1` tensors `(B, C, D)` of the canvas pass; None for those not asked for.
         attentions (*optional*): `num_hidden_layers` tensors `(B, H, C, slots + C)` of the canvas pass, eager attention.
         encoder_last_hidden_state (`(B, P, D)`, *optional*): normed output of the prompt pass, if there was one.
