@@ -96,30 +96,18 @@ def chosen_states(chosen: bool | int | Iterable[int] | None, count: int) -> froz
     return frozenset(index % count for index in indices)
 
 
-def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
-    """Checks shapes and padding. Returns the mask over cached and new tokens, bool `(B, seen + P)`."""
-    if input_ids.numel() == 0:
-        raise ValueError(f"the prompt is empty: `input_ids` has shape {tuple(input_ids.shape)}; expected at least one token")
-    return _real_tokens(attention_mask, (input_ids.shape[0], seen + input_ids.shape[1]), input_ids.device)
-
-
-def check_embeds(embeds: torch.Tensor, attention_mask: torch.Tensor | None, seen: int, hidden_size: int) -> torch.Tensor:
-    """`check_prompt` for a prompt of embeddings `(B, P, D)`."""
-    if embeds.shape[-1] != hidden_size:
-        raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}; expected (batch, length, {hidden_size})")
-    if embeds.numel() == 0:
-        raise ValueError(f"the prompt is empty: `inputs_embeds` has shape {tuple(embeds.shape)}; expected at least one token")
-    return _real_tokens(attention_mask, (embeds.shape[0], seen + embeds.shape[1]), embeds.device)
-
-
-def _real_tokens(attention_mask: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+def check_prompt(name: str, prompt: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
+    """Checks a prompt, ids `(B, P)` or embeddings `(B, P, D)`, and its padding. Returns the mask over cached and new tokens, bool
+    `(B, seen + P)`."""
+    shape = (prompt.shape[0], seen + prompt.shape[1])
+    if prompt.numel() == 0:
+        raise ValueError(f"the prompt is empty: `{name}` has shape {tuple(prompt.shape)}; expected at least one token")
     if attention_mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
+        return torch.ones(shape, dtype=torch.bool, device=prompt.device)
     if tuple(attention_mask.shape) != shape:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected a tensor of shape {shape}, cached tokens included"
-        )
-    real = attention_mask.to(device).bool()
+        got = tuple(attention_mask.shape)
+        raise ValueError(f"`attention_mask` has shape {got}; expected a tensor of shape {shape}, cached tokens included")
+    real = attention_mask.to(prompt.device).bool()
     if not bool(real[:, -1].all()):
         raise ValueError("`attention_mask` ends in padding; expected padding on the left (`tokenizer.padding_side = 'left'`)")
     return real
@@ -136,16 +124,14 @@ def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | No
         )
 
 
-def check_canvas(canvas: torch.Tensor | None, shape: tuple[int, int], vocab_size: int) -> None:
+def check_canvas(canvas: torch.Tensor, shape: tuple[int, int], vocab_size: int) -> None:
     """A caller's first canvas must be integer ids of the vocabulary, one canvas a row."""
-    if canvas is None:
-        return
     check_ids("decoder_input_ids", canvas, vocab_size)
     if tuple(canvas.shape) != shape:
         raise ValueError(f"`decoder_input_ids` has shape {tuple(canvas.shape)}; expected {shape}, one canvas a row")
 
 
 __all__ = [
-    "check_cache", "check_canvas", "check_embeds", "check_ids", "check_images", "check_mask", "check_prompt", "check_shape",
+    "check_cache", "check_canvas", "check_ids", "check_images", "check_mask", "check_prompt", "check_shape",
     "check_tensors", "chosen_states", "plain_mask",
 ]  # fmt: skip

@@ -203,7 +203,7 @@ def _methods(protocol: type) -> list[tuple[str, Callable]]:
 
 def _misfits(given: Any, protocol: type, images: Sequence[str] = ()) -> Iterator[str]:
     """What `given` lacks of a protocol, and which of its methods cannot be called as the protocol's are."""
-    yield from (f"`{name}` is missing" for name in vars(protocol).get("__annotations__", ()) if not hasattr(given, name))
+    yield from (f"`{name}` is missing" for name in inspect.get_annotations(protocol) if not hasattr(given, name))
     for name, member in _methods(protocol):
         method = getattr(given, name, None)
         if not callable(method):

@@ -7,7 +7,7 @@ import torch
 from transformers import Cache
 from transformers.utils import logging
 
-from .checks import check_canvas, check_embeds, check_images, check_prompt
+from .checks import check_canvas, check_images, check_prompt
 from .configuration import DiffusionGenerationConfig
 
 logger = logging.get_logger(__name__)
@@ -62,12 +62,14 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
     inputs = {name: given[name] for name in IMAGES if given[name] is not None}
     if given["inputs_embeds"] is None:
         ids = given["inputs"] if given["input_ids"] is None else given["input_ids"]
-        real = check_prompt(ids, infer_mask(ids, config, seen) if mask is None else mask, seen)  # False at padding
+        real = check_prompt("input_ids", ids, infer_mask(ids, config, seen) if mask is None else mask, seen)
         check_images(ids, given["pixel_values"], getattr(model.config, "image_token_id", None))
         inputs = {"input_ids": ids, **inputs}
     else:
-        embeds = given["inputs_embeds"]
-        real = check_embeds(embeds, mask, seen, text_config.hidden_size)
+        embeds, size = given["inputs_embeds"], text_config.hidden_size
+        if embeds.shape[-1] != size:
+            raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}; expected (batch, length, {size})")
+        real = check_prompt("inputs_embeds", embeds, mask, seen)
         ids = torch.zeros((embeds.shape[0], 0), dtype=torch.int64, device=embeds.device)
         inputs = {"inputs_embeds": embeds, **inputs}
     canvas, copies = given["decoder_input_ids"], config.num_return_sequences or 1
