@@ -157,9 +157,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 where `hidden_states` or `attentions` are asked for, or weights are gathered from other ranks (`ranks.py`).
             last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
 
-        Returns:
-            `last_hidden_state` `(B, P or last_states, D)`, `cache`, `hidden_states` and `attentions` on request.
-
         Raises:
             ValueError: ids out of range, an empty prompt, a mask of the wrong shape, images that do not fit the tokens.
         """
@@ -170,16 +167,42 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             image_position_ids=image_position_ids, mm_token_type_ids=mm_token_type_ids,
         )  # fmt: skip
         new = input_ids if inputs_embeds is None else inputs_embeds
-        length, at_once = new.shape[1], output_hidden_states or output_attentions
-        self._check_prefill(input_ids, new, position_ids, at_once, chunk_length, last_states)
+        config, (batch_size, length) = self.config.text_config, new.shape[:2]
+        at_once = output_hidden_states or output_attentions
+        if input_ids is not None:
+            check_ids("input_ids", input_ids, config.vocab_size)
+        if length == 0:
+            raise ValueError(f"the prompt is empty: got shape {tuple(new.shape)}; expected at least one token")
+        check_shape("position_ids", position_ids, (batch_size, length), (1, length))
+        for name, value in (("chunk_length", chunk_length), ("last_states", last_states)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; expected a positive integer or None")
+        if chunk_length is not None and (at_once or torch.is_grad_enabled()):
+            why = "with gradients" if torch.is_grad_enabled() else "together with `output_hidden_states` or `output_attentions`"
+            raise ValueError(f"`chunk_length` is {chunk_length}; expected None {why}")
         seen = cached_length(cache)
-        real, cache = self._mask_and_cache(attention_mask, cache, new, seen)
+        if cache is not None:
+            check_cache(cache, batch_size, seen, length)
+        real = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
+        padded_left, traced = real is None, torch.compiler.is_compiling()  # traced, the side is not known: a cache made here suits both
+        if real is not None:
+            real = real.to(new.device)
+            padded_left = not traced and bool((real.int().diff(dim=1) >= 0).all())
+        if cache is None:
+            cache = dynamic_cache(config) if padded_left else DynamicCache()
+        elif not (padded_left or traced) and any(cache.is_sliding) and seen + length >= config.sliding_window:
+            raise ValueError(
+                f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
+                f"sliding_window={config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
+            )
         inputs_embeds, images = self._embed_images(input_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids)
         if position_ids is None:
             position_ids = positions(real, seen, length, new.device)
         last_states = length if last_states is None else last_states
         scalars, kept = [layer() for layer in self.encoder.language_model.layers], []
-        for start, end in self._chunks(length, images, at_once, chunk_length):
+        whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
+        whole = whole or (chunk_length is None and bool(gathering_groups(self)))
+        for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
             here = slice(start, end)
             embeds = self.decoder.embed_tokens(input_ids[:, here]) if inputs_embeds is None else inputs_embeds[:, here]
             view = prompt_view(
@@ -190,41 +213,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             if end > length - last_states:
                 kept.append(hidden_states[:, max(length - last_states - start, 0) :])
         return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
-
-    def _check_prefill(self, input_ids, new: torch.Tensor, position_ids, at_once, chunk_length, last_states) -> None:
-        """What `prefill` demands of its arguments before it looks at the cache. `new`: ids or embeddings."""
-        if input_ids is not None:
-            check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
-        batch_size, length = new.shape[:2]
-        if length == 0:
-            raise ValueError(f"the prompt is empty: got shape {tuple(new.shape)}; expected at least one token")
-        check_shape("position_ids", position_ids, (batch_size, length), (1, length))
-        for name, value in (("chunk_length", chunk_length), ("last_states", last_states)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; expected a positive integer or None")
-        if chunk_length is not None and (at_once or torch.is_grad_enabled()):
-            why = "with gradients" if torch.is_grad_enabled() else "together with `output_hidden_states` or `output_attentions`"
-            raise ValueError(f"`chunk_length` is {chunk_length}; expected None {why}")
-
-    def _mask_and_cache(self, attention_mask, cache: Cache | None, new: torch.Tensor, seen: int) -> tuple[torch.Tensor | None, Cache]:
-        """Real tokens, bool `(B, seen + P)` or None where all are, and the cache to append to, made here where none is given."""
-        config, (batch_size, length) = self.config.text_config, new.shape[:2]
-        if cache is not None:
-            check_cache(cache, batch_size, seen, length)
-        real = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
-        if real is None:
-            return None, dynamic_cache(config) if cache is None else cache
-        real = real.to(new.device)
-        traced = torch.compiler.is_compiling()  # the side is not known then: a cache made here is right for both
-        padded_left = not traced and bool((real.int().diff(dim=1) >= 0).all())
-        if cache is None:
-            return real, dynamic_cache(config) if padded_left else DynamicCache()
-        if not (padded_left or traced) and any(cache.is_sliding) and seen + length >= config.sliding_window:
-            raise ValueError(
-                f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
-                f"sliding_window={config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
-            )
-        return real, cache
 
     def _embed_images(self, input_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids):
         """Embeddings `(B, P, D)` of a prompt with images, their soft tokens at the image tokens' places, else `inputs_embeds` as given;
@@ -247,13 +235,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         new = input_ids if inputs_embeds is None else inputs_embeds
         check_mask("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
         return inputs_embeds, image_numbers(mm_token_type_ids.to(new.device))
-
-    def _chunks(self, length: int, images: torch.Tensor | None, at_once, chunk_length: int | None) -> list[tuple[int, int]]:
-        """Start and end of what goes through at a time, as `prefill` says under `chunk_length`."""
-        whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
-        if whole or (chunk_length is None and gathering_groups(self)):
-            return [(0, length)]
-        return chunks(length, chunk_length or CHUNK, images)
 
     def check_prompt(
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, cache: Cache | None = None,
@@ -296,9 +277,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             view (*optional*): what `prepare_canvas` made of these three, once for all steps of a canvas. A step with a view
                 reads nothing back from the device and copies nothing to it.
 
-        Returns:
-            `last_hidden_state` `(B, C, D)`, the cache as it was given, `hidden_states` and `attentions` on request.
-
         Raises:
             ValueError: neither or both of `cache` and `view`, a view of another canvas, a mask of the wrong shape.
         """
@@ -334,8 +312,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             cache: the prompt's cache. The tensors of its dynamic layers are replaced by equal ones that have room
                 behind them, so that nothing is stored twice; a static cache's stay, and the view holds a copy of what they hold.
             canvas_shape: (B, C).
-            attention_mask (`(B, L + C)`, *optional*): 0 at padding.
-            position_ids (`int64 (B or 1, C)`, *optional*): default: on from each row's real tokens.
+            attention_mask, position_ids: as in `denoise`.
             prefix_length (`int64 (B,)`, *optional*): how many cached tokens come before each row's canvas; later ones stay
                 unseen. Default: all.
             slots: at least so many slots for cached tokens, those not filled being masked (and a mask also where all are). With the
@@ -417,10 +394,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             check_cache(cache, rows, seen, 0)
         canvas_attention_mask = plain_mask("decoder_attention_mask", canvas_attention_mask)
         attention_mask = plain_mask("attention_mask", attention_mask)
-        if canvas_attention_mask is None and attention_mask is not None:
-            real = check_mask("attention_mask", attention_mask, (rows, total))
-            if real is not None:
-                canvas_attention_mask = torch.cat((real.to(canvas_ids.device), torch.ones_like(canvas_ids, dtype=torch.bool)), dim=1)
+        if canvas_attention_mask is None and (real := check_mask("attention_mask", attention_mask, (rows, total))) is not None:
+            canvas_attention_mask = torch.cat((real.to(canvas_ids.device), torch.ones_like(canvas_ids, dtype=torch.bool)), dim=1)
         check_mask("decoder_attention_mask", canvas_attention_mask, (rows, total + length))
         check_shape("decoder_position_ids", canvas_position_ids, (rows, length), (1, length))
         check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))

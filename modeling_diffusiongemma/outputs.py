@@ -10,13 +10,8 @@ from generation.cache_names import CacheOutput, cache_output
 
 @cache_output
 class PassOutput(CacheOutput):
-    """Output of `prefill` and `denoise`.
-
-    Args:
-        last_hidden_state (`(B, L, D)`): normed output of the pass.
-        cache: the prompt's cache.
-        hidden_states, attentions (*optional*): of every layer, as in `BlockModelOutput`.
-    """
+    """Output of `prefill` and `denoise`: `last_hidden_state` `(B, L, D)`, the normed output of the pass; the prompt's cache; and on request
+    `hidden_states` and `attentions` of every layer, as in `BlockModelOutput`."""
 
     last_hidden_state: torch.Tensor | None = None
     cache: Cache | None = None
