@@ -39,8 +39,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     What is masked are the noised positions of a block (the canvas): the model sees the canvas with some of its tokens
     replaced by noise and predicts the clean token of every position. The released model's noise is a random token.
 
-    For generation it offers what `generation` asks of any model: `prefill`, `prepare_canvas`, `denoise`, `compute_logits`,
-    `soft_embed`.
+    For generation it offers what `generation` asks of any model: `check_prompt`, `prefill`, `prepare_canvas` and `denoise` of
+    `DiffusionGemmaBlockModel`, `compute_logits`, `soft_embed`.
     """
 
     saved_architecture = "DiffusionGemmaForBlockDiffusion"
@@ -61,19 +61,15 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         self.model.set_input_embeddings(value)
 
     def prefill(self, *args, **kwargs):
-        """`DiffusionGemmaBlockModel.prefill`."""
         return self.model.prefill(*args, **kwargs)
 
     def check_prompt(self, *args, **kwargs) -> None:
-        """`DiffusionGemmaBlockModel.check_prompt`."""
         self.model.check_prompt(*args, **kwargs)
 
     def denoise(self, *args, **kwargs):
-        """`DiffusionGemmaBlockModel.denoise`."""
         return self.model.denoise(*args, **kwargs)
 
     def prepare_canvas(self, *args, **kwargs) -> View:
-        """`DiffusionGemmaBlockModel.prepare_canvas`."""
         return self.model.prepare_canvas(*args, **kwargs)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -167,18 +163,14 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         registered for it. What is traced checks shapes and no values: no ids, image tokens, or the side of the padding.
 
         Args:
-            input_ids (`int64 (B, P)`): prompt tokens not yet in the cache. For training: prompt and response.
-            attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included; either side.
-            cache (*optional*): a cache to read and append to.
-            position_ids (`(B or 1, P)`, *optional*): default: each row's real tokens counted from 0.
+            input_ids, attention_mask, cache, position_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids: the prompt,
+                as `DiffusionGemmaBlockModel.prefill` takes it. For training `input_ids` are prompt and response.
             decoder_input_ids (`int64 (B, C)`, *optional*): the canvas. Default: `canvas_length` uniform random tokens.
+            decoder_attention_mask (`(B, L + P + C)`, *optional*): 0 at padding. Default: `attention_mask`, canvas unpadded.
+            decoder_position_ids (`(B or 1, C)`, *optional*): default: on from each row's real tokens.
             self_conditioning_logits (`(B, C, V)`, *optional*): the previous step's shaped logits.
             self_conditioning_mask (`bool (B,)`, *optional*): rows that are self-conditioned. With `labels` alone it says
                 which rows get the extra pass; default there: each with probability 0.5.
-            decoder_attention_mask (`(B, L + P + C)`, *optional*): 0 at padding. Default: `attention_mask`, canvas unpadded.
-            decoder_position_ids (`(B or 1, C)`, *optional*): default: on from each row's real tokens.
-            pixel_values, image_position_ids, mm_token_type_ids (*optional*): images, from the processor.
-            inputs_embeds (`(B, P, D)`, *optional*): instead of `input_ids`.
             labels (`int64`, *optional*): `(B, P)`, the response's ids and -100 elsewhere: the whole training objective, with
                 canvas and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
                 a position does not count; the loss is then the canvas's alone.
@@ -204,7 +196,21 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
                       "self_conditioning_logits": self_conditioning_logits, "output_hidden_states": output_hidden_states or None,
                       "output_attentions": output_attentions or None}  # fmt: skip
-            output = self._learn_examples(input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused)
+            if given := [name for name, value in unused.items() if value is not None]:
+                virtual = {"cache", "inputs_embeds"}.intersection(given)
+                hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
+                raise ValueError(
+                    f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
+                )
+            if input_ids is None:
+                raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
+            attention_mask = plain_mask("attention_mask", attention_mask)
+            trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
+            output = MaskedBlockOutput(
+                loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
+                encoder_last_hidden_state=trained.prefilled.last_hidden_state,
+                diffusion_loss=trained.diffusion, causal_loss=trained.causal,
+            )  # fmt: skip
             return output.to_tuple() if return_dict is False else output
         if labels is None and decoder_input_ids is None and self.training and torch.is_grad_enabled():
             logger.warning_once(
@@ -226,35 +232,13 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             output_hidden_states=output_hidden_states, output_attentions=output_attentions, use_cache=use_cache,
         )  # fmt: skip
         logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
-        loss = None if labels is None else self._learn_canvas(logits, labels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())  # -100 left out
         output = MaskedBlockOutput(
             loss=loss, logits=None if skip_logits and loss is not None else logits, **{FIELD: denoised.cache},
             hidden_states=denoised.hidden_states, attentions=denoised.attentions,
             encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
-
-    def _learn_examples(self, input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused) -> MaskedBlockOutput:
-        """`labels` `(B, P)` of whole examples: the training objective, canvas and noise drawn there. None of `unused` goes with it."""
-        if given := [name for name, value in unused.items() if value is not None]:
-            virtual = {"cache", "past_key_values", "inputs_embeds"}.intersection(given)
-            hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
-            raise ValueError(
-                f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
-            )
-        if input_ids is None:
-            raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
-        attention_mask = plain_mask("attention_mask", attention_mask)
-        trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
-        return MaskedBlockOutput(
-            loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
-            encoder_last_hidden_state=trained.prefilled.last_hidden_state,
-            diffusion_loss=trained.diffusion, causal_loss=trained.causal,
-        )  # fmt: skip
-
-    def _learn_canvas(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """`labels` `(B, C)` of a given canvas: its cross-entropy, -100 left out."""
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 # What a walk over the vocabulary does without calling them: as they are written here, before anybody overrides one.
