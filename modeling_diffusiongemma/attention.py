@@ -1,5 +1,4 @@
-"""Attention, the same for the prompt pass and the canvas pass: it reads the cached keys and values and the new ones, and
-appends nothing. The stack above appends the new keys and values to the cache after a prompt pass.
+"""Attention, the same for the prompt pass and the canvas pass: it reads the cached keys and values and the new ones, and appends nothing.
 
 Queries and keys are RMS-normed, so scores are not scaled. Full-attention layers have no value projection: the value is
 the unscaled norm of the key projection.
@@ -139,10 +138,9 @@ class Attention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask, cached: LayerCache | None, is_causal: bool
     ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:
-        """Attends from the new tokens to the cached and the new ones.
+        """Attends from the new tokens, `(B, L, D)`, to the cached and the new ones.
 
         Args:
-            hidden_states (`(B, L, D)`): the new tokens.
             rotary: cos and sin, each `(B, L, 1, head_dim)`.
             mask: in the `form` of the implementation, over cached then new keys; None: everything, or causal.
             cached: what the cache holds for this layer; its free slots are written to (`caches.join`).

@@ -72,7 +72,10 @@ def canvas_mask(
     """
     visible = (token >= 0) & (token < prefix[:, None])  # (B or 1, S)
     if window is not None:
-        start = prefix if real is None else (real.cumsum(dim=1) * _before(real, prefix)).amax(dim=1)
+        start = prefix
+        if real is not None:  # how many real tokens come before the canvas
+            before = torch.arange(real.shape[1], device=real.device) < prefix[:, None]  # (B, L + C)
+            start = (real.cumsum(dim=1) * before).amax(dim=1)
         visible = visible & (_ranks(token, real) > start[:, None] - window)
     visible[:, -canvas_length:] = True
     if real is not None:
@@ -83,11 +86,6 @@ def canvas_mask(
 def _ranks(token: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Place of each slot's token among the real tokens, `(B or 1, S)`: what a sliding window counts."""
     return token[None] if real is None else (real.cumsum(dim=1) - 1)[:, token.clamp(min=0)]
-
-
-def _before(real: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """1 at the tokens before each row's canvas, `(B, L + C)`."""
-    return (torch.arange(real.shape[1], device=real.device) < prefix[:, None]).long()
 
 
 def boolean(visible: torch.Tensor, batch_size: int, queries: int, dtype: torch.dtype) -> torch.Tensor:

@@ -92,11 +92,9 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         keep_states: bool | int | list[int] | None = False,
         keep_weights: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
-        """Runs the layers over new tokens.
+        """Runs the layers over the embeddings `(B, L, D)` of new tokens, which see the `view`.
 
         Args:
-            hidden_states (`(B, L, D)`): embeddings of the new tokens.
-            view: what they see.
             layer_scalars: the prompt pass's, one tensor a layer. None: the layers', which are the canvas pass's.
             cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
             keep_states, keep_weights: whether to return what every layer put out; or which of the states, by index.
@@ -107,8 +105,7 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         """
         states, all_weights = [], []
         chosen = chosen_states(keep_states, len(self.layers) + 1)
-        for layer_idx, (layer, cached) in enumerate(zip(self.layers, view.cached, strict=True)):
-            layer_type = self.config.layer_types[layer_idx]
+        for layer_idx, (layer, layer_type, cached) in enumerate(zip(self.layers, self.config.layer_types, view.cached, strict=True)):
             states.append(hidden_states if layer_idx in chosen else None)
             hidden_states, new, weights = layer(
                 hidden_states, view.rotary[layer_type], mask=view.masks[layer_type], cached=cached, is_causal=cache is not None,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, DiffusionGemmaTextConfig
+from transformers import Cache
 
 from generation.checks import check_mask, check_shape, plain_mask
 
@@ -40,23 +40,19 @@ def positions(real: torch.Tensor | None, seen: int, length: int, device: torch.d
     return (real.cumsum(dim=1) - 1).clamp(min=0)[:, -length:].to(device)
 
 
-def stored_layers(config: DiffusionGemmaTextConfig, cache: Cache, seen: int, padded: bool, later: bool = False) -> StoredLayers:
-    """The layers of `cache`, of which sliding ones are read no further back than the window reaches.
+def make_view(stack, cache: Cache, seen: int, shape, position_ids, dtype, rule: Callable, padded: bool, later=False, least=0) -> View:
+    """The view by a `rule`: of the slots before the new tokens and the window of a layer, what is visible; None where no mask is needed.
 
-    It counts real tokens: where rows are padded in a cache that keeps all, it may reach further back. The window of a
-    canvas that stands before the last cached token (`later`) does too.
+    Sliding layers are read no further back than the window reaches. It counts real tokens: where rows are `padded` in a cache that
+    keeps all, it may reach further back. The window of a canvas that stands before the last cached token (`later`) does too.
     """
-    windows = []
+    config, windows, masks = stack.config, [], {}
     for layer_idx, layer_type in enumerate(config.layer_types):
         forgets = layer_idx < len(cache.layers) and cache.layers[layer_idx].is_sliding
         narrow = layer_type == "sliding_attention" and not later and (forgets or not padded)
         windows.append(config.sliding_window - 1 if narrow else None)
-    return StoredLayers(cache, seen, tuple(windows))
-
-
-def make_view(stack, shape: tuple[int, int], position_ids, dtype: torch.dtype, stored: StoredLayers, least: int, rule: Callable) -> View:
-    """Args: `rule`: of the slots before the new tokens and the window of a layer, what is visible; None where no mask is needed."""
-    config, slots, masks = stack.config, stored.laid_out(least), {}
+    stored = StoredLayers(cache, seen, tuple(windows))
+    slots = stored.laid_out(least)
     for layer_type in sorted(set(config.layer_types)):
         window = config.sliding_window if layer_type == "sliding_attention" else None
         visible = rule(slots[config.layer_types.index(layer_type)], window)
@@ -75,8 +71,7 @@ def prompt_view(stack, cache: Cache, seen: int, embeds: torch.Tensor, position_i
             return None
         return prompt_mask(slot_tokens(before, seen, shape[1], device), query, window, real, images)
 
-    stored = stored_layers(stack.config, cache, seen, real is not None)
-    return make_view(stack, shape, position_ids.to(device), embeds.dtype, stored, 0, rule)
+    return make_view(stack, cache, seen, shape, position_ids.to(device), embeds.dtype, rule, real is not None)
 
 
 def canvas_view(stack, cache: Cache, shape: tuple[int, int], attention_mask=None, position_ids=None, prefix_length=None, slots=0) -> View:
@@ -97,8 +92,7 @@ def canvas_view(stack, cache: Cache, shape: tuple[int, int], attention_mask=None
     def rule(before, window):
         return None if everything else canvas_mask(slot_tokens(before, seen, length, device), length, prefix, window, real)
 
-    stored = stored_layers(stack.config, cache, seen, real is not None, prefix_length is not None)
-    return make_view(stack, (batch_size, length), position_ids, dtype, stored, slots, rule)
+    return make_view(stack, cache, seen, shape, position_ids, dtype, rule, real is not None, prefix_length is not None, slots)
 
 
 __all__ = ["View", "canvas_view", "positions", "prompt_view"]
