@@ -87,7 +87,10 @@ class StoredLayers:
             return None
         layer = self.cache.layers[layer_idx]
         if self.cache.offloading:
-            await_offloaded(self.cache, layer)
+            if works(OFFLOADED_CACHE, layer.device):
+                _await_streams(self.cache, layer)
+            else:
+                torch.cuda.synchronize(layer.device)
         keys, values = _dequantize(layer) if _is_quantized(layer) else (layer.keys, layer.values)
         filled = slice(max(min(self.seen, keys.shape[2]) - slots, 0), min(self.seen, keys.shape[2]))
         return LayerCache(*(states[:, :, filled].to(layer.device) for states in (keys, values)))
@@ -102,31 +105,23 @@ class StoredLayers:
         """
         if self.cache.offloading:
             return self
-        return tuple(self._with_room(layer_idx, room, slots) for layer_idx, slots in enumerate(self.laid_out(least)))
-
-    def _with_room(self, layer_idx: int, room: int, least: int) -> LayerCache | None:
-        cached = self.read(layer_idx)
-        if cached is None:
-            return None
-        layer, slots = self.cache.layers[layer_idx], cached.keys.shape[2]
-        free = max(least - slots, 0) + room
-        wide = LayerCache(*(torch.nn.functional.pad(states, (0, 0, 0, free)) for states in cached[:2]), room)
-        owns_tensors = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.keys.requires_grad
-        if owns_tensors and layer.keys.shape[2] == slots:
-            layer.keys, layer.values = (states[:, :, :slots] for states in wide[:2])
-        return wide
-
-
-def await_offloaded(cache: Cache, layer) -> None:
-    """Waits until a layer of an offloaded cache holds what was written to it: transformers fetches layers on a stream of its own, and
-    brings them to the host without waiting, where slicing one would read what is not there yet."""
-    if not works(OFFLOADED_CACHE, layer.device):
-        torch.cuda.synchronize(layer.device)
-        return
-    _await_streams(cache, layer)
+        layers: list[LayerCache | None] = []
+        for layer_idx, (cached, wanted) in enumerate(zip(self, self.laid_out(least), strict=True)):
+            layers.append(cached)
+            if cached is None:
+                continue
+            layer, slots = self.cache.layers[layer_idx], cached.keys.shape[2]
+            free = max(wanted - slots, 0) + room
+            layers[-1] = LayerCache(*(torch.nn.functional.pad(states, (0, 0, 0, free)) for states in cached[:2]), room)
+            owns_tensors = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.keys.requires_grad
+            if owns_tensors and layer.keys.shape[2] == slots:
+                layer.keys, layer.values = (states[:, :, :slots] for states in layers[-1][:2])
+        return tuple(layers)
 
 
 def _await_streams(cache: Cache, layer) -> None:
+    """Waits until a layer of an offloaded cache holds what was written to it: transformers fetches layers on a stream of its own, and
+    brings them to the host without waiting, where slicing one would read what is not there yet."""
     stream = torch.cuda.current_stream(layer.device)
     stream.wait_stream(cache.prefetch_stream)
     if layer.keys.device != layer.device:
