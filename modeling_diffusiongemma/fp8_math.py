@@ -186,30 +186,26 @@ SCALED = FastPath("scaled FP8 product", _DEQUANTISED, _missing_units, _prove_sca
 SCALED_GROUPED = FastPath("scaled grouped FP8 product", _DEQUANTISED, _missing_units, _prove_scaled_grouped, 2**-6)
 
 
-def _product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *grouped: torch.Tensor) -> torch.Tensor:
+    """Args: `grouped`: nothing, or rows, and their groups' ends."""
     quantized, input_scale = quantize_rows(inputs)
-    if len(inputs) and has_scaled_products(inputs.device, *weight.shape):
-        return scaled_product(quantized, input_scale, weight, scale).to(inputs.dtype)
-    return dequantized_product(quantized, input_scale, weight, scale, inputs.dtype)
-
-
-def _grouped_product(inputs, weight, scale, rows, ends) -> torch.Tensor:
-    quantized, input_scale = quantize_rows(inputs)
-    # As bytes: torch indexes those everywhere.
-    quantized, input_scale = quantized.view(torch.uint8)[rows].view(E4M3), input_scale[rows]
-    if len(rows) and has_scaled_products(inputs.device, *weight.shape[1:], grouped=True):
-        return scaled_grouped_product(quantized, input_scale, weight, scale, ends).to(inputs.dtype)
-    return dequantized_grouped_product(quantized, input_scale, weight, scale, ends, inputs.dtype)
+    scaled, dequantized, ends = scaled_product, dequantized_product, grouped[1:]
+    if grouped:
+        scaled, dequantized, rows = scaled_grouped_product, dequantized_grouped_product, grouped[0]
+        quantized, input_scale = quantized.view(torch.uint8)[rows].view(E4M3), input_scale[rows]  # torch indexes bytes everywhere
+    if len(quantized) and has_scaled_products(inputs.device, *weight.shape[-2:], grouped=bool(grouped)):
+        return scaled(quantized, input_scale, weight, scale, *ends).to(inputs.dtype)
+    return dequantized(quantized, input_scale, weight, scale, *ends, inputs.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """Straight-through: rounding the activations counts as the identity, the weight is fixed. `grouped`: rows, and their groups' ends."""
+    """Straight-through: rounding the activations counts as the identity, the weight is fixed."""
 
     @staticmethod
     def forward(ctx, inputs, weight, scale, *grouped):
         ctx.save_for_backward(weight, scale, *grouped)
         ctx.shape = inputs.shape
-        return (_grouped_product if grouped else _product)(inputs, weight, scale, *grouped)
+        return _product(inputs, weight, scale, *grouped)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -227,7 +223,7 @@ def fp8_product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor)
 
     Args: floating `(N, K)`, and from `quantize_weight` e4m3 `(out, K)` and float32 `(out, 1)`. Returns `(N, out)` in the dtype of `inputs`.
     """
-    return (_Product.apply if _differentiated(inputs) else _product)(inputs, weight, scale)
+    return _differentiable(inputs, weight, scale)
 
 
 def fp8_grouped_product(
@@ -236,17 +232,14 @@ def fp8_grouped_product(
     """`fp8_product` of `inputs[rows]`, in consecutive groups that have a weight each. No host synchronisation where torch's
     scaled products run.
 
-    Args:
-        inputs (floating `(N, K)`): each row is quantised once.
-        rows (int64 `(M,)`): rows of `inputs`, group after group.
-        weight (e4m3 `(E, out, K)`), scale (float32 `(E, out, 1)`).
-        ends (int32 `(E,)`): where each group ends in `rows`; a group may be empty.
+    Args: floating `(N, K)`, of which each row is quantised once; int64 `(M,)`, rows of it, group after group; e4m3 `(E, out, K)`, float32
+    `(E, out, 1)`; and where each group ends in `rows`, int32 `(E,)`; a group may be empty.
     """
-    return (_Product.apply if _differentiated(inputs) else _grouped_product)(inputs, weight, scale, rows, ends)
+    return _differentiable(inputs, weight, scale, rows, ends)
 
 
-def _differentiated(inputs: torch.Tensor) -> bool:
-    return inputs.requires_grad and torch.is_grad_enabled()
+def _differentiable(inputs: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return (_Product.apply if inputs.requires_grad and torch.is_grad_enabled() else _product)(inputs, *others)
 
 
 __all__ = [
