@@ -70,16 +70,6 @@ def unchanging(path: str | os.PathLike | None, config: object, subfolder: str | 
             raise OSError(f"{changed[0]} in {folder} changed while it was being loaded; load it again")
 
 
-def names_our_quantizer(config: PreTrainedConfig) -> bool:
-    """Hands a published `quantization_config` in `config` to a quantiser of this package; False where it is of no kind read here."""
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
-        return False
-    four_bits = quantization["quant_method"] == "modelopt" or str(quantization.get("format")).startswith("nvfp4")
-    config.quantization_config = quantization | {"quant_method": (StoredNVFP4Config if four_bits else FP8Config).quant_method}
-    return True
-
-
 def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
     """Arguments of `from_pretrained` in which the config of a checkpoint that this package reads as quantised says so, and a
     `quantization_config` as a mapping in the published words is `FP8Config`."""
@@ -98,7 +88,12 @@ def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.Path
         except OSError:  # no config there: an adapter's folder, or nothing, of which transformers tells more
             return arguments
         rest = rest | {name: value for name, value in arguments.items() if name in (*KEPT, *DOWNLOAD)}
-    return rest | {"config": config} if names_our_quantizer(config) else arguments
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
+        return arguments
+    four_bits = quantization["quant_method"] == "modelopt" or str(quantization.get("format")).startswith("nvfp4")
+    config.quantization_config = quantization | {"quant_method": (StoredNVFP4Config if four_bits else FP8Config).quant_method}
+    return rest | {"config": config}
 
 
 class LoadingMixin:
@@ -162,7 +157,17 @@ class LoadingMixin:
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("`safe_serialization` is False; expected True or unset: weights are saved as safetensors alone")
         remote_code = self._with_code(remote_code)
-        self._check_save_directory(Path(save_directory), distributed_checkpoint)
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"`save_directory` is the file {target}; expected a folder")
+        if distributed_checkpoint and (
+            held := sorted(path.name for path in target.glob("*") if path.suffix in (".safetensors", ".distcp"))
+        ):
+            why = "the files of a distributed checkpoint cannot take their place as one"
+            raise ValueError(f"`save_directory` is {target}, which holds {held[0]}; expected a folder without weights, since {why}")
+        on_disk = "disk" in getattr(self, "hf_device_map", {}).values()
+        if on_disk and target.is_dir() and os.path.isdir(self.name_or_path) and target.samefile(self.name_or_path):
+            raise ValueError(f"`save_directory` is {target}, from which the model, offloaded to disk, still reads; expected another")
         with_adapters = getattr(self, "_hf_peft_config_loaded", False)
         writes, before = self.should_save_on_this_rank(is_main_process), self.config.architectures
         in_place = distributed_checkpoint or not writes  # of a distributed checkpoint every rank writes files
@@ -175,7 +180,7 @@ class LoadingMixin:
                 self.config.architectures = [self.saved_architecture]
                 # Adapters are saved alone; a config.json would make a whole checkpoint of their folder.
                 if writes and not with_adapters:
-                    self._save_config_and_code(folder, remote_code, not (Path(save_directory) / "README.md").exists())
+                    self._save_config_and_code(folder, remote_code, not (target / "README.md").exists())
                 elif writes and (Path(folder) / INDEX).exists():
                     raise ValueError(f"`max_shard_size` is {max_shard_size!r}, less than the adapters take; expected one file of them")
         except BaseException as error:
@@ -186,20 +191,13 @@ class LoadingMixin:
         # Once more: the other ranks must not read before the files are in their places.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
-    def _check_save_directory(self, folder: Path, distributed: bool) -> None:
-        if folder.is_file():
-            raise ValueError(f"`save_directory` is the file {folder}; expected a folder")
-        if distributed and (held := sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".distcp"))):
-            why = "the files of a distributed checkpoint cannot take their place as one"
-            raise ValueError(f"`save_directory` is {folder}, which holds {held[0]}; expected a folder without weights, since {why}")
-        on_disk = "disk" in getattr(self, "hf_device_map", {}).values()
-        if on_disk and folder.is_dir() and os.path.isdir(self.name_or_path) and folder.samefile(self.name_or_path):
-            raise ValueError(f"`save_directory` is {folder}, from which the model, offloaded to disk, still reads; expected another")
-
     def _save_config_and_code(self, folder: str | os.PathLike, remote_code: bool, card: bool) -> None:
         """config.json with or without an `auto_map` of ours, whatever the config in memory was loaded with; and the code."""
         config = copy.deepcopy(self.config)
-        config.tie_word_embeddings = self._is_tied()
+        # Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not.
+        head, embedding = (getattr(module, "weight", None) for module in (self.get_output_embeddings(), self.get_input_embeddings()))
+        if head is not None and embedding is not None and not (head.is_meta or embedding.is_meta):  # offloaded, nothing tells
+            config.tie_word_embeddings = head is embedding
         mapped = {name: value for name, value in (getattr(config, "auto_map", None) or {}).items() if name not in REGISTERED}
         config.auto_map = mapped | (auto_map() if remote_code else {})
         if not config.auto_map:
@@ -207,15 +205,8 @@ class LoadingMixin:
         config.save_pretrained(folder)
         if remote_code:
             write_code(folder)
-            if card:
-                write_card(folder, remote_code)
-
-    def _is_tied(self) -> bool:
-        """Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not."""
-        head, embedding = (getattr(module, "weight", None) for module in (self.get_output_embeddings(), self.get_input_embeddings()))
-        if head is None or embedding is None or head.is_meta or embedding.is_meta:  # no head; or offloaded, where nothing tells
-            return self.config.tie_word_embeddings
-        return head is embedding
+        if remote_code and card:
+            write_card(folder, remote_code)
 
     def push_to_hub(
         self, repo_id: str, *, remote_code: bool | None = None, commit_message: str = "Upload model",
