@@ -57,19 +57,15 @@ class RotaryPositions(nn.Module):
         self.config = config
         self._frequencies: dict[tuple[str, torch.device], torch.Tensor] = {}
 
-    def frequencies(self, layer_type: str, device: torch.device) -> torch.Tensor:
-        if (found := self._frequencies.get((layer_type, device))) is None:
-            found = rotary_frequencies(self.config, layer_type).to(device)
-            if not torch.compiler.is_compiling():  # what is traced belongs to the graph
-                self._frequencies[layer_type, device] = found
-        return found
-
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Args: `position_ids` integer `(B, L)`. Returns per layer type (cos, sin), each `(B, L, 1, head_dim)` in `dtype`."""
         tables = {}
         for layer_type in sorted(set(self.config.layer_types)):
-            frequencies = self.frequencies(layer_type, position_ids.device)
+            if (frequencies := self._frequencies.get((layer_type, position_ids.device))) is None:
+                frequencies = rotary_frequencies(self.config, layer_type).to(position_ids.device)
+                if not torch.compiler.is_compiling():  # what is traced belongs to the graph
+                    self._frequencies[layer_type, position_ids.device] = frequencies
             angles = position_ids[..., None].float() * frequencies  # (B, L, head_dim / 2)
             angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (B, L, 1, head_dim)
             tables[layer_type] = (angles.cos().to(dtype), angles.sin().to(dtype))

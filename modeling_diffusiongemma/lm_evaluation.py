@@ -138,10 +138,17 @@ class DiffusionGemmaEvaluation(TemplateLM):
         with tqdm(total=len(calls), desc="generate_until", disable=disable_tqdm) as bar:
             for batch in batches.get_batched(self.batch_size):  # longest first: memory runs out at once or never
                 contexts, seeds, given = zip(*batch, strict=True)
-                texts = self._generate(contexts, given[0][1], list(seeds))
+                normal = normalize_gen_kwargs(given[0][1], self.max_gen_toks)  # equal in all of a batch
+                length, until = normal["max_gen_toks"], list(filter(None, normal["until"]))  # '' separates nothing
+                arguments = {name: value for name, value in given[0][1].items() if name not in ("until", *LENGTHS)}
+                if until:
+                    arguments |= {"stop_strings": until, "tokenizer": self.tokenizer}
+                contexts = [self._fit(context, length, "`max_gen_toks`") for context in contexts]
+                rows = self._sequences(contexts, list(seeds), **arguments, max_new_tokens=length)
+                texts, stop = self.tokenizer.batch_decode(rows, skip_special_tokens=True), "|".join(map(re.escape, until))
                 for args, text in zip(given, texts, strict=True):
-                    self.cache_hook.add_partial("generate_until", args, text)
-                answers += texts
+                    answers.append(re.split(stop, text, maxsplit=1)[0] if until else text)
+                    self.cache_hook.add_partial("generate_until", args, answers[-1])
                 bar.update(len(batch))
         return batches.get_original(answers)
 
@@ -192,18 +199,6 @@ class DiffusionGemmaEvaluation(TemplateLM):
         """Whether block diffusion with `do_sample=False` writes this continuation."""
         written = self._sequences([context], None, do_sample=False, max_new_tokens=len(continuation), eos_token_id=[])
         return written[0] == continuation
-
-    def _generate(self, contexts: Sequence[list[int]], arguments: dict, seeds: list[int]) -> list[str]:
-        """Texts of one batch whose requests have the same arguments."""
-        normal = normalize_gen_kwargs(arguments, self.max_gen_toks)
-        length, until = normal["max_gen_toks"], list(filter(None, normal["until"]))  # '' separates nothing
-        arguments = {name: value for name, value in arguments.items() if name not in ("until", *LENGTHS)}
-        contexts = [self._fit(context, length, "`max_gen_toks`") for context in contexts]
-        if until:
-            arguments |= {"stop_strings": until, "tokenizer": self.tokenizer}
-        rows = self._sequences(contexts, seeds, **arguments, max_new_tokens=length)
-        texts, stop = self.tokenizer.batch_decode(rows, skip_special_tokens=True), "|".join(map(re.escape, until))
-        return [re.split(stop, text, maxsplit=1)[0] if until else text for text in texts]
 
     def _sequences(self, contexts: list[list[int]], seeds: list[int] | None, **settings) -> list[list[int]]:
         """The new tokens of each row."""

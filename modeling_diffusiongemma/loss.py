@@ -111,20 +111,6 @@ class TrainingLoss(NamedTuple):
     prefilled: PassOutput
 
 
-def _check_noised(noised, soft_embeds, labels, self_conditioning_mask, canvas_length: int, hidden_size: int) -> None:
-    """What `block_diffusion_loss` demands of canvases that it did not corrupt itself."""
-    if noised is None and soft_embeds is not None:
-        raise ValueError("`soft_embeds` is given without `noised`; expected the canvas that it conditions")
-    if noised is None:
-        return
-    check_shape("noised", noised, (labels.shape[0], canvas_length))
-    check_shape("soft_embeds", soft_embeds, (labels.shape[0], canvas_length, hidden_size))
-    if soft_embeds is not None and self_conditioning_mask is not None:
-        raise ValueError("`soft_embeds` and `self_conditioning_mask` are both given; expected one of them")
-    if int((labels != IGNORED).sum(dim=1).max()) > canvas_length:
-        raise ValueError(f"`noised` is given, and `labels` holds a response longer than a canvas; expected at most {canvas_length} tokens")
-
-
 def block_diffusion_loss(
     model,
     input_ids: torch.Tensor,
@@ -146,8 +132,7 @@ def block_diffusion_loss(
         labels (`int64 (B, P)`): the response's ids, -100 elsewhere.
         attention_mask (`(B, P)`, *optional*): 0 at padding.
         noise (*optional*): what corrupted tokens become. Default: uniform random ids.
-        self_conditioning_mask (`bool (B,)`, *optional*): rows whose canvas is self-conditioned. Default: each with
-            probability 0.5.
+        self_conditioning_mask (`bool (B,)`, *optional*): rows whose canvas is self-conditioned. Default: each with probability 0.5.
         causal: False leaves out the next-token loss, and the prompt pass over what no canvas of the batch can see.
         canvas_length: default: the config's. Narrower canvases train faster and generalise to wider ones trained late.
         noised (`int64 (B, C)`, *optional*): the canvases to learn from, such as a `Rollout`'s, instead of corrupted responses. They stand
@@ -165,7 +150,17 @@ def block_diffusion_loss(
     config, batch_size = model.config.text_config, input_ids.shape[0]
     canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    _check_noised(noised, soft_embeds, labels, self_conditioning_mask, canvas_length, config.hidden_size)
+    if noised is not None:
+        check_shape("noised", noised, (batch_size, canvas_length))
+        check_shape("soft_embeds", soft_embeds, (batch_size, canvas_length, config.hidden_size))
+        if soft_embeds is not None and self_conditioning_mask is not None:
+            raise ValueError("`soft_embeds` and `self_conditioning_mask` are both given; expected one of them")
+        if int((labels != IGNORED).sum(dim=1).max()) > canvas_length:
+            raise ValueError(
+                f"`noised` is given, and `labels` holds a response longer than a canvas; expected at most {canvas_length} tokens"
+            )
+    elif soft_embeds is not None:
+        raise ValueError("`soft_embeds` is given without `noised`; expected the canvas that it conditions")
     clean = choose_canvas(input_ids, labels, canvas_length, config.pad_token_id)
     if noised is None:
         noise = UniformNoise(config.vocab_size) if noise is None else noise

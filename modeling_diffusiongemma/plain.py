@@ -32,25 +32,18 @@ def _bringing_hooks(module: nn.Module) -> list | None:
     return found if all(type(each).__name__ in BRINGING for each in found) else None
 
 
-def _replaced_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether another `forward` than that of `kind` runs; Accelerate's wrapper of it is none."""
-    forward = module.forward
-    if hasattr(module, "_hf_hook") and getattr(forward, "__wrapped__", None) == vars(module).get("_old_forward"):
-        forward = module._old_forward
-    return getattr(forward, "__func__", None) is not FORWARDS[kind] or forward.__self__ is not module
-
-
 def why_not_plain(module: nn.Module, kind: type[nn.Linear] | type[ScaledEmbedding]) -> str | None:
-    """What makes a module more than a product with, or a look into, its `weight`; None where nothing does.
-
-    Args: `kind`: the class it was built as.
-    """
+    """What makes a module that was built as a `kind` more than a product with, or a look into, its `weight`; None where nothing does."""
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}"
     weight = module._parameters.get("weight")
     if weight is None or type(weight) not in (nn.Parameter, torch.Tensor) or weight.layout != torch.strided or weight.dtype not in DTYPES:
         return "holds no plain weight"
-    if _bringing_hooks(module) is None or _replaced_forward(module, kind):
+    forward = module.forward
+    if hasattr(module, "_hf_hook") and getattr(forward, "__wrapped__", None) == vars(module).get("_old_forward"):
+        forward = module._old_forward  # which Accelerate's runs
+    given = getattr(forward, "__func__", None) is not FORWARDS[kind] or forward.__self__ is not module
+    if given or _bringing_hooks(module) is None:
         return "has another `forward`"
     if kind is ScaledEmbedding:
         whole = tuple(weight.shape) == (module.num_embeddings, module.embedding_dim)

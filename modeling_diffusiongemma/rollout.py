@@ -71,16 +71,16 @@ class Rollout:
 
     @torch.no_grad()
     def batch(self, draw: Callable[[int], Inputs]) -> tuple[Inputs, torch.Tensor, torch.Tensor]:
-        """The rows as they stand, new ones in the places of those that have ended.
+        """The rows as they stand, in the places of those that have ended new ones, whose inputs `draw` makes: tensors `(count, P)` of one
+        length P.
 
-        Args:
-            draw: makes the inputs of so many new rows, tensors `(count, P)` of one length P.
-
-        Returns:
-            The inputs, tensors `(rows, P)`; the canvases, int64 `(rows, C)`; and their self-conditioning, `(rows, C, D)`, zero where a
-            row has not taken a step.
+        Returns: the inputs, tensors `(rows, P)`; the canvases, int64 `(rows, C)`; and their self-conditioning, `(rows, C, D)`, zero where
+        a row has not taken a step.
         """
-        ended = torch.arange(self.rows, device="cpu") if self.state is None else self._ended()
+        if self.state is None:
+            ended = torch.arange(self.rows, device="cpu")
+        else:
+            ended = (self.state.finished | (self.state.passes >= self.max_steps)).nonzero().flatten()  # places, int64
         if len(ended):
             fresh = draw(len(ended))
             device = fresh["input_ids"].device
@@ -105,10 +105,6 @@ class Rollout:
         prediction = dense_prediction(shaped, draws)._replace(soft_embeds=soft_embeds)
         noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
         self.state = advance(state, prediction, 0, len(self.temperatures), noise, self.sampler, self.stopping)
-
-    def _ended(self) -> torch.Tensor:
-        """Places of the rows that are finished or have taken `max_steps`, int64."""
-        return (self.state.finished | (self.state.passes >= self.max_steps)).nonzero().flatten()
 
 
 __all__ = ["Rollout"]
