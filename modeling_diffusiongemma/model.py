@@ -195,7 +195,23 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
                 f"sliding_window={config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
             )
-        inputs_embeds, images = self._embed_images(input_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids)
+        check_patches(self.config, input_ids, pixel_values, image_position_ids)
+        if pixel_values is not None:
+            if inputs_embeds is not None:
+                raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
+            inputs_embeds, places = self.decoder.embed_tokens(input_ids), input_ids == self.config.image_token_id
+            features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(inputs_embeds)
+            if not traced and int(places.sum()) != features.shape[0]:
+                raise ValueError(
+                    f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
+                    f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
+                )
+            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
+            mm_token_type_ids = places if mm_token_type_ids is None else mm_token_type_ids
+        images = None  # which image of its row each token belongs to, int64 (B, P)
+        if config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
+            check_mask("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
+            images = image_numbers(mm_token_type_ids.to((new if inputs_embeds is None else inputs_embeds).device))
         if position_ids is None:
             position_ids = positions(real, seen, length, new.device)
         last_states = length if last_states is None else last_states
@@ -213,28 +229,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             if end > length - last_states:
                 kept.append(hidden_states[:, max(length - last_states - start, 0) :])
         return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
-
-    def _embed_images(self, input_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids):
-        """Embeddings `(B, P, D)` of a prompt with images, their soft tokens at the image tokens' places, else `inputs_embeds` as given;
-        and which image each token belongs to, int64 `(B, P)`, or None."""
-        check_patches(self.config, input_ids, pixel_values, image_position_ids)
-        if pixel_values is not None:
-            if inputs_embeds is not None:
-                raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
-            inputs_embeds, places = self.decoder.embed_tokens(input_ids), input_ids == self.config.image_token_id
-            features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(inputs_embeds)
-            if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0]:
-                raise ValueError(
-                    f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
-                    f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
-                )
-            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
-            mm_token_type_ids = places if mm_token_type_ids is None else mm_token_type_ids
-        if self.config.text_config.use_bidirectional_attention != "vision" or mm_token_type_ids is None:
-            return inputs_embeds, None
-        new = input_ids if inputs_embeds is None else inputs_embeds
-        check_mask("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
-        return inputs_embeds, image_numbers(mm_token_type_ids.to(new.device))
 
     def check_prompt(
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, cache: Cache | None = None,
@@ -352,11 +346,35 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         given = cache
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
         prompt, prompt_states = input_ids if inputs_embeds is None else inputs_embeds, None
-        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        check_tensors(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, decoder_input_ids=decoder_input_ids, soft_embeds=soft_embeds,
+            decoder_position_ids=decoder_position_ids,
+        )  # fmt: skip
         # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
-        decoder_input_ids, decoder_attention_mask = self._prepare_canvas(
-            prompt, attention_mask, cache, decoder_input_ids, decoder_attention_mask, decoder_position_ids, soft_embeds
-        )
+        config, seen = self.config, cached_length(cache)
+        if prompt is None and seen == 0:
+            raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `cache`")
+        if decoder_input_ids is None:
+            if prompt is None:
+                raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
+            size = (prompt.shape[0], config.canvas_length)
+            decoder_input_ids = torch.randint(config.text_config.vocab_size, size, dtype=torch.int64, device=prompt.device)
+        check_ids("decoder_input_ids", decoder_input_ids, config.text_config.vocab_size)
+        rows, length = decoder_input_ids.shape
+        if length == 0 or (prompt is not None and prompt.dim() > 1 and prompt.shape[0] != rows):
+            expected = "at least one position" if length == 0 else f"{prompt.shape[0]} rows, as the prompt has"
+            raise ValueError(f"`decoder_input_ids` has shape {(rows, length)}; expected {expected}")
+        total = seen + (0 if prompt is None or prompt.dim() < 2 else prompt.shape[1])
+        if prompt is None:
+            check_cache(cache, rows, seen, 0)
+        decoder_attention_mask = plain_mask("decoder_attention_mask", decoder_attention_mask)
+        attention_mask = plain_mask("attention_mask", attention_mask)
+        if decoder_attention_mask is None and (real := check_mask("attention_mask", attention_mask, (rows, total))) is not None:
+            canvas = torch.ones_like(decoder_input_ids, dtype=torch.bool)
+            decoder_attention_mask = torch.cat((real.to(canvas.device), canvas), dim=1)
+        check_mask("decoder_attention_mask", decoder_attention_mask, (rows, total + length))
+        check_shape("decoder_position_ids", decoder_position_ids, (rows, length), (1, length))
+        check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))
         if prompt is not None:
             prefilled = self.prefill(
                 input_ids, attention_mask, position_ids, cache, inputs_embeds,
@@ -372,34 +390,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             hidden_states=denoised.hidden_states, attentions=denoised.attentions, encoder_last_hidden_state=prompt_states,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
-
-    def _prepare_canvas(self, prompt, attention_mask, cache, canvas_ids, canvas_attention_mask, canvas_position_ids, soft_embeds):
-        """Checks what `forward` got for the canvas and fills in what it did not. Returns the canvas and its mask."""
-        check_tensors(decoder_input_ids=canvas_ids, soft_embeds=soft_embeds, decoder_position_ids=canvas_position_ids)
-        config, seen = self.config, cached_length(cache)
-        if prompt is None and seen == 0:
-            raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `cache`")
-        if canvas_ids is None:
-            if prompt is None:
-                raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
-            size = (prompt.shape[0], config.canvas_length)
-            canvas_ids = torch.randint(config.text_config.vocab_size, size, dtype=torch.int64, device=prompt.device)
-        check_ids("decoder_input_ids", canvas_ids, config.text_config.vocab_size)
-        rows, length = canvas_ids.shape
-        if length == 0 or (prompt is not None and prompt.dim() > 1 and prompt.shape[0] != rows):
-            expected = "at least one position" if length == 0 else f"{prompt.shape[0]} rows, as the prompt has"
-            raise ValueError(f"`decoder_input_ids` has shape {(rows, length)}; expected {expected}")
-        total = seen + (0 if prompt is None or prompt.dim() < 2 else prompt.shape[1])
-        if prompt is None:
-            check_cache(cache, rows, seen, 0)
-        canvas_attention_mask = plain_mask("decoder_attention_mask", canvas_attention_mask)
-        attention_mask = plain_mask("attention_mask", attention_mask)
-        if canvas_attention_mask is None and (real := check_mask("attention_mask", attention_mask, (rows, total))) is not None:
-            canvas_attention_mask = torch.cat((real.to(canvas_ids.device), torch.ones_like(canvas_ids, dtype=torch.bool)), dim=1)
-        check_mask("decoder_attention_mask", canvas_attention_mask, (rows, total + length))
-        check_shape("decoder_position_ids", canvas_position_ids, (rows, length), (1, length))
-        check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))
-        return canvas_ids, canvas_attention_mask
 
 
 __all__ = ["DiffusionGemmaBlockModel"]
