@@ -55,17 +55,11 @@ def cached_length(cache: Cache | None) -> int:
 
 @dataclass(frozen=True)
 class StoredLayers:
-    """The layers of a cache, each read when it is its turn: what a pass appended to a layer before shows.
-
-    Args:
-        cache: any cache of transformers.
-        seen: how many tokens it holds, from `cached_length`; given, since static layers count on the device.
-        windows: for each layer how many of the last tokens the pass can see at most; None: all.
-    """
+    """The layers of a cache, each read when it is its turn: what a pass appended to a layer before shows."""
 
     cache: Cache
-    seen: int
-    windows: tuple[int | None, ...]
+    seen: int  # how many tokens it holds, from `cached_length`; given, since static layers count on the device
+    windows: tuple[int | None, ...]  # for each layer how many of the last tokens the pass can see at most; None: all
 
     def slots(self, layer_idx: int) -> int:
         """How many of the last tokens are stored and read; 0 while nothing is stored, also where it is allocated."""

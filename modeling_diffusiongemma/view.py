@@ -18,19 +18,12 @@ from .masks import canvas_mask, prompt_mask, slot_tokens
 
 
 class View(NamedTuple):
-    """What new tokens see, and where they stand. Holds for every denoising step of one canvas.
+    """What new tokens see, and where they stand. Holds for every denoising step of one canvas."""
 
-    Args:
-        shape: (B, L), how many rows and new tokens.
-        masks: per layer type, in the form that its attention takes, or None.
-        rotary: per layer type, cos and sin of the new tokens' positions, each `(B or 1, L, 1, head_dim)`.
-        cached: per layer, what is stored of the tokens before.
-    """
-
-    shape: tuple[int, int]
-    masks: dict
-    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    cached: tuple[LayerCache | None, ...] | StoredLayers
+    shape: tuple[int, int]  # (B, L), how many rows and new tokens
+    masks: dict  # per layer type, in the form that its attention takes, or None
+    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]  # per layer type, cos and sin, each `(B or 1, L, 1, head_dim)`
+    cached: tuple[LayerCache | None, ...] | StoredLayers  # per layer, what is stored of the tokens before
 
 
 def positions(real: torch.Tensor | None, seen: int, length: int, device: torch.device) -> torch.Tensor:

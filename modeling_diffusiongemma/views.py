@@ -6,7 +6,6 @@ Diffusers' `DiffusionGemmaPipeline` (0.42.1) drives `DiffusionGemmaForBlockDiffu
 
 import weakref
 
-import torch
 from torch import nn
 from transformers import Cache
 
@@ -30,14 +29,7 @@ class PromptPassView(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "shown"}
 
     @takes_cache
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        position_ids: torch.Tensor | None = None,
-        **images: torch.Tensor,
-    ) -> PassOutput:
+    def forward(self, input_ids=None, attention_mask=None, cache: Cache | None = None, position_ids=None, **images) -> PassOutput:
         """`DiffusionGemmaBlockModel.prefill`, arguments and errors as there. Image tokens attend to each other inside their image;
         in transformers' model, called so, they attend causally."""
         model = next(model for one in self.shown if (model := one()) is not None)
@@ -49,12 +41,7 @@ class CanvasMasksView:
 
     @staticmethod
     @takes_cache
-    def create_diffusion_decoder_attention_mask(
-        config=None,
-        inputs_embeds: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
+    def create_diffusion_decoder_attention_mask(config=None, inputs_embeds=None, cache: Cache | None = None, decoder_attention_mask=None):
         """What the model takes as `decoder_attention_mask`: the 2-D mask `(B, L + C)` itself, from which it builds every layer's."""
         return decoder_attention_mask
 
