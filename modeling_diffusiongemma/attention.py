@@ -146,8 +146,7 @@ class Attention(nn.Module):
             cached: what the cache holds for this layer; its free slots are written to (`caches.join`).
             is_causal: whether a mask of None means causal.
 
-        Returns:
-            The output `(B, L, D)`, the new keys and values, and the attention weights where eager attention makes them.
+        Returns: the output `(B, L, D)`, the new keys and values, and the attention weights where eager attention makes them.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(hidden_states).view(shape)), *rotary).transpose(1, 2)  # (B, H, L, head_dim)

@@ -128,12 +128,8 @@ def has_grouped_products(device: torch.device, dtype: torch.dtype, hidden_size: 
 
 def choose_experts(experts: nn.Module) -> str:
     """The implementation that is used when the caller names none: by the weights' shape, dtype and device, and not by the number of
-    tokens, or a row's rounding would depend on its neighbours in the batch.
-
-    `"grouped_mm"`; on a CPU `"dense_mm"` for few small experts in bfloat16, and else `"eager"` for few experts: in float32 a tenth faster
-    than `"grouped_mm"` at a canvas's 256 tokens, a fifth at 2,048, and the same but for rounding, which is the CPU's. Elsewhere `"eager"`
-    where `"grouped_mm"` fails its proof.
-    """
+    tokens, or a row's rounding would depend on its neighbours in the batch. On a CPU `"eager"` is for few experts in float32 a tenth
+    faster than `"grouped_mm"` at a canvas's 256 tokens, a fifth at 2,048, and the same but for rounding, which is the CPU's."""
     weight = experts.gate_up_proj
     if weight.device.type != "cpu":
         proven = weight.is_meta or has_grouped_products(weight.device, weight.dtype, weight.shape[-1], weight.shape[1] // 2)

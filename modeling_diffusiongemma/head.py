@@ -170,8 +170,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             labels (`int64`, *optional*): `(B, P)`, the response's ids and -100 elsewhere: the whole training objective, with
                 canvas and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
                 a position does not count; the loss is then the canvas's alone.
-            output_hidden_states, output_attentions, return_dict (*optional*): as everywhere in transformers; `output_hidden_states` takes
-                indices, too.
+            output_hidden_states, output_attentions, return_dict (*optional*): as in transformers; the first takes indices, too.
             use_cache (*optional*): the canvas reads the prompt from a cache in any case; False: one made here is not returned.
             skip_logits (*optional*): leave `.logits` out beside a loss, as Trainer asks with `use_liger_kernel`.
 
