@@ -80,10 +80,8 @@ def choose_canvas(input_ids: torch.Tensor, labels: torch.Tensor, canvas_length: 
 
 
 def training_view(model, cache: Cache, clean: CleanCanvas, real: torch.Tensor) -> View:
-    """The view by which a canvas sees the prompt and strictly earlier canvases of its row, and nothing clean of itself.
-
-    Args: `cache` holds the tokens of `real`, bool (B, L).
-    """
+    """The view by which a canvas sees the prompt and strictly earlier canvases of its row, and nothing clean of itself. `cache` holds the
+    tokens of `real`, bool (B, L)."""
     before = real.cumsum(dim=1).gather(1, clean.start[:, None] - 1)  # (B, 1), real tokens before the canvas
     real = torch.cat((real, torch.ones_like(clean.ids, dtype=torch.bool)), dim=1)
     positions = before + torch.arange(clean.ids.shape[1], device=before.device)

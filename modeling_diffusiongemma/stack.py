@@ -1,8 +1,7 @@
 """One stack of layers, called two ways: over the prompt, causally and with a cache to append to, and over the canvas.
 
-The parameters live under the names of the released checkpoint's decoder. The layers append nothing to the cache; the
-stack does so after each layer of a prompt pass. With gradients a layer is therefore a pure function of tensors, which is
-what gradient checkpointing wants; without, it writes into the free slots that `caches.join` finds.
+The layers append nothing to the cache; the stack does so after each layer of a prompt pass. With gradients a layer is therefore a pure
+function of tensors, which is what gradient checkpointing wants; without, it writes into the free slots that `caches.join` finds.
 """
 
 import torch
