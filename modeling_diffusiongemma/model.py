@@ -5,7 +5,6 @@ the two passes; here both are the stack in `decoder`, and `encoder` holds only w
 vision tower, its projection, and one `layer_scalar` a layer.
 """
 
-import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
@@ -30,6 +29,7 @@ from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .ranks import gathering_groups
 from .stack import BlockStack
 from .view import View, canvas_view, positions, prompt_view
+from .views import PromptPassView
 
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
 
@@ -62,13 +62,8 @@ class PromptScalars(nn.Module):
         return self.layer_scalar
 
 
-class PromptSide(nn.Module):
-    """What the prompt pass has beyond the stack: images, and its layer scalars; callable as that pass, as in transformers' model.
-
-    Diffusers' `DiffusionGemmaPipeline` (0.42.1), which drives the model by hand, fills the cache so. The model is held weakly, so that
-    deleting it frees it at once, and left out of copies and pickles: the copied model shows itself. Shallow copies of a model share this
-    submodule, and any of them that is left serves.
-    """
+class PromptSide(PromptPassView):
+    """What the prompt pass has beyond the stack: images, and its layer scalars."""
 
     def __init__(self, config: DiffusionGemmaConfig):
         super().__init__()
@@ -76,20 +71,6 @@ class PromptSide(nn.Module):
         self.language_model.layers = nn.ModuleList(PromptScalars() for _ in range(config.text_config.num_hidden_layers))
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.embed_vision = Gemma4MultimodalEmbedder(config.vision_config, config.text_config)
-
-    def show(self, model: "DiffusionGemmaBlockModel") -> None:
-        """Says whose prompt pass this is."""
-        self.shown = [*(one for one in getattr(self, "shown", ()) if one() is not None), weakref.ref(model)]
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "shown"}
-
-    @takes_cache
-    def forward(self, input_ids=None, attention_mask=None, cache: Cache | None = None, position_ids=None, **images) -> PassOutput:
-        """`DiffusionGemmaBlockModel.prefill`, arguments and errors as there. Image tokens attend to each other inside their image;
-        in transformers' model, called so, they attend causally."""
-        model = next(model for one in self.shown if (model := one()) is not None)
-        return model.prefill(input_ids, attention_mask, position_ids, cache, **images)
 
     def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
         """Without the vision tower's wrappers of linear layers that clip nothing and so hold nothing themselves. PEFT takes its targets
@@ -163,10 +144,11 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
 
         Args:
             input_ids (`int64 (B, P)`): tokens not yet in the cache; or `inputs_embeds` `(B, P, D)` instead.
-            attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included; on either side.
+            attention_mask (`(B, L + P)`, *optional*): 0 at padding, cached tokens included. Rows may be padded on either
+                side; right padding of prompts longer than the sliding window needs a cache that keeps everything, which
+                is what is made here when `cache` is None.
             position_ids (`int64 (B or 1, P)`, *optional*): default: each row's real tokens counted from 0.
-            cache (*optional*): any cache of transformers, appended to; with right padding of prompts longer than the sliding window one
-                that keeps everything. Default: a new `DynamicCache`, for right padding one that does.
+            cache (*optional*): any cache of transformers, appended to. Default: a new `DynamicCache`.
             pixel_values, image_position_ids (*optional*): patches and their coordinates, from the image processor.
             mm_token_type_ids (`(B, P)`, *optional*): 1 where a token belongs to an image, which is attended to
                 bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
@@ -230,7 +212,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
             check_mask("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
             images = image_numbers(mm_token_type_ids.to((new if inputs_embeds is None else inputs_embeds).device))
-        position_ids = positions(real, seen, length, new.device) if position_ids is None else position_ids
+        if position_ids is None:
+            position_ids = positions(real, seen, length, new.device)
         last_states = length if last_states is None else last_states
         scalars, kept = [layer() for layer in self.encoder.language_model.layers], []
         whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
@@ -320,7 +303,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         The view holds until something is appended to the cache. Made without gradients it passes none to the prompt.
 
         Args:
-            cache: the prompt's cache. Its dynamic layers' tensors are replaced by equal ones with room behind them (`caches`).
+            cache: the prompt's cache. The tensors of its dynamic layers are replaced by equal ones that have room
+                behind them, so that nothing is stored twice; a static cache's stay, and the view holds a copy of what they hold.
             canvas_shape: (B, C).
             attention_mask, position_ids: as in `denoise`.
             prefix_length (`int64 (B,)`, *optional*): how many cached tokens come before each row's canvas; later ones stay

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import Cache, DiffusionGemmaTextConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from generation.cache_names import takes_cache
 from generation.checks import chosen_states
 
 from .attention import Attention
@@ -18,6 +17,7 @@ from .experts import Experts, Router
 from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .view import View
+from .views import CanvasMasksView
 
 
 class BlockLayer(GradientCheckpointingLayer):
@@ -60,7 +60,7 @@ class BlockLayer(GradientCheckpointingLayer):
         return hidden_states * layer_scalar, new, weights
 
 
-class BlockStack(DiffusionGemmaBlockPreTrainedModel):
+class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
     """Embedding, self-conditioning, layers, last norm. A `PreTrainedModel` of its own, so that transformers finds the text
     config's attention and experts implementations where it looks for them."""
 
@@ -76,13 +76,6 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryPositions(config)
         self.post_init()
-
-    @staticmethod
-    @takes_cache
-    def create_diffusion_decoder_attention_mask(config=None, inputs_embeds=None, cache: Cache | None = None, decoder_attention_mask=None):
-        """Under transformers' name, by which Diffusers' pipeline asks: what the model takes as `decoder_attention_mask`, the 2-D mask
-        `(B, L + C)` itself, from which it builds every layer's."""
-        return decoder_attention_mask
 
     @property
     def embed_dtype(self) -> torch.dtype:
@@ -105,8 +98,9 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
             cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
             keep_states, keep_weights: whether to return what every layer put out; or which of the states, by index.
 
-        Returns: the normed output `(B, L, D)`; the layers' inputs and the normed output, None for those not asked for, or None;
-        attention weights, or None.
+        Returns:
+            The normed output `(B, L, D)`; the layers' inputs and the normed output, None for those not asked for, or None; attention
+            weights, or None.
         """
         states, all_weights = [], []
         chosen = chosen_states(keep_states, len(self.layers) + 1)
