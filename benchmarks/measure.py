@@ -172,7 +172,7 @@ def run(model, prefills: list[float], prompts: list[dict], settings: dict, canva
 def time_products(weight: torch.Tensor, positions: int, clock: Callable[[], float], repeats: int = 3) -> dict[str, float]:
     """Milliseconds of a denoising step's two products with the head `weight`, in pieces and with nothing between: `plain`, by `torch.mm`;
     `used`, as the pass over the vocabulary makes them. Fastest of `repeats`, in turn."""
-    from generation.products import PLAIN, choose_products
+    from generation.vocabulary.products import PLAIN, choose_products
 
     weight, piece = weight.detach(), 4096 if weight.device.type == "cpu" else 32_768
     rows, shares = (torch.rand((positions, size), dtype=weight.dtype, device=weight.device) for size in (weight.shape[1], piece))

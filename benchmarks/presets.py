@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from generation.configuration import DIFFUSION_FIELDS, PRESETS
+from generation.call.configuration import DIFFUSION_FIELDS, PRESETS
 from measure import heading, machine
 from modeling_diffusiongemma import default_checkpoint
 

@@ -21,7 +21,11 @@ STAGES = ("attention", "dense MLP", "router and experts", "norms and residuals",
 PREFILL = "prefill"  # everything in it, and not counted
 OF_MODULE = {"self_attn": "attention", "mlp": "dense MLP", "router": "router and experts", "experts": "router and experts"}
 # Functions of `generation`, by the module they stand in.
-OF_FILE = {"generation.vocabulary": "vocabulary pass", "generation.prediction": "vocabulary pass", "generation.state": "sampling"}
+OF_FILE = {
+    "generation.vocabulary.walk": "vocabulary pass",
+    "generation.rules.prediction": "vocabulary pass",
+    "generation.rules.state": "sampling",
+}
 
 
 class StageClock:

@@ -4,7 +4,7 @@
     python benchmarks/vocabulary.py --cpu-time         # the same on a busy machine: CPU time of one thread
     python benchmarks/vocabulary.py --hidden 2816 --vocab-size 65536
 
-A round is one pass (`generation.vocabulary.streamed_prediction`: argmax, a sample, entropy, soft embedding) and the products alone, by
+A round is one pass (`generation.vocabulary.walk.streamed_prediction`: argmax, a sample, entropy, soft embedding) and the products alone, by
 `torch.mm` and as the pass makes them. Prints the medians over the rounds, and of the ratios of each round.
 """
 
@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from generation.draws import BatchDraws
-from generation.vocabulary import VocabularyHead, streamed_prediction
+from generation.rules.draws import BatchDraws
+from generation.vocabulary.walk import VocabularyHead, streamed_prediction
 from measure import heading, machine, markdown, number, time_products
 
 

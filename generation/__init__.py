@@ -1,18 +1,18 @@
 """Block-diffusion generation. Imports torch and transformers, never a model."""
 
-from .configuration import DiffusionGenerationConfig
-from .constraint import Constraint
-from .events import CommitEvent, StepEvent, stream_events, stream_text
+from .call.configuration import DiffusionGenerationConfig
 from .mixin import DiffusionGenerationMixin
-from .noise import MaskNoise, Noise, UniformNoise
 from .output import DiffusionGenerationOutput, TokenScores
-from .prediction import Prediction, Wanted
-from .samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Proposal, Sampler
-from .schedule import TemperatureSchedule
-from .state import CanvasState
-from .stopping import StableAndConfident
-from .streaming import CanvasStreamer
-from .watcher import Watcher
+from .rules.constraint import Constraint
+from .rules.noise import MaskNoise, Noise, UniformNoise
+from .rules.prediction import Prediction, Wanted
+from .rules.samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Proposal, Sampler
+from .rules.schedule import TemperatureSchedule
+from .rules.state import CanvasState
+from .rules.stopping import StableAndConfident
+from .watch.events import CommitEvent, StepEvent, stream_events, stream_text
+from .watch.terminal import CanvasStreamer
+from .watch.watcher import Watcher
 
 __all__ = [
     "CanvasState",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import Cache, CompileConfig, EncoderDecoderCache, GenerationConfig
 
-from .samplers import SAMPLERS
+from .rules.samplers import SAMPLERS
 
 LARGEST = 2**63 - 1  # of an int64
 DECODINGS = ("diffusion", "autoregressive", "verified")
@@ -256,8 +256,8 @@ ARGUMENTS: dict[str, Kind] = {
     "logits_processor": Kind("a list of functions `(input_ids, scores) -> scores`", _callables),
     "stopping_criteria": Kind("a list of functions `(input_ids, scores) -> bool (rows,)`", _callables),
     "streamer": Kind("an object with the methods `put` and `end`", _with_methods("put", "end")),
-    "watcher": Kind("a `generation.watcher.Watcher`", _with_methods("start", "step", "commit", "end")),
-    "constraint": Kind("a `generation.constraint.Constraint`", _with_methods("constrain", "select")),
+    "watcher": Kind("a `generation.watch.watcher.Watcher`", _with_methods("start", "step", "commit", "end")),
+    "constraint": Kind("a `generation.rules.constraint.Constraint`", _with_methods("constrain", "select")),
     "first_step": integer(0),
     "tokenizer": Kind("a tokenizer, with the method `decode`", _with_methods("decode")),
     "generation_config": Kind("a `GenerationConfig`, or a mapping of its fields", _config),

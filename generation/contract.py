@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin
 
-from .vocabulary import VocabularyHead
+from .vocabulary.walk import VocabularyHead
 
 
 class TextConfig(Protocol):

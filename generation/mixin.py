@@ -9,23 +9,23 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import reads_arguments, shown
-from .autoregressive import decode_autoregressively
 from .cache_names import FIELD, takes_cache
-from .caches import make_cache
-from .canvases import decode_canvases
-from .configuration import DiffusionGenerationConfig
-from .constraint import Constraint
+from .call.caches import make_cache
+from .call.configuration import DiffusionGenerationConfig
+from .call.plan import Plan, make_plan
+from .call.prompt import IMAGES, Prompt, read_prompt
+from .call.settings import resolve_config
+from .call.together import allowed_tokens, check_arguments
 from .contract import check_contract
-from .draws import BatchDraws, row_draws
+from .loop.autoregressive import decode_autoregressively
+from .loop.canvases import decode_canvases
+from .loop.rows import Rows
+from .loop.transcript import Criteria, Transcript
+from .loop.verified import decode_verified
 from .output import DiffusionGenerationOutput, TokenScores
-from .plan import Plan, make_plan
-from .prompt import IMAGES, Prompt, read_prompt
-from .rows import Rows
-from .settings import resolve_config
-from .together import allowed_tokens, check_arguments
-from .transcript import Criteria, Transcript
-from .verified import decode_verified
-from .watcher import StreamerWatcher, Watcher
+from .rules.constraint import Constraint
+from .rules.draws import BatchDraws, row_draws
+from .watch.watcher import StreamerWatcher, Watcher
 
 # Each takes the model, the plan, the prompt, the rows, the transcript and the watchers, and returns the cache if it is whole.
 DECODERS = {"diffusion": decode_canvases, "autoregressive": decode_autoregressively, "verified": decode_verified}
@@ -139,8 +139,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             cache (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
             decoder_input_ids (`int64 (B, C)`, *optional*): the first canvas. Default: noise.
             first_step (*optional*): the denoising step from which that canvas is taken on. Default: 0, as if it were noise.
-            watcher (*optional*): a `generation.watcher.Watcher`: is told of every step and every canvas, and may change the state.
-            constraint (*optional*): a `generation.constraint.Constraint`: what it makes of each prediction is what counts.
+            watcher (*optional*): a `generation.watch.watcher.Watcher`: is told of every step and every canvas, and may change the state.
+            constraint (*optional*): a `generation.rules.constraint.Constraint`: what it makes of each prediction is what counts.
             seed (*optional*): one for every row, or one a prompt. A row's tokens depend on its prompt and its seed alone.
             generator (*optional*): source of the rows' seeds, or one generator a row. Default: torch's global one.
             tokenizer (*optional*): needed for `stop_strings`.

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DiffusionGemmaTextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from generation.proofs import FastPath, numbers, works
+from generation.fast.proofs import FastPath, numbers, works
 
 from .caches import LayerCache, join
 from .layers import RMSNorm, rotate

@@ -17,7 +17,7 @@ import torch
 from transformers import Cache, DiffusionGemmaTextConfig, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from generation.proofs import FastPath, needs_cuda, numbers, works
+from generation.fast.proofs import FastPath, needs_cuda, numbers, works
 
 
 class LayerCache(NamedTuple):

@@ -21,8 +21,8 @@ PIPE_CLOSED = 141  # the exit code 128 + SIGPIPE, as shells count it
 MODEL_TYPE = "diffusion_gemma"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Run by itself: `from generation.presets` would first import the package, and torch with it.
-PRESETS = runpy.run_path(str(Path(importlib.util.find_spec("generation").origin).with_name("presets.py")))["PRESETS"]
+# Run by itself: `from generation.call.presets` would first import the package, and torch with it.
+PRESETS = runpy.run_path(str(Path(importlib.util.find_spec("generation").origin).parent / "call/presets.py"))["PRESETS"]
 
 
 class UsageError(ValueError):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from generation.watcher import Watcher
+from generation.watch.watcher import Watcher
 
 from .console_arguments import UsageError, json_line, say
 from .console_model import Session, generation_settings

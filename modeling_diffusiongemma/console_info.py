@@ -11,7 +11,7 @@ from huggingface_hub import get_local_safetensors_metadata, get_safetensors_meta
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from generation.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
+from generation.call.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
 
 from .console_arguments import UsageError, json_line
 from .console_model import checked_device, read_config

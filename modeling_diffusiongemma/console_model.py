@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from generation.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
-from generation.settings import resolve_config
+from generation.call.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
+from generation.call.settings import resolve_config
 
 from .console_arguments import MODEL_TYPE, UsageError
 

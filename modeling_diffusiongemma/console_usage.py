@@ -1,4 +1,4 @@
-"""The console's command line: its commands, their arguments and help. What a command does stands in `console_NAME.py`.
+"""The console's command line: its commands, their arguments and help. What a command does stands in a file of its name.
 
 Nothing here needs torch, and importing the package takes seconds. So a process that is the console reads its command line first:
 where that asks for help or is wrong it is answered at once, and otherwise the import goes on, as in any other program.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from generation.events import TextAssembler
-from generation.state import CanvasState
-from generation.streaming import CanvasStreamer, Cell
+from generation.rules.state import CanvasState
+from generation.watch.events import TextAssembler
+from generation.watch.terminal import CanvasStreamer, Cell
 
 
 class Watch(CanvasStreamer):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import transformers
 
-from generation.flags import LATE_FLAGS
-from generation.kernel import KERNEL
-from generation.products import ONEDNN_PRODUCTS
-from generation.proofs import WITHOUT, UnusableDevice, verdict
-from generation.recording import RECORDED_STEP
+from generation.fast.flags import LATE_FLAGS
+from generation.fast.proofs import WITHOUT, UnusableDevice, verdict
+from generation.fast.recording import RECORDED_STEP
+from generation.vocabulary.kernel import KERNEL
+from generation.vocabulary.products import ONEDNN_PRODUCTS
 
 from .attention import SHARED_KEYS
 from .caches import OFFLOADED_CACHE

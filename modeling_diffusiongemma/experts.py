@@ -16,7 +16,7 @@ from transformers import DiffusionGemmaTextConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 
-from generation.proofs import FastPath, works
+from generation.fast.proofs import FastPath, works
 
 from .layers import RMSNorm
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from transformers.utils import logging
 
-from generation.proofs import FastPath, numbers, works
+from generation.fast.proofs import FastPath, numbers, works
 
 try:
     from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm

@@ -10,10 +10,10 @@ from transformers import Cache, CompileConfig, PreTrainedModel  # noqa: F401  by
 from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache
+from generation.call.configuration import FURTHER_FILE, DiffusionGenerationConfig
 from generation.checks import check_images, check_shape, check_tensors, plain_mask
-from generation.configuration import FURTHER_FILE, DiffusionGenerationConfig
 from generation.mixin import DiffusionGenerationMixin
-from generation.vocabulary import VocabularyHead
+from generation.vocabulary.walk import VocabularyHead
 
 from .compiling import compiled_layers
 from .configuration import DiffusionGemmaConfig

@@ -11,7 +11,7 @@ from transformers import DiffusionGemmaTextConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from generation.caches import on_host
+from generation.call.caches import on_host
 
 
 class RMSNorm(nn.Module):

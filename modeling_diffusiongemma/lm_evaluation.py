@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from generation.configuration import DiffusionGenerationConfig
+from generation.call.configuration import DiffusionGenerationConfig
 
 from .checkpoints import default_checkpoint
 from .collator import BlockDiffusionCollator

@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from generation.checks import check_mask, check_shape
-from generation.noise import Noise, UniformNoise
+from generation.rules.noise import Noise, UniformNoise
 
 from .outputs import PassOutput
 from .ranks import gathering_groups

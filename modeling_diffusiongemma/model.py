@@ -17,7 +17,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear, Ge
 from transformers.utils.generic import can_return_tuple
 
 from generation.cache_names import FIELD, takes_cache
-from generation.caches import dynamic_cache
+from generation.call.caches import dynamic_cache
 from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask
 
 from .caches import cached_length

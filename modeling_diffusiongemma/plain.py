@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all_modules
 
-from generation.plan import mixes_adapters
+from generation.call.plan import mixes_adapters
 
 from .layers import ScaledEmbedding
 

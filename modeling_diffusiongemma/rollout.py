@@ -13,13 +13,13 @@ from collections.abc import Callable
 
 import torch
 
-from generation.draws import BatchDraws
-from generation.noise import Noise, UniformNoise
-from generation.prediction import dense_prediction
-from generation.samplers import EntropyBoundSampler, Sampler
-from generation.schedule import TemperatureSchedule
-from generation.state import CanvasState, advance, start_canvas
-from generation.stopping import StableAndConfident
+from generation.rules.draws import BatchDraws
+from generation.rules.noise import Noise, UniformNoise
+from generation.rules.prediction import dense_prediction
+from generation.rules.samplers import EntropyBoundSampler, Sampler
+from generation.rules.schedule import TemperatureSchedule
+from generation.rules.state import CanvasState, advance, start_canvas
+from generation.rules.stopping import StableAndConfident
 
 Inputs = dict[str, torch.Tensor]
 

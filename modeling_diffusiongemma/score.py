@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from generation.arguments import FIELDS, integer, read
 from generation.checks import check_images, check_mask, check_tensors
-from generation.noise import UniformNoise
+from generation.rules.noise import UniformNoise
 
 from .loss import IGNORED, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions, training_view
 from .ranks import gathering_groups, largest

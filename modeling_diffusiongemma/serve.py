@@ -32,7 +32,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import Modality
 
-from generation.watcher import Watcher
+from generation.watch.watcher import Watcher
 
 from .checkpoints import shipped
 from .console_arguments import checkpoint_name, integer

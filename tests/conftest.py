@@ -61,5 +61,5 @@ def oracle_checkpoint(tmp_path_factory):
 def told(monkeypatch):
     """What was warned of fast paths that failed their proof."""
     said = []
-    monkeypatch.setattr("generation.proofs.logger.warning_once", said.append)
+    monkeypatch.setattr("generation.fast.proofs.logger.warning_once", said.append)
     return said

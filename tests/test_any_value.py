@@ -25,7 +25,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from generation import DiffusionGenerationConfig
 from generation.arguments import ARGUMENTS, FIELDS
-from generation.settings import FOREIGN_ARGUMENTS
+from generation.call.settings import FOREIGN_ARGUMENTS
 
 IDS, MASK = prompts(2, 7, padded=3)
 WIDE = 3 * VISION["patch_size"] ** 2

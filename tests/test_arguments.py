@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from generation import DiffusionGenerationConfig, prompt
-from generation.configuration import HONOURED, NEUTRAL, PRESETS
+from generation import DiffusionGenerationConfig
+from generation.call import prompt
+from generation.call.configuration import HONOURED, NEUTRAL, PRESETS
 
 FIELDS = sorted(name for name in GenerationConfig().__dict__ if not name.startswith("_"))
 
@@ -128,7 +129,7 @@ def test_narrowest_truncation_makes_every_sample_the_argmax(model, settings):
 
 def test_top_k_and_top_p_keep_the_distribution_they_name():
     """Against the definition, on one position: the k largest, and the smallest set that holds the mass."""
-    from generation.processors import build_shaping
+    from generation.call.processors import build_shaping
 
     logits = torch.randn(1, 3, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
     for settings, kept in (

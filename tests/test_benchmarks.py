@@ -113,9 +113,9 @@ def test_scaling_measures_each_point_once():
 
 def test_gpu_runs_shrunk_on_a_cpu(capsys):
     """... and leaves the package as it was: the stage clock wraps functions of `generation`."""
-    import generation.predict
+    import generation.loop.predict
 
-    before = dict(vars(generation.predict))
+    before = dict(vars(generation.loop.predict))
     options = ["--batch", "2", "--cache", "static", "dynamic", "--steps", "2", "--rounds", "1", "--against", "transformers"]
     gpu.main(["--device", "cpu", "--shrink", *options])
     printed = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_gpu_runs_shrunk_on_a_cpu(capsys):
     for stage in (*stages.STAGES, "sum"):
         assert f"| {stage} |" in printed
     assert re.search("8 experts of which a pass reads [78] a layer", printed)
-    assert {name: value for name, value in vars(generation.predict).items() if before[name] is not value} == {}
+    assert {name: value for name, value in vars(generation.loop.predict).items() if before[name] is not value} == {}
 
 
 def test_gpu_runs_in_fp8(capsys):

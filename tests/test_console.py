@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
-from generation.configuration import PRESETS
-from generation.proofs import FastPath, UnusableDevice
-from generation.streaming import Cell, wrapped
+from generation.call.configuration import PRESETS
+from generation.fast.proofs import FastPath, UnusableDevice
+from generation.watch.terminal import Cell, wrapped
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint, device_report
 from modeling_diffusiongemma.console import RUNS, main
 from modeling_diffusiongemma.console_usage import COMMANDS, answer_usage, build_parser

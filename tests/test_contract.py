@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from generation import DiffusionGenerationMixin
 from generation.contract import OFFERS, GeneratesCanvases, check_contract
-from generation.prediction import NOTHING_MORE
-from generation.vocabulary import VocabularyHead
+from generation.rules.prediction import NOTHING_MORE
+from generation.vocabulary.walk import VocabularyHead
 
 VOCAB, HIDDEN, CANVAS, CAP = 37, 12, 7, 9.0
 IDS = torch.tensor([[3, 8, 21, 5, 30], [11, 2, 17, 29, 6]])

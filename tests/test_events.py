@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from generation import CommitEvent, StepEvent, stream_events, stream_text
-from generation.events import TextAssembler
+from generation.watch.events import TextAssembler
 from jobs.tokenizer import build_tokenizer
 from modeling_diffusiongemma import default_checkpoint
 

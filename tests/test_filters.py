@@ -9,13 +9,14 @@ from small_models import prompts, small_model
 from test_vocabulary import CAP, case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from generation import DiffusionGenerationConfig, predict
-from generation.draws import BatchDraws, RowDraws
-from generation.filters import Filters
-from generation.prediction import check_finite, dense_prediction
-from generation.processors import build_shaping
-from generation.rows import Rows
-from generation.vocabulary import VocabularyHead, streamed_prediction
+from generation import DiffusionGenerationConfig
+from generation.call.processors import build_shaping
+from generation.loop import predict
+from generation.loop.rows import Rows
+from generation.rules.draws import BatchDraws, RowDraws
+from generation.rules.prediction import check_finite, dense_prediction
+from generation.vocabulary.filters import Filters
+from generation.vocabulary.walk import VocabularyHead, streamed_prediction
 
 SETTINGS = {
     "top_k 1": {"top_k": 1},

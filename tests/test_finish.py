@@ -61,7 +61,7 @@ def test_an_end_at_the_last_allowed_token_is_a_stop_and_one_behind_it_none(model
 def test_rows_that_are_verified_one_by_one_share_one_clock(model, monkeypatch):
     """Each used to start `max_time` anew. A clock that moves a second whenever it is looked at: at two rounds a row, the third is late."""
     ticks = iter(range(1000))
-    monkeypatch.setattr("generation.plan.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr("generation.call.plan.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     output = finished(model, [None] * 4, decoding="verified", max_time=5.5, max_denoising_steps=1)
     assert output.finish_reasons[0] == "length" and output.finish_reasons[-1] == "time", output.finish_reasons
     assert next(ticks) < 25, "rows behind the time take one round each"

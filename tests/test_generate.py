@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
 from generation import CanvasState, DiffusionGenerationConfig
-from generation.configuration import RELEASED_DEFAULTS
+from generation.call.configuration import RELEASED_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "data" / "released"

@@ -15,7 +15,7 @@ from tiny import build_oracle, image_inputs, needs_flex_attention, ours, same_we
 from transformers import StaticCache
 
 from generation import CanvasStreamer
-from generation.sums import _draw
+from generation.vocabulary.sums import _draw
 from modeling_diffusiongemma import BlockDiffusionCollator, Rollout, block_diffusion_loss
 
 SETTINGS = {"max_new_tokens": CANVAS + 3, "max_denoising_steps": 4, "pad_token_id": PAD, "eos_token_id": 1, "seed": 5}

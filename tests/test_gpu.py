@@ -7,12 +7,13 @@ import torch
 from small_models import prompts, small_model, small_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
-from generation import recording, vocabulary
-from generation.draws import BatchDraws
-from generation.filters import Filters
-from generation.proofs import verdict
-from generation.sums import absorb
-from generation.vocabulary import VocabularyHead, streamed_prediction
+from generation.fast import recording
+from generation.fast.proofs import verdict
+from generation.rules.draws import BatchDraws
+from generation.vocabulary import walk as vocabulary
+from generation.vocabulary.filters import Filters
+from generation.vocabulary.sums import absorb
+from generation.vocabulary.walk import VocabularyHead, streamed_prediction
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.device_report import PATHS
 

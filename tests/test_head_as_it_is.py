@@ -505,7 +505,7 @@ def test_all_ways_of_decoding_agree(name, monkeypatch):
             dense = model.generate(ids, **settings)
         static = model.generate(ids, cache_implementation="static", **settings)
         with monkeypatch.context() as patch:
-            patch.setattr("generation.plan.records", lambda device: True)
+            patch.setattr("generation.call.plan.records", lambda device: True)
             recorded = model.generate(ids, cache_implementation="static", **settings)
         autoregressive, verified = (
             model.generate(ids[1:], **settings | {"attention_mask": None, "decoding": way}) for way in ("autoregressive", "verified")
@@ -556,7 +556,7 @@ def test_training_rollouts_and_scores_see_the_change(name):
 def test_the_reason_is_told_once_a_call(monkeypatch):
     """What decides is asked once a call, whatever the number of canvases and steps."""
     asked, told = [], []
-    monkeypatch.setattr("generation.plan.logger.warning_once", told.append)
+    monkeypatch.setattr("generation.call.plan.logger.warning_once", told.append)
     with changed("head_bias") as model:
         whole = type(model).why_dense
         monkeypatch.setattr(type(model), "why_dense", lambda self, device: asked.append(device) or whole(self, device))

@@ -5,7 +5,7 @@ import torch
 from small_models import prompts, small_model
 
 from generation import PredictorCorrectorSampler
-from generation.prediction import Prediction
+from generation.rules.prediction import Prediction
 
 VOCAB, COUNT = 5, 60_000
 CLEAN = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])

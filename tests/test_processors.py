@@ -32,7 +32,7 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import ConfidenceCriteria, EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import LinearTemperatureScheduleLogitsProcessor
 
-from generation.processors import LOOKS_AT, CallersProcessor
+from generation.call.processors import LOOKS_AT, CallersProcessor
 
 IDS, MASK = prompts(2, 6, seed=1, padded=2)
 APPLIED = {

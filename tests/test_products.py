@@ -4,11 +4,11 @@ import pytest
 import torch
 from test_vocabulary import case
 
-from generation import products
-from generation.draws import BatchDraws
-from generation.products import ONEDNN, ONEDNN_PRODUCTS, PLAIN, choose_products, prefers_onednn
-from generation.proofs import difference, verdict
-from generation.vocabulary import streamed_prediction
+from generation.fast.proofs import difference, verdict
+from generation.rules.draws import BatchDraws
+from generation.vocabulary import products
+from generation.vocabulary.products import ONEDNN, ONEDNN_PRODUCTS, PLAIN, choose_products, prefers_onednn
+from generation.vocabulary.walk import streamed_prediction
 
 CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(ONEDNN_PRODUCTS.missing(CPU) is not None, reason="this torch carries no oneDNN")
@@ -58,7 +58,7 @@ def test_a_torch_that_does_not_name_the_cpu_takes_mm(monkeypatch):
 @pytest.mark.parametrize("fault", ["lies", "raises"])
 def test_a_onednn_that_fails_its_proof_is_not_used(monkeypatch, fault):
     told = []
-    monkeypatch.setattr("generation.proofs.logger.warning_once", told.append)
+    monkeypatch.setattr("generation.fast.proofs.logger.warning_once", told.append)
     on_a_cpu(monkeypatch, "Intel Xeon")
     hidden, head = case(vocab_size=300)
     expected = streamed_prediction(hidden, head, 0.7, BatchDraws(torch.Generator().manual_seed(0)))

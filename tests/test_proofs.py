@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from generation import flags, proofs
-from generation.flags import LATE_FLAGS
-from generation.kernel import KERNEL
-from generation.plan import reads_late
-from generation.proofs import WITHOUT, FastPath, UnusableDevice, difference, verdict, works
-from generation.recording import RECORDED_STEP
+from generation.call.plan import reads_late
+from generation.fast import flags, proofs
+from generation.fast.flags import LATE_FLAGS
+from generation.fast.proofs import WITHOUT, FastPath, UnusableDevice, difference, verdict, works
+from generation.fast.recording import RECORDED_STEP
+from generation.vocabulary.kernel import KERNEL
 from modeling_diffusiongemma import attention, caches, experts, fp8_math
 from modeling_diffusiongemma.attention import SHARED_KEYS
 from modeling_diffusiongemma.device_report import PATHS

@@ -11,15 +11,15 @@ import torch
 from small_models import prompts, small_model
 from torch.utils import _pytree as pytree
 
-from generation import recording
-from generation.draws import row_draws
-from generation.plan import Plan, make_plan
-from generation.predict import StepInputs, draw_step, take_step
-from generation.prompt import Prompt
-from generation.proofs import difference
-from generation.recording import Held, NeverWaits, Recording
-from generation.settings import resolve_config
-from generation.state import start_canvas
+from generation.call.plan import Plan, make_plan
+from generation.call.prompt import Prompt
+from generation.call.settings import resolve_config
+from generation.fast import recording
+from generation.fast.proofs import difference
+from generation.fast.recording import Held, NeverWaits, Recording
+from generation.loop.predict import StepInputs, draw_step, take_step
+from generation.rules.draws import row_draws
+from generation.rules.state import start_canvas
 
 VOCAB = 5001  # two pieces of the vocabulary
 
@@ -34,8 +34,8 @@ def model():
 @pytest.fixture
 def records(monkeypatch):
     """As on a GPU: flags late, steps recorded."""
-    monkeypatch.setattr("generation.plan.records", lambda device: True)
-    monkeypatch.setattr("generation.plan.reads_late", lambda device: True)
+    monkeypatch.setattr("generation.call.plan.records", lambda device: True)
+    monkeypatch.setattr("generation.call.plan.reads_late", lambda device: True)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_a_step_that_cannot_be_recorded_runs_plainly_with_a_warning(model, recor
         raise RuntimeError("operation not permitted when stream is capturing")
 
     expected = model.generate(ids, **settings)
-    monkeypatch.setattr("generation.recording.record_plainly", fail)
+    monkeypatch.setattr("generation.fast.recording.record_plainly", fail)
     said = []
-    monkeypatch.setattr("generation.recording.logger.warning_once", said.append)
+    monkeypatch.setattr("generation.fast.recording.logger.warning_once", said.append)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert len(said) == 1 and "when stream is capturing" in said[0]
 
@@ -115,7 +115,7 @@ def test_a_recording_that_does_not_give_what_the_step_gives_is_not_used(model, r
 
     monkeypatch.setattr(recording, "record_plainly", record)
     said = []
-    monkeypatch.setattr("generation.recording.logger.warning_once", said.append)
+    monkeypatch.setattr("generation.fast.recording.logger.warning_once", said.append)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert len(said) == 1 and ("Strange: ptxas fell over" if fault == "strange" else "numbers in value") in said[0]
 

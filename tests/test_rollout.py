@@ -5,7 +5,7 @@ import torch
 from small_models import CANVAS, prompts, small_model
 
 from generation import EntropyBoundSampler
-from generation.samplers import ConfidenceSampler
+from generation.rules.samplers import ConfidenceSampler
 from modeling_diffusiongemma import Rollout, block_diffusion_loss
 
 PROMPT = 7

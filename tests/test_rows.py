@@ -61,7 +61,7 @@ def test_flags_read_one_step_late_change_no_token(text, settings, monkeypatch):
     settings = {"canvas_length": 16, "seed": list(range(6)), "output_scores": True, **settings}
     wanted = requests(6, seed=3)
     at_once, output = answers(*text, wanted, **settings)
-    monkeypatch.setattr("generation.plan.reads_late", lambda device: True)
+    monkeypatch.setattr("generation.call.plan.reads_late", lambda device: True)
     late, late_output = answers(*text, wanted, **settings)
     assert late == at_once and late_output.denoising_steps.tolist() == output.denoising_steps.tolist()
     for one, other in zip(late_output.scores, output.scores, strict=True):
@@ -70,7 +70,7 @@ def test_flags_read_one_step_late_change_no_token(text, settings, monkeypatch):
 
 def test_late_flags_report_bad_logits_all_the_same(text, monkeypatch):
     """Also where the step is the last one, whose flags nobody waits for."""
-    monkeypatch.setattr("generation.plan.reads_late", lambda device: True)
+    monkeypatch.setattr("generation.call.plan.reads_late", lambda device: True)
 
     class Spoil(LogitsProcessor):
         def __call__(self, input_ids, scores):

@@ -5,7 +5,7 @@ import torch
 from small_models import prompts, small_model
 
 from generation import StepEvent, Wanted, Watcher, mixin, stream_events
-from generation.filters import Filters
+from generation.vocabulary.filters import Filters
 
 VOCAB = 5001  # two pieces of the vocabulary
 SETTINGS = {"max_new_tokens": 20, "max_denoising_steps": 4, "seed": [3, 4, 5], "eos_token_id": [], "pad_token_id": 0}
@@ -65,7 +65,7 @@ def test_a_constraint_goes_with_diffusion_alone(model):
     for other in ({"backend": "reference"}, {"decoding": "autoregressive"}):
         with pytest.raises(ValueError, match="`constraint` is given"):
             model.generate(prompts(1, 9)[0], constraint=Even(1), **other)
-    with pytest.raises(ValueError, match="`constraint` is 3; expected a `generation.constraint.Constraint`"):
+    with pytest.raises(ValueError, match="`constraint` is 3; expected a `generation.rules.constraint.Constraint`"):
         model.generate(prompts(1, 9)[0], constraint=3)
 
 
@@ -152,8 +152,8 @@ def test_a_canvas_is_taken_on_from_its_first_step(model, way):
 def test_filters_of_rows_leave_with_their_rows(model, records, monkeypatch):
     """Rows end at different steps, and each may have ids of its own, which no argument gives as yet."""
     if records:
-        monkeypatch.setattr("generation.plan.records", lambda device: True)
-        monkeypatch.setattr("generation.plan.reads_late", lambda device: True)
+        monkeypatch.setattr("generation.call.plan.records", lambda device: True)
+        monkeypatch.setattr("generation.call.plan.reads_late", lambda device: True)
     allowed = torch.zeros(3, VOCAB, dtype=torch.bool)
     allowed[0, 10:11], allowed[1, 100:3000], allowed[2, 4000:4003] = True, True, True
     start = mixin.start_rows

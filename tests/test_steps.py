@@ -8,11 +8,11 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from generation import EntropyBoundSampler, MaskNoise, StableAndConfident, TemperatureSchedule, UniformNoise
-from generation.draws import BatchDraws, DrawnStep, row_draws
-from generation.prediction import Prediction, check_finite, dense_prediction
-from generation.samplers import ConfidenceSampler, FixedStepsSampler
-from generation.state import advance, start_canvas
-from generation.stopping import AllOf, AnyOf, Confident, Patience, Stable, before_sure_end
+from generation.rules.draws import BatchDraws, DrawnStep, row_draws
+from generation.rules.prediction import Prediction, check_finite, dense_prediction
+from generation.rules.samplers import ConfidenceSampler, FixedStepsSampler
+from generation.rules.state import advance, start_canvas
+from generation.rules.stopping import AllOf, AnyOf, Confident, Patience, Stable, before_sure_end
 
 
 def seeded(seed):

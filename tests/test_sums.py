@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_vocabulary import CAP, case
 
-from generation import kernel, vocabulary
-from generation.draws import BatchDraws
-from generation.filters import Filters
-from generation.kernel import absorb_triton, choose_absorb
-from generation.proofs import verdict
-from generation.sums import MASKED, Running, Shape, Workspace, absorb, make_workspace, start_running
-from generation.vocabulary import streamed_prediction
+from generation.fast.proofs import verdict
+from generation.rules.draws import BatchDraws
+from generation.vocabulary import kernel
+from generation.vocabulary import walk as vocabulary
+from generation.vocabulary.filters import Filters
+from generation.vocabulary.kernel import absorb_triton, choose_absorb
+from generation.vocabulary.sums import MASKED, Running, Shape, Workspace, absorb, make_workspace, start_running
+from generation.vocabulary.walk import streamed_prediction
 
 ROOT = Path(__file__).parent.parent
 interpreted = kernel.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -136,7 +137,7 @@ def test_kernel_samples_follow_the_distribution(monkeypatch):
 
 COMPILE = """
 import triton
-from generation.kernel import MASKED, TILE, WARPS, _absorb_kernel
+from generation.vocabulary.kernel import MASKED, TILE, WARPS, _absorb_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -262,8 +263,8 @@ def test_looking_up_no_row_changes_nothing(monkeypatch, greedy):
     filters = Filters(hidden=torch.tensor([3, 77]), hidden_before=1, top_k=40, top_p=0.8, min_p=0.01)
     expected = streamed_prediction(hidden, head, 0.7, seeded(), greedy, current, filters, piece=64)
     soft = expected.soft_embeds
-    monkeypatch.setattr("generation.sums.counts_rows", lambda device: False)
-    monkeypatch.setattr("generation.filters.counts_rows", lambda device: False)
+    monkeypatch.setattr("generation.vocabulary.sums.counts_rows", lambda device: False)
+    monkeypatch.setattr("generation.vocabulary.filters.counts_rows", lambda device: False)
     got = streamed_prediction(hidden, head, 0.7, seeded(), greedy, current, filters, piece=64)
     got_soft = got.soft_embeds
     compare(got, expected, 0)

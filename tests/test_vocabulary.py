@@ -4,11 +4,11 @@ import pytest
 import torch
 from small_models import prompts, small_model
 
-from generation import predict
-from generation.draws import BatchDraws, RowDraws
-from generation.filters import Filters
-from generation.prediction import Wanted, check_finite, dense_prediction
-from generation.vocabulary import VocabularyHead, streamed_prediction
+from generation.loop import predict
+from generation.rules.draws import BatchDraws, RowDraws
+from generation.rules.prediction import Wanted, check_finite, dense_prediction
+from generation.vocabulary.filters import Filters
+from generation.vocabulary.walk import VocabularyHead, streamed_prediction
 
 CAP = 30.0
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
+from ..fast.flags import LATE_FLAGS
+from ..fast.proofs import works
+from ..fast.recording import RECORDED_STEP
+from ..rules.constraint import Constraint
+from ..rules.noise import MaskNoise, Noise, UniformNoise
+from ..rules.prediction import NOTHING_MORE, Wanted
+from ..rules.samplers import SAMPLERS, Sampler
+from ..rules.schedule import TemperatureSchedule
+from ..rules.stopping import AnyOf, Patience, StableAndConfident, StoppingRule
+from ..watch.watcher import Watcher
 from .configuration import DiffusionGenerationConfig
-from .constraint import Constraint
-from .flags import LATE_FLAGS
-from .noise import MaskNoise, Noise, UniformNoise
-from .prediction import NOTHING_MORE, Wanted
 from .processors import Shaping, build_shaping
 from .prompt import Prompt
-from .proofs import works
-from .recording import RECORDED_STEP
-from .samplers import SAMPLERS, Sampler
-from .schedule import TemperatureSchedule
-from .stopping import AnyOf, Patience, StableAndConfident, StoppingRule
-from .watcher import Watcher
 
 logger = logging.get_logger(__name__)
 

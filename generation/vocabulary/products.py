@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .proofs import FastPath, numbers, works
+from ..fast.proofs import FastPath, numbers, works
 
 
 class Products(NamedTuple):

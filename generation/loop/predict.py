@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .constraint import Constraint
-from .draws import DrawnStep, Draws
-from .filters import Filters
-from .plan import Plan
-from .prediction import Prediction, dense_prediction
+from ..call.plan import Plan
+from ..rules.constraint import Constraint
+from ..rules.draws import DrawnStep, Draws
+from ..rules.prediction import Prediction, dense_prediction
+from ..rules.state import CanvasState, advance
+from ..vocabulary.filters import Filters
+from ..vocabulary.walk import choose_way, streamed_prediction
 from .rows import Rows
-from .state import CanvasState, advance
-from .vocabulary import choose_way, streamed_prediction
 
 
 class StepInputs(NamedTuple):

@@ -12,12 +12,12 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from .arguments import shown
-from .output import TokenScores
-from .plan import Plan
+from ..arguments import shown
+from ..call.plan import Plan
+from ..output import TokenScores
+from ..rules.state import CanvasState
+from ..watch.watcher import Watcher
 from .rows import Rows
-from .state import CanvasState
-from .watcher import Watcher
 
 SCORE_FIELDS = ("log_probs", "entropy", "changed_at", "revisions")
 GOING, STOP, LENGTH, TIME = range(4)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache, DynamicCache
 
-from .constraint import Constraint
-from .draws import Draws
-from .filters import Filters
+from ..rules.constraint import Constraint
+from ..rules.draws import Draws
+from ..vocabulary.filters import Filters
 
 
 class Rows(NamedTuple):

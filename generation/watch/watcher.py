@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .prediction import Prediction
-from .state import CanvasState
+from ..rules.prediction import Prediction
+from ..rules.state import CanvasState
 
 
 class Watcher:

@@ -5,14 +5,14 @@ from functools import partial
 
 from transformers import Cache
 
+from ..call.plan import Plan
+from ..call.prompt import Prompt
+from ..fast.recording import Recording
+from ..watch.watcher import Watcher
 from .canvas import begin_canvas, denoise_canvas
-from .plan import Plan
 from .predict import take_step
-from .prompt import Prompt
-from .recording import Recording
 from .rows import Rows
 from .transcript import Transcript
-from .watcher import Watcher
 
 
 def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: Transcript, watchers: Sequence[Watcher]) -> Cache | None:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .arguments import ARGUMENTS, read, shown
+from ..arguments import ARGUMENTS, read, shown
 from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
 from .together import check_fields
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .caches import dynamic_cache
-from .plan import Plan
-from .prediction import check_finite, dense_prediction
-from .prompt import Prompt
+from ..call.caches import dynamic_cache
+from ..call.plan import Plan
+from ..call.prompt import Prompt
+from ..rules.prediction import check_finite, dense_prediction
+from ..watch.watcher import Watcher
 from .rows import Rows
 from .transcript import SCORE_FIELDS, Transcript
-from .watcher import Watcher
 
 
 def next_logits(model, plan: Plan, rows: Rows, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,9 +29,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from .arguments import shown
+from ..arguments import shown
+from ..vocabulary.filters import MOST_TOP_K, Filters
 from .configuration import DiffusionGenerationConfig
-from .filters import MOST_TOP_K, Filters
 
 # transformers' classes for `(rows, V)` by what they look at: the distribution alone; how many tokens come before, too; which ones. Those of
 # arguments that `generate` refuses are refused as the arguments are, and so are those that keep a state from token to token.

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .prediction import Prediction
-from .state import CanvasState
+from ..rules.prediction import Prediction
+from ..rules.state import CanvasState
 from .watcher import WholeCanvas
 
 

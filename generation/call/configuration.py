@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CompileConfig, GenerationConfig
 from transformers.utils import cached_file
 
-from .arguments import FIELDS, read, shown
+from ..arguments import FIELDS, read, shown
 from .presets import PRESETS
 from .together import check_fields
 
@@ -86,7 +86,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         sampler (`str`): `"entropy_bound"` (released), `"confidence"`, accepting tokens of probability `confidence` (0.9) and more,
             `"fixed_steps"`, accepting the same number more at each of `max_denoising_steps`, or `"predictor_corrector"`, which
             follows the reverse process and after each of its steps resamples, `corrector_steps` (1) times, the
-            `corrector_positions` (8) tokens that fit least (generation/samplers.py).
+            `corrector_positions` (8) tokens that fit least (generation/rules/samplers.py).
         decoding (`str`): `"diffusion"`; `"autoregressive"`, one token a pass by the causal pass alone; or `"verified"`, which
             drafts by diffusion and keeps what the causal pass agrees with: greedy output equals autoregressive output.
         canvas_length (`int`): tokens of a canvas; default the checkpoint's. A narrower one is cheaper for short answers.
@@ -98,7 +98,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             implementation was named: same seed, same tokens. `"auto"` may choose a faster way to the same distribution.
         cache_implementation (`str`): "dynamic" (default), "static", "offloaded" or "offloaded_static" (the keys and values of
             a layer are on the device while it runs, in host memory otherwise; needs CUDA), or "quantized" (full-attention
-            layers in FP8, or as `cache_config` says: `generation.caches.quantized_cache`).
+            layers in FP8, or as `cache_config` says: `generation.call.caches.quantized_cache`).
         temperature (`float`): multiplies the schedule; 0 means `do_sample=False`.
         do_sample (`bool`): False takes the most probable token instead of a sample, and always the same noise: deterministic.
         kwargs: any other field of `GenerationConfig`; generation/README.md says which are honoured and what they mean for a

@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 import torch
 
-from .draws import Draws
+from ..rules.draws import Draws
+from ..rules.prediction import NOTHING_MORE, Prediction, Wanted
 from .filters import Filters, find_threshold, listed
 from .kernel import TILE, absorb_triton, choose_absorb
-from .prediction import NOTHING_MORE, Prediction, Wanted
 from .products import choose_products
 from .sums import MASKED, Running, Shape, Workspace, make_workspace, start_running
 

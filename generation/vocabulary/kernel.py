@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from .proofs import FastPath, numbers, works
+from ..fast.proofs import FastPath, numbers, works
 from .sums import MASKED, Running, Shape, Workspace, absorb, make_workspace, start_running
 
 try:

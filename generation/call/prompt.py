@@ -7,7 +7,7 @@ import torch
 from transformers import Cache
 from transformers.utils import logging
 
-from .checks import check_canvas, check_images, check_prompt
+from ..checks import check_canvas, check_images, check_prompt
 from .configuration import DiffusionGenerationConfig
 
 logger = logging.get_logger(__name__)

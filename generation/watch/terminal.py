@@ -15,7 +15,7 @@ from typing import NamedTuple, TextIO
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .state import CanvasState
+from ..rules.state import CanvasState
 
 COLOURS = {"accepted": "\033[1;32m", "corrected": "\033[1;35m", "renoised": "\033[2;33m", "given": "\033[1m", "plain": ""}
 MARKS = {"accepted": "^", "corrected": "*", "renoised": ".", "given": " ", "plain": " "}

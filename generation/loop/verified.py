@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
+from ..call.plan import Plan
+from ..call.prompt import Prompt
+from ..watch.watcher import Watcher
 from .autoregressive import next_logits
 from .canvas import begin_canvas, denoise_canvas
-from .plan import Plan
-from .prompt import Prompt
 from .rows import Rows
 from .transcript import Transcript
-from .watcher import Watcher
 
 
 def decode_verified(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: Transcript, watchers: Sequence[Watcher]) -> None:

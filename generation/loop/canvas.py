@@ -9,14 +9,14 @@ from functools import partial
 
 import torch
 
-from .flags import FlagReader
-from .plan import Plan
+from ..call.plan import Plan
+from ..fast.flags import FlagReader
+from ..fast.recording import Recording
+from ..rules.prediction import check_finite
+from ..rules.state import CanvasState, start_canvas
+from ..watch.watcher import Watcher, watch
 from .predict import step_inputs, take_step
-from .prediction import check_finite
-from .recording import Recording
 from .rows import Rows
-from .state import CanvasState, start_canvas
-from .watcher import Watcher, watch
 
 
 def denoise_canvas(
