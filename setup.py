@@ -30,7 +30,7 @@ class BuildWithCards(build_py):
 images = ["pillow", "torchvision"]  # transformers' Gemma4Processor needs torchvision for its video part
 train = ["datasets", "tqdm"]
 serve = ["openai>=3.54,<4", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "starlette", "pydantic>=2", "rich"]  # transformers' "serving"
-diffusers = ["diffusers>=0.42.1,<0.43"]  # drives the model by names of transformers' class: modeling_diffusiongemma/views.py
+diffusers = ["diffusers>=0.42.1,<0.43"]  # drives the model by names of transformers' class: modeling_diffusiongemma/model/views.py
 lm_eval = ["lm-eval>=0.4.13,<0.5"]
 test = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "datasets", "packaging", "pillow", "peft"]
 
@@ -48,7 +48,7 @@ setup(
         "generation": ["README.md"],
         "modeling_diffusiongemma": [f"checkpoints/*/*.{suffix}" for suffix in ("json", "safetensors", "jinja")],
     },
-    entry_points={"console_scripts": ["diffusiongemma = modeling_diffusiongemma.console:main"]},
+    entry_points={"console_scripts": ["diffusiongemma = modeling_diffusiongemma.console.main:main"]},
     cmdclass={"build_py": BuildWithCards},
     zip_safe=False,
     install_requires=[  # upper bounds: what was tested

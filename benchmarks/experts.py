@@ -1,6 +1,6 @@
 """Times the ways of computing a mixture of experts: what `experts_implementation` chooses from, layer by layer.
 
-    python benchmarks/experts.py                       # the table behind `choose_experts` in modeling_diffusiongemma/experts.py
+    python benchmarks/experts.py                       # the table behind `choose_experts` in modeling_diffusiongemma/layers/experts.py
     python benchmarks/experts.py --cpu-time            # the same on a busy machine: CPU time of one thread
     python benchmarks/experts.py --device cuda --dtype bfloat16
 
@@ -21,7 +21,7 @@ from measure import heading, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from modeling_diffusiongemma.experts import Experts, choose_experts
+from modeling_diffusiongemma.layers.experts import Experts, choose_experts
 
 WAYS = ("eager", "grouped_mm", "batched_mm", "dense_mm")
 SHAPES = ((4, 2, 128, 64), (4, 2, 192, 96), (16, 4, 512, 128), (128, 8, 256, 64))  # experts, active ones, hidden, intermediate size

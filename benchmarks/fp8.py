@@ -27,9 +27,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from measure import heading, machine
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint
-from modeling_diffusiongemma.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout
-from modeling_diffusiongemma.fp8_math import E4M3, dequantize, quantize_rows, quantize_weight
 from modeling_diffusiongemma.quantize import quantize_checkpoint
+from modeling_diffusiongemma.weights.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout
+from modeling_diffusiongemma.weights.fp8_math import E4M3, dequantize, quantize_rows, quantize_weight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -14,9 +14,9 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 
 from measure import ROOT, fixed_steps
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.fp8 import scale_name
-from modeling_diffusiongemma.fp8_layout import default_ignore, make_fp8
-from modeling_diffusiongemma.fp8_math import quantize_weight
+from modeling_diffusiongemma.weights.fp8 import scale_name
+from modeling_diffusiongemma.weights.fp8_layout import default_ignore, make_fp8
+from modeling_diffusiongemma.weights.fp8_math import quantize_weight
 
 RELEASED = ROOT / "tests" / "data" / "released" / "config.json"
 STANDARD_DEVIATION = 0.02

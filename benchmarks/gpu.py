@@ -30,7 +30,7 @@ import transformers
 
 from full_size import build, bytes_per_pass, experts_hit, full_size_config, share
 from measure import FIRST_TEXT_ID, fixed_steps, heading, is_out_of_memory, machine, markdown, now, number, peak_mib, say, timed_call, turns
-from modeling_diffusiongemma.device_report import device_table, prove_all
+from modeling_diffusiongemma.console.device_report import device_table, prove_all
 from stages import STAGES, stage_times
 
 GOALS = {"bf16": 14.7, "fp8": 7.9}  # ms per canvas pass at batch 1 on an H200: 75 % of the roofline at 4.8 TB/s

@@ -213,7 +213,7 @@ def serve(side: str, spec_file: str) -> None:
     prefills, text, loaded = watch_prefill(model, side), model.config.text_config, 0.0
     experts = text._experts_implementation
     if experts == "auto":
-        from modeling_diffusiongemma.experts import choose_experts
+        from modeling_diffusiongemma.layers.experts import choose_experts
 
         experts = choose_experts(model.model.decoder.layers[0].experts)
     about = {"attn": text._attn_implementation, "experts": experts, "parameters": model.num_parameters(),

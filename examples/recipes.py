@@ -1,7 +1,7 @@
 """The two shipped checkpoints as recipes: tokenizer, configuration, training batches, held-out evaluation.
 
 A recipe knows its data; `train.py` knows how to train. Sources: FACTS of the published training recipe in
-`modeling_diffusiongemma/loss.py`; sizes chosen for two CPU cores and a file below 20 MB.
+`modeling_diffusiongemma/training/loss.py`; sizes chosen for two CPU cores and a file below 20 MB.
 """
 
 import random

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from evaluate import print_table
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss
-from modeling_diffusiongemma.saving import finish, replacing
+from modeling_diffusiongemma.weights.saving import finish, replacing
 from recipes import RECIPES, progress
 
 

@@ -10,22 +10,22 @@ if _spec is None or not (pathlib.Path(_spec.origin or "").parent / "mixin.py").i
         f"{_spec.origin if _spec else 'nothing'}; expected generation/mixin.py of this project earlier on sys.path"
     )
 
-from .console_usage import answer_usage  # noqa: E402
+from .console.usage import answer_usage  # noqa: E402
 
 answer_usage()  # before the seconds that the rest takes
 
-from .auto import register  # noqa: E402
 from .checkpoints import default_checkpoint  # noqa: E402
-from .collator import BlockDiffusionCollator  # noqa: E402
-from .configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
-from .four_bit import FourBitConfig  # noqa: E402
-from .fp8_quantizer import FP8Config  # noqa: E402
-from .head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
-from .loss import block_diffusion_loss  # noqa: E402
-from .model import DiffusionGemmaBlockModel  # noqa: E402
-from .outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
-from .rollout import Rollout  # noqa: E402
-from .score import Score  # noqa: E402
+from .layers.configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
+from .layers.outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
+from .model.block_model import DiffusionGemmaBlockModel  # noqa: E402
+from .model.head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
+from .training.collator import BlockDiffusionCollator  # noqa: E402
+from .training.loss import block_diffusion_loss  # noqa: E402
+from .training.rollout import Rollout  # noqa: E402
+from .training.score import Score  # noqa: E402
+from .weights.auto import register  # noqa: E402
+from .weights.four_bit import FourBitConfig  # noqa: E402
+from .weights.fp8_quantizer import FP8Config  # noqa: E402
 
 register(DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM)
 

@@ -5,7 +5,7 @@
 
 or `import modeling_diffusiongemma.lm_evaluation`, then `lm_eval.simple_evaluate(model="diffusiongemma", ...)`. The command line
 is lm-eval's own; its `lm-eval` never imports this file. `generate_until` is block diffusion. Log-likelihoods are the causal pass's,
-exact, or with `mode=diffusion` the canvas pass's Monte-Carlo estimate (`score.py`).
+exact, or with `mode=diffusion` the canvas pass's Monte-Carlo estimate (`training/score.py`).
 """
 
 import json
@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from generation.call.configuration import DiffusionGenerationConfig
 
 from .checkpoints import default_checkpoint
-from .collator import BlockDiffusionCollator
-from .head import DiffusionGemmaForMaskedBlockLM
-from .score import MODES
+from .model.head import DiffusionGemmaForMaskedBlockLM
+from .training.collator import BlockDiffusionCollator
+from .training.score import MODES
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -31,10 +31,11 @@ from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from .configuration import DiffusionGemmaConfig
-from .experts import Experts
-from .fp8 import FP8Linear
-from .fp8_layout import (
+from .layers.configuration import DiffusionGemmaConfig
+from .layers.experts import Experts
+from .model.head import DiffusionGemmaForMaskedBlockLM
+from .weights.fp8 import FP8Linear
+from .weights.fp8_layout import (
     PROJECTIONS,
     check_files,
     check_scale,
@@ -45,10 +46,9 @@ from .fp8_layout import (
     published_layout,
     published_quantization,
 )
-from .fp8_math import quantize_rows
-from .head import DiffusionGemmaForMaskedBlockLM
-from .safetensors_files import INDEX, StoredTensor, indexed_files, inspect_header, stored_tensors
-from .saving import files, finish, put_in_place, staging
+from .weights.fp8_math import quantize_rows
+from .weights.safetensors_files import INDEX, StoredTensor, indexed_files, inspect_header, stored_tensors
+from .weights.saving import files, finish, put_in_place, staging
 
 CONFIG = "config.json"
 ITEM_SIZE = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}

@@ -35,9 +35,9 @@ from transformers.cli.serving.utils import Modality
 from generation.watch.watcher import Watcher
 
 from .checkpoints import shipped
-from .console_arguments import checkpoint_name, integer
-from .head import DiffusionGemmaForMaskedBlockLM
-from .serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
+from .console.arguments import checkpoint_name, integer
+from .console.serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
+from .model.head import DiffusionGemmaForMaskedBlockLM
 
 NEEDED = ("fastapi", "jinja2", "openai", "pydantic", "rich", "uvicorn")
 INSTALL = 'transformers\' server is not installed; expected: pip install -e ".[serve]" in a checkout of this project'

@@ -25,9 +25,9 @@ from transformers.utils import logging
 
 import train
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint
-from modeling_diffusiongemma.console_export import run as export
+from modeling_diffusiongemma.console.export import run as export
 from modeling_diffusiongemma.quantize import quantize_checkpoint
-from modeling_diffusiongemma.saving import finish
+from modeling_diffusiongemma.weights.saving import finish
 
 SMALL = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")

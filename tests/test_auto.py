@@ -14,8 +14,8 @@ from tiny import tiny_config
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from modeling_diffusiongemma import DiffusionGemmaConfig, default_checkpoint
-from modeling_diffusiongemma.auto import REGISTERED
-from modeling_diffusiongemma.auto import __doc__ as table
+from modeling_diffusiongemma.weights.auto import REGISTERED
+from modeling_diffusiongemma.weights.auto import __doc__ as table
 
 BEFORE_AND_AFTER = """
 import transformers

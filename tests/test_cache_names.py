@@ -11,7 +11,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from generation.cache_names import FIELD, NAMES
-from modeling_diffusiongemma.outputs import MaskedBlockOutput, PassOutput
+from modeling_diffusiongemma.layers.outputs import MaskedBlockOutput, PassOutput
 
 IDS = torch.arange(5, 14)[None]
 

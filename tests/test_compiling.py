@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from generation.mixin import DECODERS
-from modeling_diffusiongemma.compiling import compile_settings
+from modeling_diffusiongemma.model.compiling import compile_settings
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,10 @@ from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaForBlockDiffus
 from generation.call.configuration import PRESETS
 from generation.fast.proofs import FastPath, UnusableDevice
 from generation.watch.terminal import Cell, wrapped
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint, device_report
-from modeling_diffusiongemma.console import RUNS, main
-from modeling_diffusiongemma.console_usage import COMMANDS, answer_usage, build_parser
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
+from modeling_diffusiongemma.console import device_report
+from modeling_diffusiongemma.console.main import RUNS, main
+from modeling_diffusiongemma.console.usage import COMMANDS, answer_usage, build_parser
 from modeling_diffusiongemma.version import VERSION
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import torch
 from tiny import CANVAS, close, pair, same_weights, tokens
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.experts import DENSE_LIMIT, Experts, choose_experts, dense_experts, experts_by
+from modeling_diffusiongemma.layers.experts import DENSE_LIMIT, Experts, choose_experts, dense_experts, experts_by
 
 ROOT = Path(__file__).parents[1]
 

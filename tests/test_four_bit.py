@@ -9,7 +9,7 @@ from tiny import ours, tokens
 from transformers import AutoModelForCausalLM
 
 from modeling_diffusiongemma import FourBitConfig
-from modeling_diffusiongemma.four_bit import FourBitExperts
+from modeling_diffusiongemma.weights.four_bit import FourBitExperts
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 from transformers.quantizers import auto
 
 from modeling_diffusiongemma import DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM, FP8Config
-from modeling_diffusiongemma.experts import Experts
-from modeling_diffusiongemma.fp8 import FP8Experts, FP8Linear, scale_name
-from modeling_diffusiongemma.fp8_layout import default_ignore, fp8_modules, fp8_shapes, make_fp8, published_layout
-from modeling_diffusiongemma.fp8_math import E4M3, quantize_weight, reference_product
+from modeling_diffusiongemma.layers.experts import Experts
+from modeling_diffusiongemma.weights.fp8 import FP8Experts, FP8Linear, scale_name
+from modeling_diffusiongemma.weights.fp8_layout import default_ignore, fp8_modules, fp8_shapes, make_fp8, published_layout
+from modeling_diffusiongemma.weights.fp8_math import E4M3, quantize_weight, reference_product
 
 RELEASED = Path(__file__).parent / "data" / "released"
 EXPERT = "model.decoder.layers.1.experts.2.up_proj"

@@ -5,9 +5,9 @@ import torch
 from small_models import prompts, small_config
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config
-from modeling_diffusiongemma.experts import Experts
-from modeling_diffusiongemma.fp8 import FP8Experts, scale_name
-from modeling_diffusiongemma.fp8_math import (
+from modeling_diffusiongemma.layers.experts import Experts
+from modeling_diffusiongemma.weights.fp8 import FP8Experts, scale_name
+from modeling_diffusiongemma.weights.fp8_math import (
     dequantized_product,
     fp8_grouped_product,
     fp8_product,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_diffusiongemma.fp8_math import (
+from modeling_diffusiongemma.weights.fp8_math import (
     E4M3,
     dequantize,
     dequantized_grouped_product,

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from tiny import build_oracle, tokens
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.fp8_layout import fp8_modules
-from modeling_diffusiongemma.fp8_math import E4M3
+from modeling_diffusiongemma.weights.fp8_layout import fp8_modules
+from modeling_diffusiongemma.weights.fp8_math import E4M3
 
 PARTS = ("model.decoder.embed_tokens", "model.decoder.norm", "model.decoder.self_conditioning", "model.encoder", "lm_head")
 

@@ -15,7 +15,7 @@ from generation.vocabulary.filters import Filters
 from generation.vocabulary.sums import absorb
 from generation.vocabulary.walk import VocabularyHead, streamed_prediction
 from modeling_diffusiongemma import default_checkpoint
-from modeling_diffusiongemma.device_report import PATHS
+from modeling_diffusiongemma.console.device_report import PATHS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

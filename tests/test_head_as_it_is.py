@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss
-from modeling_diffusiongemma.layers import ScaledEmbedding
-from modeling_diffusiongemma.plain import expected_embedding
+from modeling_diffusiongemma.layers.layers import ScaledEmbedding
+from modeling_diffusiongemma.model.plain import expected_embedding
 
 CPU = torch.device("cpu")
 
@@ -568,7 +568,7 @@ def test_the_reason_is_told_once_a_call(monkeypatch):
 
 def test_soft_embedding_is_the_mean_of_the_rows_that_ids_get(monkeypatch):
     """Rows are asked for a part at a time, and all take their gradient."""
-    monkeypatch.setattr("modeling_diffusiongemma.plain.ROWS", 33)
+    monkeypatch.setattr("modeling_diffusiongemma.model.plain.ROWS", 33)
     table = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 6))
     probabilities = noise(2, 5, 100).softmax(dim=-1).requires_grad_()
     expected = probabilities @ table(torch.arange(100))

@@ -8,7 +8,7 @@ from small_models import CANVAS, PAD, VOCAB, WINDOW, small_model
 from transformers import DynamicCache
 
 from generation import MaskNoise, UniformNoise
-from modeling_diffusiongemma.loss import block_diffusion_loss, check_labels, choose_canvas, corrupt, noise_proportions
+from modeling_diffusiongemma.training.loss import block_diffusion_loss, check_labels, choose_canvas, corrupt, noise_proportions
 
 IGNORED = -100
 LENGTHS = [(5, 27), (13, 10), (2, 4), (9, 15)]  # prompt and response: three canvases, one full one, a short one, two
@@ -43,7 +43,7 @@ def cross_entropy(logits, token):
 def slow_loss(model, inputs, seed, noise_is_mask=False):
     """Both losses, canvas logits and self-conditioned rows, from the definition: every row alone and without padding.
 
-    Draws in the order of loss.py: the canvases, the strata of t, t inside them, which tokens, which noise, which rows
+    Draws in the order of training/loss.py: the canvases, the strata of t, t inside them, which tokens, which noise, which rows
     are self-conditioned.
     """
     rows = inputs["input_ids"].shape[0]

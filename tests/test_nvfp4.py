@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_oracle, tokens
 from transformers import AutoModelForCausalLM
 
-from modeling_diffusiongemma.nvfp4 import StoredNVFP4Config, dequantize_nvfp4
+from modeling_diffusiongemma.weights.nvfp4 import StoredNVFP4Config, dequantize_nvfp4
 
 E4M3 = torch.float8_e4m3fn
 CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])

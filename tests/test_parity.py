@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.layers import RotaryPositions
+from modeling_diffusiongemma.layers.layers import RotaryPositions
 
 LENGTHS = (3, 7, 8, 9, 21)  # shorter than, equal to and longer than the window of 8
 EXPERTS = ("eager", "grouped_mm", "batched_mm", "dense_mm")

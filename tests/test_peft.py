@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FourBitConfig, FP8Config
-from modeling_diffusiongemma.fp8 import FP8Experts
+from modeling_diffusiongemma.weights.fp8 import FP8Experts
 
 peft = pytest.importorskip("peft")
 

@@ -13,11 +13,18 @@ from generation.fast.flags import LATE_FLAGS
 from generation.fast.proofs import WITHOUT, FastPath, UnusableDevice, difference, verdict, works
 from generation.fast.recording import RECORDED_STEP
 from generation.vocabulary.kernel import KERNEL
-from modeling_diffusiongemma import attention, caches, experts, fp8_math
-from modeling_diffusiongemma.attention import SHARED_KEYS
-from modeling_diffusiongemma.device_report import PATHS
-from modeling_diffusiongemma.experts import GROUPED_EXPERTS, choose_experts, has_grouped_products
-from modeling_diffusiongemma.fp8_math import SCALED, SCALED_GROUPED, dequantized_grouped_product, fp8_grouped_product, quantize_weight
+from modeling_diffusiongemma.console.device_report import PATHS
+from modeling_diffusiongemma.layers import attention, caches, experts
+from modeling_diffusiongemma.layers.attention import SHARED_KEYS
+from modeling_diffusiongemma.layers.experts import GROUPED_EXPERTS, choose_experts, has_grouped_products
+from modeling_diffusiongemma.weights import fp8_math
+from modeling_diffusiongemma.weights.fp8_math import (
+    SCALED,
+    SCALED_GROUPED,
+    dequantized_grouped_product,
+    fp8_grouped_product,
+    quantize_weight,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

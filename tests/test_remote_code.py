@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
-from modeling_diffusiongemma.auto import REGISTERED
-from modeling_diffusiongemma.experts import Experts
-from modeling_diffusiongemma.fp8_quantizer import FP8Quantizer
-from modeling_diffusiongemma.masks import prompt_mask
-from modeling_diffusiongemma.remote_code import ENTRY, PREFIXES, flat_name, flatten, travelling_files
+from modeling_diffusiongemma.layers.experts import Experts
+from modeling_diffusiongemma.layers.masks import prompt_mask
 from modeling_diffusiongemma.version import VERSION
+from modeling_diffusiongemma.weights.auto import REGISTERED
+from modeling_diffusiongemma.weights.fp8_quantizer import FP8Quantizer
+from modeling_diffusiongemma.weights.remote_code import ENTRY, PREFIXES, flat_name, flatten, travelling_files
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {"accelerate", "huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
@@ -315,7 +315,7 @@ DEEP = {
 
 def test_packages_of_any_depth_run_flat_and_keep_their_order(packages, monkeypatch, tmp_path):
     packages(DEEP)
-    monkeypatch.setattr("modeling_diffusiongemma.remote_code.ENTRY", "pond_model.rooms.cellar.entry")
+    monkeypatch.setattr("modeling_diffusiongemma.weights.remote_code.ENTRY", "pond_model.rooms.cellar.entry")
     files = travelling_files()
     names = ["pond_rooms_cellar_entry", "pond_rooms_cellar_shelf", "pond_rooms_near", "pond_top", "reeds_far"]
     assert list(files) == [f"{name}.py" for name in names]
@@ -334,7 +334,7 @@ def test_packages_of_any_depth_run_flat_and_keep_their_order(packages, monkeypat
 
 def test_two_modules_of_one_flat_name_are_refused(packages, monkeypatch, tmp_path):
     packages({"reeds.entry": "from .a_b import A\nfrom .a.b import B\n", "reeds.a_b": "", "reeds.a.b": ""})
-    monkeypatch.setattr("modeling_diffusiongemma.remote_code.ENTRY", "reeds.entry")
+    monkeypatch.setattr("modeling_diffusiongemma.weights.remote_code.ENTRY", "reeds.entry")
     with pytest.raises(ValueError, match=r"reeds_a_b\.py") as error:
         travelling_files()
     assert all(str(tmp_path / "reeds" / name) in str(error.value) for name in ("a_b.py", "a/b.py"))
@@ -342,7 +342,7 @@ def test_two_modules_of_one_flat_name_are_refused(packages, monkeypatch, tmp_pat
 
 def test_file_that_does_not_exist_is_an_error(packages, monkeypatch):
     packages({"reeds.new": "from .absent import A\n"})
-    monkeypatch.setattr("modeling_diffusiongemma.remote_code.ENTRY", "reeds.new")
+    monkeypatch.setattr("modeling_diffusiongemma.weights.remote_code.ENTRY", "reeds.new")
     with pytest.raises(FileNotFoundError, match=r"absent\.py"):
         travelling_files()
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DiffusionGemmaForBlockDiffusion
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
-from modeling_diffusiongemma.saving import FINISHED, finish, put_in_place, replacing, staging
+from modeling_diffusiongemma.weights.saving import FINISHED, finish, put_in_place, replacing, staging
 
 ROOT = Path(__file__).parents[1]
 ONE_FILE = {"config.json", "generation_config.json", "model.safetensors"}

@@ -20,8 +20,8 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.console.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
 from modeling_diffusiongemma.serve import main
-from modeling_diffusiongemma.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
 
 NEEDS = 'needs pip install -e ".[serve]"'
 MODEL = default_checkpoint()

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Cache, DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import QuantizedLayer
 
-from modeling_diffusiongemma import attention as attention_module
-from modeling_diffusiongemma import masks
-from modeling_diffusiongemma.attention import Implementation, eager_attention, sdpa_attention
-from modeling_diffusiongemma.layers import ScaledEmbedding
-from modeling_diffusiongemma.masks import image_numbers
-from modeling_diffusiongemma.model import CHUNK, chunks
+from modeling_diffusiongemma.layers import attention as attention_module
+from modeling_diffusiongemma.layers import masks
+from modeling_diffusiongemma.layers.attention import Implementation, eager_attention, sdpa_attention
+from modeling_diffusiongemma.layers.layers import ScaledEmbedding
+from modeling_diffusiongemma.layers.masks import image_numbers
+from modeling_diffusiongemma.model.block_model import CHUNK, chunks
 
 KINDS = ("windowed", "keep_all", "static")
 CHUNKED = "chunk_length"

@@ -110,7 +110,7 @@ def test_words_are_found_where_a_name_is_defined(source, words):
 
 
 def test_file_in_which_a_word_keeps_its_meaning_may_hold_it():
-    assert list(retired("room = 1", "modeling_diffusiongemma/caches.py")) == []
+    assert list(retired("room = 1", "modeling_diffusiongemma/layers/caches.py")) == []
     assert [word for word, _ in retired("", "generation/statistics.py")] == ["statistics"]
 
 

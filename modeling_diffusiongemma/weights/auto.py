@@ -14,7 +14,7 @@ processor belong to the checkpoint. The same table is the `auto_map` of a reposi
 import transformers
 from transformers import PreTrainedModel
 
-from .configuration import DiffusionGemmaConfig
+from ..layers.configuration import DiffusionGemmaConfig
 
 REGISTERED = {
     "AutoModel": "DiffusionGemmaBlockModel",

@@ -6,9 +6,9 @@ from pathlib import Path
 from transformers import AutoProcessor
 from transformers.utils import cached_file
 
-from .console_arguments import json_line, say
-from .console_model import load_model, load_tokenizer
-from .saving import replacing
+from ..weights.saving import replacing
+from .arguments import json_line, say
+from .session import load_model, load_tokenizer
 
 CARD = "README.md"  # one that is there is kept
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")

@@ -2,7 +2,7 @@
 
 transformers takes such code as one flat folder of Python files, in which siblings import each other as `from .name import A`; no
 other import of ours would be found (`transformers.dynamic_module_utils`). So the two packages are laid flat, and underscores stand for
-the folders between: `modeling_diffusiongemma/head.py` becomes `modeling_head.py`. Their imports are rewritten.
+the folders between: `modeling_diffusiongemma/model/head.py` becomes `modeling_model_head.py`. Their imports are rewritten.
 What travels is the entry and whatever it imports, directly or not; there is no list to keep.
 
 This file travels too. In a repository its siblings are flat already, and are copied as they are.
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..version import VERSION
 from .auto import REGISTERED
-from .version import VERSION
 
 PREFIXES = {"modeling_diffusiongemma": "modeling", "generation": "generation"}  # package: what its files' names begin with
-ENTRY = "modeling_diffusiongemma.head"  # holds every class that an Auto class loads
+ENTRY = "modeling_diffusiongemma.model.head"  # holds every class that an Auto class loads
 IN_REPOSITORY = __name__.split(".")[0] not in PREFIXES
 UP_TO_NAMES = re.compile(r"(from)\b.*?\b(import)\b", re.DOTALL)  # `from MODULE import`, also where it is broken over lines
 

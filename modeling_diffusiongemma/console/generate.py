@@ -5,9 +5,9 @@ import itertools
 import sys
 from collections.abc import Iterator
 
-from .console_arguments import UsageError, json_line, read_line
-from .console_model import Session, generation_settings
-from .console_watch import Watch
+from .arguments import UsageError, json_line, read_line
+from .session import Session, generation_settings
+from .watch import Watch
 
 
 def read_prompts(args: argparse.Namespace) -> tuple[Iterator[str], int | None]:

@@ -11,12 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from generation.checks import chosen_states
 
-from .attention import Attention
-from .caches import LayerCache
-from .experts import Experts, Router
-from .layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
+from ..layers.attention import Attention
+from ..layers.caches import LayerCache
+from ..layers.experts import Experts, Router
+from ..layers.layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
+from ..layers.view import View
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
-from .view import View
 from .views import CanvasMasksView
 
 

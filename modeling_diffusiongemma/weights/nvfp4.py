@@ -19,9 +19,9 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .experts import Experts
+from ..layers.experts import Experts
 from .fp8_layout import PROJECTIONS, expert_shapes, prefix_of
-from .quantizer_registry import BlockQuantizer, register, stack_experts
+from .registry import BlockQuantizer, register, stack_experts
 from .safetensors_files import published_tensors, read_tensors
 
 GROUP = 16  # numbers a scale

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from generation.call.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
 from generation.call.settings import resolve_config
 
-from .console_arguments import MODEL_TYPE, UsageError
+from .arguments import MODEL_TYPE, UsageError
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:

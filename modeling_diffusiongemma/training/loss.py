@@ -16,9 +16,9 @@ from transformers import Cache, DynamicCache
 from generation.checks import check_mask, check_shape
 from generation.rules.noise import Noise, UniformNoise
 
-from .outputs import PassOutput
+from ..layers.outputs import PassOutput
+from ..layers.view import View
 from .ranks import gathering_groups
-from .view import View
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source

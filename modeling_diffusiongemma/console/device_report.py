@@ -13,11 +13,11 @@ from generation.fast.recording import RECORDED_STEP
 from generation.vocabulary.kernel import KERNEL
 from generation.vocabulary.products import ONEDNN_PRODUCTS
 
-from .attention import SHARED_KEYS
-from .caches import OFFLOADED_CACHE
-from .experts import GROUPED_EXPERTS
-from .fp8_math import SCALED, SCALED_GROUPED
-from .version import VERSION
+from ..layers.attention import SHARED_KEYS
+from ..layers.caches import OFFLOADED_CACHE
+from ..layers.experts import GROUPED_EXPERTS
+from ..version import VERSION
+from ..weights.fp8_math import SCALED, SCALED_GROUPED
 
 PATHS = (
     KERNEL, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, SCALED, SCALED_GROUPED, OFFLOADED_CACHE, ONEDNN_PRODUCTS,

@@ -13,11 +13,11 @@ from transformers.utils import cached_file
 
 from generation.call.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
 
-from .console_arguments import UsageError, json_line
-from .console_model import checked_device, read_config
+from ..weights.loading import damaged_files
+from ..weights.safetensors_files import INDEX, SINGLE
+from .arguments import UsageError, json_line
 from .device_report import FAILED, describe_device, device_table, prove_all
-from .loading import damaged_files
-from .safetensors_files import INDEX, SINGLE
+from .session import checked_device, read_config
 
 HIDDEN = ("transformers_version", "do_sample")  # of a generation config
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .console_arguments import DTYPES, PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
-from .version import VERSION
+from ..version import VERSION
+from .arguments import DTYPES, PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
 
 DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
 EXAMPLES = """\

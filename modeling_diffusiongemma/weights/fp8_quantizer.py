@@ -11,11 +11,11 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .experts import Experts
+from ..layers.experts import Experts
 from .fp8 import FP8Experts, FP8Linear, scale_name
 from .fp8_layout import PROJECTIONS, check_files, check_quantization, default_ignore, fp8_modules, make_fp8, published_quantization
 from .fp8_math import E4M3, quantize_weight
-from .quantizer_registry import BlockQuantizer, only, register, stack_experts
+from .registry import BlockQuantizer, only, register, stack_experts
 
 
 class FP8Config(QuantizationConfigMixin):

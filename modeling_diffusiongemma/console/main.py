@@ -1,18 +1,18 @@
 """The console: `diffusiongemma COMMAND`, also `python -m modeling_diffusiongemma COMMAND`.
 
-A command's arguments and the exit codes stand in `console_usage.py`, what it does in a file of its own with a `run`. Errors are one line
+A command's arguments and the exit codes stand in `usage.py`, what it does in a file of its own with a `run`. Errors are one line
 on standard error; a traceback means a bug.
 """
 
 from collections.abc import Sequence
 
-from .console_arguments import PROGRAM, UsageError, say, with_reader
-from .console_bench import run as bench
-from .console_chat import run as chat
-from .console_export import run as export
-from .console_generate import run as generate
-from .console_info import run as info
-from .console_usage import parse
+from .arguments import PROGRAM, UsageError, say, with_reader
+from .bench import run as bench
+from .chat import run as chat
+from .export import run as export
+from .generate import run as generate
+from .info import run as info
+from .usage import parse
 
 RUNS = {"generate": generate, "chat": chat, "bench": bench, "export": export, "info": info}
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it

@@ -15,9 +15,9 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .experts import Experts
+from ..layers.experts import Experts
 from .fp8 import FixedDtypes, frozen
-from .quantizer_registry import BlockQuantizer, only, register
+from .registry import BlockQuantizer, only, register
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 PACKED = {"gate_up_proj": "gate_up_packed", "down_proj": "down_packed"}

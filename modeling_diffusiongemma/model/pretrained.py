@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .configuration import DiffusionGemmaConfig
-from .experts import Experts, Router, experts_by
-from .loading import LoadingMixin
+from ..layers.configuration import DiffusionGemmaConfig
+from ..layers.experts import Experts, Router, experts_by
+from ..weights.loading import LoadingMixin
 
 
 class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):

@@ -17,9 +17,9 @@ import torch
 
 from generation.watch.watcher import Watcher
 
-from .console_arguments import UsageError, json_line, say
-from .console_model import Session, generation_settings
+from .arguments import UsageError, json_line, say
 from .device_report import describe_device
+from .session import Session, generation_settings
 
 PROMPTS = {
     "text": "Write 3 March 1998 as an ISO date.",

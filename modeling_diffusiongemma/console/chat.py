@@ -4,9 +4,9 @@ import argparse
 import contextlib
 import sys
 
-from .console_arguments import UsageError, json_line, read_line, say
-from .console_model import Session, generation_settings
-from .console_watch import Watch
+from .arguments import UsageError, json_line, read_line, say
+from .session import Session, generation_settings
+from .watch import Watch
 
 HELP = "/reset forgets the conversation, /exit or the end of input ends it, /help says this; Ctrl-C drops the answer being written"
 PROMPT = "> "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoints import shipped
+from ..checkpoints import shipped
 
 PROGRAM = "diffusiongemma"
 PIPE_CLOSED = 141  # the exit code 128 + SIGPIPE, as shells count it

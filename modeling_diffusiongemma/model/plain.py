@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks_of_all_modules
 
 from generation.call.plan import mixes_adapters
 
-from .layers import ScaledEmbedding
+from ..layers.layers import ScaledEmbedding
 
 FORWARDS = {kind: kind.forward for kind in (nn.Linear, ScaledEmbedding)}  # before anybody replaces one
 BRINGING = ("AlignDevicesHook", "CpuOffload")  # Accelerate's hooks that move weights and leave values as they are

@@ -15,16 +15,16 @@ from generation.checks import check_images, check_shape, check_tensors, plain_ma
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary.walk import VocabularyHead
 
+from ..layers.configuration import DiffusionGemmaConfig
+from ..layers.layers import ScaledEmbedding
+from ..layers.outputs import MaskedBlockOutput
+from ..layers.view import View
+from ..training.loss import block_diffusion_loss
+from ..training.score import Score, score_responses
+from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
-from .configuration import DiffusionGemmaConfig
-from .layers import ScaledEmbedding
-from .loss import block_diffusion_loss
-from .model import DiffusionGemmaBlockModel
-from .outputs import MaskedBlockOutput
 from .plain import brought_in, expected_embedding, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
-from .score import Score, score_responses
-from .view import View
 
 logger = logging.get_logger(__name__)
 

@@ -20,15 +20,15 @@ from generation.cache_names import FIELD, takes_cache
 from generation.call.caches import dynamic_cache
 from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask
 
-from .caches import cached_length
-from .checks import check_cached_shapes, check_patches
-from .configuration import DiffusionGemmaConfig, check_config
-from .masks import image_numbers
-from .outputs import BlockModelOutput, PassOutput
+from ..layers.caches import cached_length
+from ..layers.checks import check_cached_shapes, check_patches
+from ..layers.configuration import DiffusionGemmaConfig, check_config
+from ..layers.masks import image_numbers
+from ..layers.outputs import BlockModelOutput, PassOutput
+from ..layers.view import View, canvas_view, positions, prompt_view
+from ..training.ranks import gathering_groups
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
-from .ranks import gathering_groups
 from .stack import BlockStack
-from .view import View, canvas_view, positions, prompt_view
 from .views import PromptPassView
 
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
@@ -154,7 +154,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
             chunk_length (*optional*): without gradients, a longer prompt goes through in chunks of at most so many tokens, which
                 bounds the memory and gives the same; an image is never cut. Default: 2,048, and everything at once with gradients or
-                where `hidden_states` or `attentions` are asked for, or weights are gathered from other ranks (`ranks.py`).
+                where `hidden_states` or `attentions` are asked for, or weights are gathered from other ranks (`training/ranks.py`).
             last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
 
         Raises:

@@ -13,7 +13,7 @@ import re
 import torch
 from torch import nn
 
-from .experts import Experts
+from ..layers.experts import Experts
 from .fp8 import FP8Experts, FP8Linear
 from .fp8_math import E4M3
 from .safetensors_files import StoredTensor, published_tensors, read_tensors

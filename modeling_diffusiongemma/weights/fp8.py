@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .experts import Experts, eager_experts
+from ..layers.experts import Experts, eager_experts
 from .fp8_math import E4M3, dequantize, fp8_grouped_product, fp8_product
-from .quantizer_registry import stack_experts
+from .registry import stack_experts
 
 
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -11,7 +11,7 @@ from transformers import Cache
 
 from generation.cache_names import takes_cache
 
-from .outputs import PassOutput
+from ..layers.outputs import PassOutput
 
 
 class PromptPassView(nn.Module):
