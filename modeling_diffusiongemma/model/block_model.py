@@ -184,30 +184,15 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if cache is not None:
             check_cache(cache, batch_size, seen, length)
         real = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
-        padded_left, traced = real is None, torch.compiler.is_compiling()  # traced, the side is not known: a cache made here suits both
-        if real is not None:
-            real = real.to(new.device)
-            padded_left = not traced and bool((real.int().diff(dim=1) >= 0).all())
-        if cache is None:
-            cache = dynamic_cache(config) if padded_left else DynamicCache()
-        elif not (padded_left or traced) and any(cache.is_sliding) and seen + length >= config.sliding_window:
-            raise ValueError(
-                f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
-                f"sliding_window={config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
-            )
+        real = None if real is None else real.to(new.device)
+        cache = self._cache_for(cache, real, seen + length)
         check_patches(self.config, input_ids, pixel_values, image_position_ids)
         if pixel_values is not None:
             if inputs_embeds is not None:
                 raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
-            inputs_embeds, places = self.decoder.embed_tokens(input_ids), input_ids == self.config.image_token_id
-            features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(inputs_embeds)
-            if not traced and int(places.sum()) != features.shape[0]:
-                raise ValueError(
-                    f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
-                    f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
-                )
-            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
-            mm_token_type_ids = places if mm_token_type_ids is None else mm_token_type_ids
+            inputs_embeds = self.embed_prompt(input_ids, pixel_values, image_position_ids)
+            if mm_token_type_ids is None:
+                mm_token_type_ids = input_ids == self.config.image_token_id
         images = None  # which image of its row each token belongs to, int64 (B, P)
         if config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
             check_mask("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
@@ -229,6 +214,32 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             if end > length - last_states:
                 kept.append(hidden_states[:, max(length - last_states - start, 0) :])
         return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
+
+    def _cache_for(self, cache: Cache | None, real: torch.Tensor | None, length: int) -> Cache:
+        """The cache to append to: the caller's, or a new one, which keeps all tokens where rows may be padded on the right."""
+        padded_left, traced = real is None, torch.compiler.is_compiling()  # traced, the side is not known: a cache made here suits both
+        if real is not None:
+            padded_left = not traced and bool((real.int().diff(dim=1) >= 0).all())
+        window = self.config.text_config.sliding_window
+        if cache is None:
+            return dynamic_cache(self.config.text_config) if padded_left else DynamicCache()
+        if not (padded_left or traced) and any(cache.is_sliding) and length >= window:
+            raise ValueError(
+                f"`attention_mask` pads {length} tokens on the right and `cache` keeps only the last of sliding_window={window} tokens; "
+                "pad on the left, or pass `DynamicCache()`"
+            )
+        return cache
+
+    def embed_prompt(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_position_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of a prompt, `(B, P, D)`, with the images' soft tokens in the places of `image_token_id`."""
+        embeds, places = self.decoder.embed_tokens(input_ids), input_ids == self.config.image_token_id
+        features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(embeds)
+        if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0]:
+            raise ValueError(
+                f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
+                f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
+            )
+        return embeds.masked_scatter(places[..., None], features)
 
     def check_prompt(
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, cache: Cache | None = None,
