@@ -30,17 +30,7 @@ from .weights.fp8_quantizer import FP8Config  # noqa: E402
 register(DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM)
 
 __all__ = [
-    "BlockDiffusionCollator",
-    "BlockModelOutput",
-    "DiffusionGemmaBlockModel",
-    "DiffusionGemmaConfig",
-    "DiffusionGemmaForMaskedBlockLM",
-    "DiffusionGemmaTextConfig",
-    "FP8Config",
-    "FourBitConfig",
-    "MaskedBlockOutput",
-    "Rollout",
-    "Score",
-    "block_diffusion_loss",
+    "BlockDiffusionCollator", "BlockModelOutput", "DiffusionGemmaBlockModel", "DiffusionGemmaConfig", "DiffusionGemmaForMaskedBlockLM",
+    "DiffusionGemmaTextConfig", "FP8Config", "FourBitConfig", "MaskedBlockOutput", "Rollout", "Score", "block_diffusion_loss",
     "default_checkpoint",
-]
+]  # fmt: skip

@@ -207,12 +207,6 @@ SAMPLERS: dict[str, type[Sampler]] = {  # as `sampler` of a generation config na
 }
 
 __all__ = [
-    "SAMPLERS",
-    "AcceptingSampler",
-    "ConfidenceSampler",
-    "EntropyBoundSampler",
-    "FixedStepsSampler",
-    "PredictorCorrectorSampler",
-    "Proposal",
-    "Sampler",
-]
+    "SAMPLERS", "AcceptingSampler", "ConfidenceSampler", "EntropyBoundSampler", "FixedStepsSampler", "PredictorCorrectorSampler",
+    "Proposal", "Sampler",
+]  # fmt: skip
