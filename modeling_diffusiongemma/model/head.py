@@ -57,15 +57,19 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         self.model.set_input_embeddings(value)
 
     def prefill(self, *args, **kwargs):
+        """`DiffusionGemmaBlockModel.prefill`."""
         return self.model.prefill(*args, **kwargs)
 
     def check_prompt(self, *args, **kwargs) -> None:
+        """`DiffusionGemmaBlockModel.check_prompt`."""
         self.model.check_prompt(*args, **kwargs)
 
     def denoise(self, *args, **kwargs):
+        """`DiffusionGemmaBlockModel.denoise`."""
         return self.model.denoise(*args, **kwargs)
 
     def prepare_canvas(self, *args, **kwargs) -> View:
+        """`DiffusionGemmaBlockModel.prepare_canvas`."""
         return self.model.prepare_canvas(*args, **kwargs)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -191,21 +195,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
                       "self_conditioning_logits": self_conditioning_logits, "output_hidden_states": output_hidden_states or None,
                       "output_attentions": output_attentions or None}  # fmt: skip
-            if given := [name for name, value in unused.items() if value is not None]:
-                virtual = {"cache", "inputs_embeds"}.intersection(given)
-                hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
-                raise ValueError(
-                    f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
-                )
-            if input_ids is None:
-                raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
-            attention_mask = plain_mask("attention_mask", attention_mask)
-            trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
-            output = MaskedBlockOutput(
-                loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
-                encoder_last_hidden_state=trained.prefilled.last_hidden_state,
-                diffusion_loss=trained.diffusion, causal_loss=trained.causal,
-            )  # fmt: skip
+            output = self._learn_examples(input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused)
             return output.to_tuple() if return_dict is False else output
         if labels is None and decoder_input_ids is None and self.training and torch.is_grad_enabled():
             logger.warning_once(
@@ -227,13 +217,36 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             output_hidden_states=output_hidden_states, output_attentions=output_attentions, use_cache=use_cache,
         )  # fmt: skip
         logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())  # -100 left out
+        loss = None if labels is None else self._learn_canvas(logits, labels)
         output = MaskedBlockOutput(
             loss=loss, logits=None if skip_logits and loss is not None else logits, **{FIELD: denoised.cache},
             hidden_states=denoised.hidden_states, attentions=denoised.attentions,
             encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
+
+    def _learn_examples(self, input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused) -> MaskedBlockOutput:
+        """`labels` `(B, P)` of whole examples: the training objective, canvas and noise drawn there. None of `unused` goes with it."""
+        if given := [name for name, value in unused.items() if value is not None]:
+            virtual = {"cache", "inputs_embeds"}.intersection(given)
+            hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
+            raise ValueError(
+                f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
+            )
+        if input_ids is None:
+            raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
+        attention_mask = plain_mask("attention_mask", attention_mask)
+        trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
+        return MaskedBlockOutput(
+            loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
+            encoder_last_hidden_state=trained.prefilled.last_hidden_state,
+            diffusion_loss=trained.diffusion, causal_loss=trained.causal,
+        )  # fmt: skip
+
+    @staticmethod
+    def _learn_canvas(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """`labels` `(B, C)` of a given canvas: the mean cross-entropy over the positions that count."""
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())  # -100 left out
 
 
 # What a walk over the vocabulary does without calling them: as they are written here, before anybody overrides one.
