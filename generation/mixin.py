@@ -166,7 +166,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         check_arguments(self, config, given)
         prompt = read_prompt(self, config, given)
         criteria = Criteria.of(stopping_criteria)
-        watchers = [*([] if streamer is None else [StreamerWatcher(streamer)]), *([] if watcher is None else [watcher])]
+        watchers = [] if streamer is None else [StreamerWatcher(streamer)]
+        watchers += [] if watcher is None else [watcher]
         # 2. Plan.
         new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
         plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint)

@@ -41,8 +41,9 @@ def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Predict
     """One denoising step: what the model predicts, what a constraint makes of it, and the next state. With `predict_streamed` nothing is
     read back from the device (tests/test_recording.py)."""
     rules, state, draws = plan.rules, inputs.state, inputs.draws
+    hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
     predict = predict_streamed if plan.execution.why_dense is None else predict_dense
-    prediction = predict(model, plan, view, inputs)
+    prediction = predict(model, plan, hidden, state.canvas if rules.sampler.informed else None, inputs)
     if inputs.constraint is not None:
         prediction = inputs.constraint.constrain(prediction, state, model.get_input_embeddings())
     noise = draws.noise(rules.noise, state.canvas.shape, state.canvas.device)
@@ -52,25 +53,20 @@ def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Predict
     )
 
 
-def predict_dense(model, plan: Plan, view: Any, inputs: StepInputs) -> Prediction:
-    """By whole logits."""
-    state, rules = inputs.state, plan.rules
-    hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
+def predict_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs: StepInputs) -> Prediction:
+    """By whole logits. Args: `hidden` `(B, C, D)`, what the canvas pass gave; `current` int64 (B, C), as `dense_prediction` takes it."""
     raw = model.compute_logits(hidden)  # (B, C, V)
+    rules = plan.rules
     shaped = rules.shaping(raw, inputs.filters, inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
-    current = state.canvas if rules.sampler.informed else None
     prediction = dense_prediction(shaped, inputs.draws, rules.greedy, current, plan.execution.wanted)
     return prediction._replace(soft_embeds=model.soft_embed(shaped.to(model.dtype)), raw=raw)
 
 
-def predict_streamed(model, plan: Plan, view: Any, inputs: StepInputs) -> Prediction:
-    """In pieces of the vocabulary."""
-    state, rules = inputs.state, plan.rules
-    hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
-    current = state.canvas if rules.sampler.informed else None
+def predict_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs: StepInputs) -> Prediction:
+    """In pieces of the vocabulary. Args as `predict_dense`."""
     with model.vocabulary_head() as head:
         return streamed_prediction(
-            hidden, head, inputs.temperature, inputs.draws, rules.greedy, current, inputs.filters, wanted=plan.execution.wanted
+            hidden, head, inputs.temperature, inputs.draws, plan.rules.greedy, current, inputs.filters, wanted=plan.execution.wanted
         )
 
 

@@ -103,9 +103,9 @@ class Transcript:
             self._values.setdefault(name, []).append((places, rows.generated, value))
         self.passes[places] += passes
         self.lengths[places] += kept
-        written, late = torch.cat((rows.committed, tokens), dim=1), torch.full_like(ended, plan.out_of_time())
+        late = torch.full_like(ended, plan.out_of_time())
         for criterion in self.criteria.canvas:
-            ends, reason = answer(criterion, written), reason_of(criterion)
+            ends, reason = answer(criterion, torch.cat((rows.committed, tokens), dim=1)), reason_of(criterion)
             if reason == TIME:
                 late = late | ends
             else:
@@ -125,8 +125,9 @@ class Transcript:
         batch_size = len(self.reasons)
         whole = tokens.new_full((batch_size, tokens.shape[1]), self.plan.rules.pad).index_copy(0, places, tokens)
         lengths = kept.new_zeros(batch_size).index_copy(0, places, kept)
+        reasons = tuple(self.finish_reasons())
         for watcher in self.watchers:
-            watcher.commit(whole, lengths, tuple(self.finish_reasons()))
+            watcher.commit(whole, lengths, reasons)
 
     def _ends(self, rows: Rows, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """How many of the new tokens each row keeps, and why no more, int64 (b,) each; more than it has, and `GOING`, where nothing
