@@ -243,6 +243,21 @@ def test_a_kernel_is_a_row_of_the_table(monkeypatch):
         close(everything(model), everything(ours(like)), 0)
 
 
+@pytest.mark.parametrize("name", ["eager", "flex_attention"])
+def test_a_function_registered_under_a_known_name_is_called(name, monkeypatch):
+    """Read once, when the package is imported, the table kept calling the function that stood there then."""
+    model, called = tiny.same_weights(tiny.pair()[0], name), []
+
+    def registered(module, query, key, value, attention_mask, **kwargs):
+        called.append(module.layer_idx)
+        return sdpa_attention(module, query, key, value, None)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, registered)
+    with torch.no_grad():
+        model(input_ids=tokens(1, 5), decoder_input_ids=tokens(1, 4))
+    assert called == [*range(4), *range(4)]
+
+
 def test_other_attention_that_transformers_knows_gets_a_mask_of_every_query():
     """Boolean `(B, 1, Q, S)`, in every causal pass, and None where a canvas sees everything."""
     model, given = tiny.same_weights(tiny.pair()[0]), []

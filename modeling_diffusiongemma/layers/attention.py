@@ -95,25 +95,29 @@ def shares_keys(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 
 
 class Implementation(NamedTuple):
-    """One way to attend: a function as `eager_attention` (weights may be None), the form of its mask (`masks`), and whether without a
-    mask it is causal where `is_causal` says so; else None means everything."""
+    """One way to attend: a function as `eager_attention` (weights may be None), or None for whatever transformers knows by this name at
+    the moment; the form of its mask (`masks`); and whether without a mask it is causal where `is_causal` says so, else None means
+    everything."""
 
-    attend: Callable
+    attend: Callable | None
     form: Callable
     causal_without: bool = False
 
 
 # By `attn_implementation`: a kernel is a row here.
 ATTENTION = {
-    "eager": Implementation(eager_attention, additive),
+    "eager": Implementation(None, additive),
     "sdpa": Implementation(sdpa_attention, boolean, causal_without=True),
-    "flex_attention": Implementation(ALL_ATTENTION_FUNCTIONS["flex_attention"], block_mask),
+    "flex_attention": Implementation(None, block_mask),
 }
+OTHERS = Implementation(None, expanded)
 
 
 def implementation(name: str) -> Implementation:
-    """The row of `ATTENTION`; for any other name that transformers knows its function, with a boolean mask `(B, 1, Q, S)`."""
-    return ATTENTION.get(name) or Implementation(ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention), expanded)
+    """The row of `ATTENTION`, or of any other name that transformers knows, whose mask is boolean `(B, 1, Q, S)`. What a user registers
+    under a name that has no function here counts from the next pass on; `eager_attention` where nobody has under "eager"."""
+    attend, form, causal_without = ATTENTION.get(name, OTHERS)
+    return Implementation(attend or ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention), form, causal_without)
 
 
 class Attention(nn.Module):
