@@ -27,9 +27,10 @@ from ..layers.masks import image_numbers
 from ..layers.outputs import BlockModelOutput, PassOutput
 from ..layers.view import View, canvas_view, positions, prompt_view
 from ..training.ranks import gathering_groups
+from .apart import held_twice, pull_apart, twin
+from .plain import has_hooks
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
-from .stack import BlockStack
-from .views import PromptPassView
+from .stack import BlockStack, PromptLayer
 
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
 
@@ -50,25 +51,13 @@ def chunks(length: int, chunk_length: int, images: torch.Tensor | None = None) -
     return list(pairwise(ends))
 
 
-class PromptScalars(nn.Module):
-    """The prompt pass's `layer_scalar` of one layer. Published checkpoints hold the canvas pass's value; never assume it."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer_scalar = nn.Buffer(torch.ones(1))
-
-    def forward(self) -> torch.Tensor:
-        """A call, and no look at the buffer, so that Accelerate fetches it where buffers are offloaded."""
-        return self.layer_scalar
-
-
-class PromptSide(PromptPassView):
-    """What the prompt pass has beyond the stack: images, and its layer scalars."""
+class PromptSide(nn.Module):
+    """What the prompt pass has beyond the stack: images, and where it enters the layers; or, in `language_model`, a stack of its own."""
 
     def __init__(self, config: DiffusionGemmaConfig):
         super().__init__()
         self.language_model = nn.Module()
-        self.language_model.layers = nn.ModuleList(PromptScalars() for _ in range(config.text_config.num_hidden_layers))
+        self.language_model.layers = nn.ModuleList(PromptLayer() for _ in range(config.text_config.num_hidden_layers))
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.embed_vision = Gemma4MultimodalEmbedder(config.vision_config, config.text_config)
 
@@ -107,17 +96,48 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         super().__init__(config)
         self.decoder = BlockStack(config.text_config)
         self.encoder = PromptSide(config)
-        self.encoder.show(self)
         self.post_init()
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.encoder.show(self)
+    @property
+    def prompt_stack(self) -> BlockStack:
+        """The stack that the prompt pass runs through: the canvas pass's, unless `pull_apart` was called."""
+        return self.encoder.language_model if isinstance(self.encoder.language_model, BlockStack) else self.decoder
+
+    def pull_apart(self) -> None:
+        """Gives the prompt pass modules of its own, as `encoder.language_model`, over the same weights (`apart`): what is attached to one
+        of the two stacks then counts in one pass alone. It lasts; called again it changes nothing.
+
+        Raises:
+            ValueError: Accelerate offloads buffers.
+        """
+        if self.prompt_stack is self.decoder:
+            self.encoder.language_model = pull_apart(self.decoder, self.encoder.language_model.layers)
+
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict:
+        """As in torch; what two stacks hold together is there once, under the canvas pass's name."""
+        found = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in self._held_twice(prefix):
+            found.pop(name, None)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name, original in self._held_twice(prefix).items():
+            if original in state_dict:
+                state_dict.setdefault(name, state_dict[original])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _held_twice(self, prefix: str) -> dict[str, str]:
+        if self.prompt_stack is self.decoder:
+            return {}
+        names = held_twice(self.decoder, self.prompt_stack)
+        return {f"{prefix}encoder.language_model.{name}": f"{prefix}decoder.{original}" for name, original in names.items()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.prompt_stack is not self.decoder:
+            self.prompt_stack.embed_tokens = twin(value)
         self.decoder.embed_tokens = value
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling | tuple:
@@ -154,7 +174,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
             chunk_length (*optional*): without gradients, a longer prompt goes through in chunks of at most so many tokens, which
                 bounds the memory and gives the same; an image is never cut. Default: 2,048, and everything at once with gradients or
-                where `hidden_states` or `attentions` are asked for, or weights are gathered from other ranks (`training/ranks.py`).
+                where `hidden_states` or `attentions` are asked for, hooks look on, or weights are gathered from other ranks.
             last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
 
         Raises:
@@ -200,17 +220,19 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if position_ids is None:
             position_ids = positions(real, seen, length, new.device)
         last_states = length if last_states is None else last_states
-        scalars, kept = [layer() for layer in self.encoder.language_model.layers], []
+        stack, kept = self.prompt_stack, []
+        entry = self.encoder.language_model.layers.__getitem__ if stack is self.decoder else None
         whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
-        whole = whole or (chunk_length is None and bool(gathering_groups(self)))
+        looked_at = chunk_length is None and not whole and any(map(has_hooks, (stack, self.encoder.language_model)))
+        whole = whole or looked_at or (chunk_length is None and bool(gathering_groups(self)))
         for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
             here = slice(start, end)
-            embeds = self.decoder.embed_tokens(input_ids[:, here]) if inputs_embeds is None else inputs_embeds[:, here]
+            embeds = stack.embed_tokens(input_ids[:, here]) if inputs_embeds is None else inputs_embeds[:, here]
             view = prompt_view(
-                self.decoder, cache, seen + start, embeds, position_ids[:, here],
+                stack, cache, seen + start, embeds, position_ids[:, here],
                 None if real is None else real[:, : seen + end], None if images is None else images[:, here],
             )  # fmt: skip
-            hidden_states, states, weights = self.decoder(embeds, view, scalars, cache, output_hidden_states, output_attentions)
+            hidden_states, states, weights = stack(embeds, view, entry, cache, output_hidden_states, output_attentions)
             if end > length - last_states:
                 kept.append(hidden_states[:, max(length - last_states - start, 0) :])
         return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
@@ -232,7 +254,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
 
     def embed_prompt(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_position_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of a prompt, `(B, P, D)`, with the images' soft tokens in the places of `image_token_id`."""
-        embeds, places = self.decoder.embed_tokens(input_ids), input_ids == self.config.image_token_id
+        embeds, places = self.prompt_stack.embed_tokens(input_ids), input_ids == self.config.image_token_id
         features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(embeds)
         if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0]:
             raise ValueError(
@@ -257,6 +279,16 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             check_cached_shapes(cache, self.config.text_config)
         check_shape("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
         check_patches(self.config, input_ids, pixel_values, image_position_ids)
+        for name, module in self.containers().items():
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if not all(str(getattr(hook, "__module__", None)).startswith("torch.") for hook in hooks):  # FSDP has some of its own
+                called = "`decoder`, its layers and, for the prompt pass, `encoder.language_model.layers`"
+                raise ValueError(f"`{name}` has a forward hook, and generation does not call it as a module; expected hooks on {called}")
+
+    def containers(self) -> dict[str, nn.Module]:
+        """Modules that hold others and that neither pass calls, by name."""
+        held = {"model": self, "model.encoder": self.encoder, "model.encoder.language_model": self.encoder.language_model}
+        return {name: module for name, module in held.items() if module is not self.prompt_stack}
 
     @takes_cache
     def denoise(

@@ -23,7 +23,7 @@ from ..training.loss import block_diffusion_loss
 from ..training.score import Score, score_responses
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
-from .plain import brought_in, expected_embedding, runs_on, why_not_plain
+from .plain import brought_in, expected_embedding, has_hooks, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -99,8 +99,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
     def why_not_recorded(self) -> str | None:
         """What keeps generation from recording a denoising step as a CUDA graph; None where nothing does."""
-        moved = any(hasattr(module, "_hf_hook") for module in self.modules())
-        return "Accelerate moves weights, which no graph holds" if moved else None
+        if any(hasattr(module, "_hf_hook") for module in self.modules()):
+            return "Accelerate moves weights, which no graph holds"
+        return "hooks look on, which no graph calls" if has_hooks(self) else None
 
     @contextlib.contextmanager
     def vocabulary_head(self) -> Iterator[VocabularyHead]:
@@ -113,7 +114,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
     def compiling(self, compile_config: CompileConfig) -> contextlib.AbstractContextManager[None]:
         """A context in which both passes run their layers compiled: `compiling.compiled_layers`."""
-        return compiled_layers(self.model.decoder.layers, compile_config)
+        stacks = {self.model.decoder, self.model.prompt_stack}
+        return compiled_layers([layer for stack in stacks for layer in stack.layers], compile_config)
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:
         """How likely a response is, prompts with images included: `score.score_responses`."""

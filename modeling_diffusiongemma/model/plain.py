@@ -50,10 +50,14 @@ def why_not_plain(module: nn.Module, kind: type[nn.Linear] | type[ScaledEmbeddin
         return "has a `max_norm`" if module.max_norm is not None else None if whole else "holds a part of its rows"
     if module.bias is not None:
         return "has a bias"
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    if any(hooks) or hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks:
-        return "has hooks"
-    return None
+    return "has hooks" if has_hooks(module) else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook is called when `module`, or one inside of it, is."""
+    if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks:
+        return True
+    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
 
 
 def runs_on(module: nn.Module) -> torch.device:
@@ -94,4 +98,4 @@ def expected_embedding(embedding: nn.Module, probabilities: torch.Tensor) -> tor
     return total.to(probabilities.device)
 
 
-__all__ = ["brought_in", "expected_embedding", "runs_on", "why_not_plain"]
+__all__ = ["brought_in", "expected_embedding", "has_hooks", "runs_on", "why_not_plain"]

@@ -4,6 +4,9 @@ The layers append nothing to the cache; the stack does so after each layer of a 
 function of tensors, which is what gradient checkpointing wants; without, it writes into the free slots that `caches.join` finds.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import Cache, DiffusionGemmaTextConfig
@@ -17,7 +20,6 @@ from ..layers.experts import Experts, Router
 from ..layers.layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from ..layers.view import View
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
-from .views import CanvasMasksView
 
 
 class BlockLayer(GradientCheckpointingLayer):
@@ -60,7 +62,20 @@ class BlockLayer(GradientCheckpointingLayer):
         return hidden_states * layer_scalar, new, weights
 
 
-class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
+class PromptLayer(nn.Module):
+    """Where the prompt pass enters a layer of the stack: a hook here sees what goes in and comes out in that pass alone. Holds the pass's
+    `layer_scalar`. Published checkpoints hold the canvas pass's value; never assume it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_scalar = nn.Buffer(torch.ones(1))
+
+    def forward(self, hidden_states: torch.Tensor, run: Callable[..., tuple]) -> tuple:
+        """`run`: the layer, with all but the first and the last argument of `BlockLayer.forward`, whose outputs these are."""
+        return run(hidden_states, layer_scalar=self.layer_scalar)
+
+
+class BlockStack(DiffusionGemmaBlockPreTrainedModel):
     """Embedding, self-conditioning, layers, last norm. A `PreTrainedModel` of its own, so that transformers finds the text
     config's attention and experts implementations where it looks for them."""
 
@@ -86,7 +101,7 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         self,
         hidden_states: torch.Tensor,
         view: View,
-        layer_scalars: list[torch.Tensor] | None,
+        entry: Callable[[int], PromptLayer] | None = None,
         cache: Cache | None = None,
         keep_states: bool | int | list[int] | None = False,
         keep_weights: bool = False,
@@ -94,7 +109,8 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         """Runs the layers over the embeddings `(B, L, D)` of new tokens, which see the `view`.
 
         Args:
-            layer_scalars: the prompt pass's, one tensor a layer. None: the layers', which are the canvas pass's.
+            entry: gives what a layer is entered through, by its index; None: they are called directly. (No list of modules, whose weights
+                Accelerate would move as it moves any argument.)
             cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
             keep_states, keep_weights: whether to return what every layer put out; or which of the states, by index.
 
@@ -106,10 +122,11 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         chosen = chosen_states(keep_states, len(self.layers) + 1)
         for layer_idx, (layer, layer_type, cached) in enumerate(zip(self.layers, self.config.layer_types, view.cached, strict=True)):
             states.append(hidden_states if layer_idx in chosen else None)
-            hidden_states, new, weights = layer(
-                hidden_states, view.rotary[layer_type], mask=view.masks[layer_type], cached=cached, is_causal=cache is not None,
-                layer_scalar=None if layer_scalars is None else layer_scalars[layer_idx],
-            )  # fmt: skip
+            seen = {"rotary": view.rotary[layer_type], "mask": view.masks[layer_type], "cached": cached, "is_causal": cache is not None}
+            if entry is None:
+                hidden_states, new, weights = layer(hidden_states, **seen)
+            else:
+                hidden_states, new, weights = entry(layer_idx)(hidden_states, partial(layer, **seen))
             if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)
             if keep_weights:
@@ -122,4 +139,4 @@ class BlockStack(CanvasMasksView, DiffusionGemmaBlockPreTrainedModel):
         )
 
 
-__all__ = ["BlockLayer", "BlockStack"]
+__all__ = ["BlockLayer", "BlockStack", "PromptLayer"]

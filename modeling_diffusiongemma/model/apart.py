@@ -1,0 +1,78 @@
+"""The two passes pulled apart: a second tree of modules for the prompt pass, over the same weights.
+
+In one stack a hook, a wrapper or an adapter on a module belongs to both passes. Where one shall belong to one pass alone, the prompt pass
+gets a tree of its own: of every module of the stack a twin, which holds the very dictionary of parameters that its original holds. So every
+weight still exists once, wherever it is moved, offloaded or loaded to; what stands around the weights exists twice. State dicts hold a
+weight once, under its original's name. Knows nothing of passes.
+"""
+
+import copy
+from functools import partial, update_wrapper
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from .stack import BlockStack
+
+WRAPPED = ("base_layer", "original_module")  # what peft's wrappers stand around
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A module like `module` that holds the same dictionaries of parameters and buffers, and all else anew: hooks, of which it has the same;
+    submodules, which are twins; and adapters, which are copies."""
+    inside = [module._modules[name] for name in WRAPPED if hasattr(module, "adapter_layer_names") and name in module._modules]
+    if inside:
+        return copy.deepcopy(module, {id(each): twin(each) for each in inside})
+    other = copy.copy(module)
+    for name, value in vars(module).items():
+        vars(other)[name] = copy.copy(value) if name.endswith("_hooks") else _rebound(value, module, other)
+    other._modules = {name: None if child is None else twin(child) for name, child in module._modules.items()}
+    return other
+
+
+def _rebound(value: Any, module: nn.Module, other: nn.Module) -> Any:
+    """An attribute of `module` as `other` has it: methods that were set on the module, and Accelerate's wrapper of its `forward`."""
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, other)
+    if isinstance(value, partial) and value.args[:1] == (module,):
+        again = partial(value.func, other, *value.args[1:], **value.keywords)
+        return update_wrapper(again, _rebound(value.__wrapped__, module, other)) if hasattr(value, "__wrapped__") else again
+    return value
+
+
+def pull_apart(stack: BlockStack, prompt_layers: nn.ModuleList) -> BlockStack:
+    """A second stack for the prompt pass, which so far entered the layers of `stack` by `prompt_layers`: their scalars and hooks go to its
+    layers.
+
+    Raises:
+        ValueError: Accelerate moves buffers, and would bring the canvas pass's scalars to both.
+    """
+    if any(getattr(getattr(each, "_hf_hook", None), "offload_buffers", False) for each in prompt_layers):
+        raise ValueError("`offload_buffers` is True; expected False where each pass has modules of its own")
+    other = twin(stack)
+    del other.self_conditioning  # the canvas pass's alone
+    for layer, entry in zip(other.layers, prompt_layers, strict=True):
+        layer._buffers = layer._buffers | {"layer_scalar": entry.layer_scalar}
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+            getattr(layer, name).update(getattr(entry, name))
+    return other
+
+
+def held_twice(stack: BlockStack, other: BlockStack) -> dict[str, str]:
+    """Names in `other`, pulled apart from `stack`, of what both hold: to its name in `stack`."""
+    held = {id(each): path for path, module in stack.named_modules() for each in (module._parameters, module._buffers)}
+    return {
+        _joined(path, name): _joined(held[id(each)], name)
+        for path, module in other.named_modules()
+        for each in (module._parameters, module._buffers)
+        if id(each) in held
+        for name in each
+    }
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+__all__ = ["held_twice", "pull_apart", "twin"]
