@@ -19,7 +19,7 @@ WRAPPED = ("base_layer", "original_module")  # what peft's wrappers stand around
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A module like `module` that holds the same dictionaries of parameters and buffers, and all else anew: hooks, of which it has the same;
+    """A module like `module` that holds the same dictionaries of parameters and buffers, and all else anew: hooks, which are the same;
     submodules, which are twins; and adapters, which are copies."""
     inside = [module._modules[name] for name in WRAPPED if hasattr(module, "adapter_layer_names") and name in module._modules]
     if inside:
