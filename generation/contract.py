@@ -5,8 +5,9 @@ causal pass over it, `prefill` again), denoise the next. Nothing in `generation`
 touched that does not stand here. Positional arguments are passed by place, keyword arguments by the names they have here; what has no
 default is always passed.
 
-Two things are only looked at. `prepare_inputs_for_generation` is called by no pass here, so it must be transformers' own. `peft_config`,
-which peft gives to a `torch.nn.Module`, has the hooks of its `modules()` asked whether each row of a batch has an adapter of its own.
+Two things are only looked at. Methods of transformers' `GenerationMixin` are not called here, so they must be transformers' own.
+`peft_config`, which peft gives to a `torch.nn.Module`, has the hooks of its `modules()` asked whether each row of a batch has an adapter of
+its own.
 
 B: rows, P: new tokens, L: cached tokens, C: positions of a canvas, D: hidden size, V: ids of the vocabulary.
 """
@@ -164,6 +165,12 @@ class EmbedsTokens(Protocol):
 OFFERS = (WalksVocabulary, RecordsSteps, Compiles, RoundsAsReference, ChecksPrompts, EmbedsTokens)
 
 
+# What transformers' `generate` is made of. The mixin has these three of its own.
+NOT_CALLED = frozenset(name for name, member in vars(GenerationMixin).items() if inspect.isfunction(member) and name[:2] != "__") - {
+    "adjust_generation_fn", "compute_transition_scores", "generate"
+}  # fmt: skip
+
+
 def check_contract(model: Any, images: Sequence[str] = ()) -> None:
     """Checks that `model` can be called as it will be, and nothing of what it computes. Methods are looked up on the model, since any may
     have been replaced on it alone; that takes a fraction of a millisecond a call of `generate`.
@@ -172,9 +179,9 @@ def check_contract(model: Any, images: Sequence[str] = ()) -> None:
 
     Raises:
         ValueError: an attribute or a method is missing, one takes other arguments, or one of several is offered without the others; by
-            name. Or `prepare_inputs_for_generation` is not transformers' own, which is how peft gives virtual tokens to a model.
+            name. Or a method of transformers' `generate`, or one of the model's `not_called`, is overridden, which nothing would call.
     """
-    _check_preparation(model)
+    _check_overrides(model)
     wrong = list(_misfits(model, GeneratesCanvases, images))
     if hasattr(model, "config"):
         wrong += [f"{each} in `config`" for each in _misfits(model.config, CanvasConfig)]
@@ -187,14 +194,19 @@ def check_contract(model: Any, images: Sequence[str] = ()) -> None:
         raise ValueError(f"{type(model).__name__} does not fit `generation.contract`: {'; '.join(wrong)}")
 
 
-def _check_preparation(model: Any) -> None:
-    method = model.prepare_inputs_for_generation
-    if getattr(method, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
+def _check_overrides(model: Any) -> None:
+    """Methods that other implementations of `generate` call and this one does not must not be defined on the model, where they are not
+    transformers' own."""
+    instead = getattr(model, "not_called", {})
+    for name in NOT_CALLED | instead.keys():
+        method, theirs = getattr(model, name, None), getattr(GenerationMixin, name, None)
+        if getattr(method, "__func__", method) is theirs:
+            continue
         owner = type(getattr(method, "__self__", model)).__name__
-        raise ValueError(
-            f"`prepare_inputs_for_generation` is that of {owner}, and block diffusion does not call it; expected the model's own. Prompt "
-            "tuning, prefix tuning and p-tuning need it: train adapters of weights instead, such as LoRA"
-        )
+        why = f"`{name}` is that of {owner}, and block diffusion does not call it; expected the model's own"
+        if name == "prepare_inputs_for_generation":
+            why += ". Prompt tuning, prefix tuning and p-tuning need it: train adapters of weights instead, such as LoRA"
+        raise ValueError(f"{why}. Instead, {instead[name]}" if name in instead else why)
 
 
 def _methods(protocol: type) -> list[tuple[str, Callable]]:

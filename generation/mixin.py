@@ -57,7 +57,14 @@ def arithmetic(model, config: DiffusionGenerationConfig) -> Iterator[None]:
 
 
 class DiffusionGenerationMixin(GenerationMixin):
-    """Gives a model `generate` by block diffusion."""
+    """Gives a model `generate` by block diffusion.
+
+    `not_called`: methods that other implementations of `generate` call and this one does not, and what does the same here: a model on which
+    one is defined is refused.
+    """
+
+    generation_config_class = DiffusionGenerationConfig
+    not_called: Mapping[str, str] = {}
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, cache_dir, force_download,
@@ -74,12 +81,12 @@ class DiffusionGenerationMixin(GenerationMixin):
 
     def _load_generation_config(self, generation_config: GenerationConfig | None, name, **kwargs) -> None:
         if generation_config is not None:
-            self.generation_config = DiffusionGenerationConfig.from_generation_config(generation_config)
+            self.generation_config = self.generation_config_class.from_generation_config(generation_config)
             return
         if name is None:  # a state dict was given instead of a checkpoint
             return
         try:
-            self.generation_config = DiffusionGenerationConfig.from_pretrained(name, **kwargs)
+            self.generation_config = self.generation_config_class.from_pretrained(name, **kwargs)
         except OSError:  # no such file: the released defaults apply in `generate`
             return
 

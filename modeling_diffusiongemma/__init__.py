@@ -15,6 +15,7 @@ from .console.usage import answer_usage  # noqa: E402
 answer_usage()  # before the seconds that the rest takes
 
 from .checkpoints import default_checkpoint  # noqa: E402
+from .drop_in.model import DiffusionGemmaForBlockDiffusion, DiffusionGemmaModel  # noqa: E402
 from .layers.configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
 from .layers.outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
 from .model.block_model import DiffusionGemmaBlockModel  # noqa: E402
@@ -27,7 +28,7 @@ from .weights.auto import register  # noqa: E402
 from .weights.four_bit import FourBitConfig  # noqa: E402
 from .weights.fp8_quantizer import FP8Config  # noqa: E402
 
-register(DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM)
+register(DiffusionGemmaForMaskedBlockLM, DiffusionGemmaForBlockDiffusion, DiffusionGemmaModel)
 
 __all__ = [
     "BlockDiffusionCollator", "BlockModelOutput", "DiffusionGemmaBlockModel", "DiffusionGemmaConfig", "DiffusionGemmaForMaskedBlockLM",

@@ -41,7 +41,11 @@ def test_importing_replaces_what_the_table_says_and_nothing_else():
     assert after == before | REGISTERED
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines() if line.startswith("| `Auto")]
     expected = [
-        [f"`{auto}`", f"its own `{before[auto]}`" if auto in before else "refuses the config", f"`{ours}`"]
+        [
+            f"`{auto}`",
+            f"its own `{before[auto]}`" if auto in before else "refuses the config",
+            f"`{ours if auto not in before else f'drop_in.{ours}'}`",
+        ]
         for auto, ours in REGISTERED.items()
     ]
     assert rows == expected

@@ -22,7 +22,7 @@ from transformers import (
     DiffusionGemmaForBlockDiffusion,
 )
 
-from modeling_diffusiongemma import DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM
+from modeling_diffusiongemma import DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM, drop_in
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "data" / "released"
@@ -166,10 +166,10 @@ def test_base_model_and_oracles_base_model_read_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("auto", "expected"),
     [
-        (AutoModel, DiffusionGemmaBlockModel),
+        (AutoModel, drop_in.DiffusionGemmaModel),
         (AutoModelForCausalLM, DiffusionGemmaForMaskedBlockLM),
-        (AutoModelForImageTextToText, DiffusionGemmaForMaskedBlockLM),
-        (AutoModelForMultimodalLM, DiffusionGemmaForMaskedBlockLM),
+        (AutoModelForImageTextToText, drop_in.DiffusionGemmaForBlockDiffusion),
+        (AutoModelForMultimodalLM, drop_in.DiffusionGemmaForBlockDiffusion),
     ],
 )
 def test_auto_classes_give_ours(auto, expected, oracle_checkpoint):

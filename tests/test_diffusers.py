@@ -1,4 +1,4 @@
-"""Diffusers' `DiffusionGemmaPipeline` with our model as its `model`, under its three schedulers, against transformers' class.
+"""Diffusers' `DiffusionGemmaPipeline` with our `drop_in` model as its `model`, under its three schedulers, against transformers' class.
 
 pipe = DiffusionGemmaPipeline(model=model, scheduler=EntropyBoundScheduler(), processor=tokenizer)
 print(pipe("Write 3 March 1998 as an ISO date.", gen_length=256).texts[0])
@@ -12,9 +12,9 @@ import weakref
 import pytest
 import torch
 from small_models import IMAGE, prompts, small_model, small_pair
-from transformers import AutoModelForCausalLM, AutoTokenizer, DiffusionGemmaForBlockDiffusion, DynamicCache
+from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, DynamicCache
 
-from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma import default_checkpoint, drop_in
 
 NEEDS = 'needs pip install -e ".[diffusers]"'
 SCHEDULERS = {
@@ -40,13 +40,22 @@ def tokenizer():
 def shipped():
     """transformers' class and ours, on the shipped checkpoint."""
     path = default_checkpoint()
-    return DiffusionGemmaForBlockDiffusion.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    return DiffusionGemmaForBlockDiffusion.from_pretrained(path), drop_in.DiffusionGemmaForBlockDiffusion.from_pretrained(path)
 
 
 @pytest.fixture(scope="module")
 def random_pair():
     """The same random weights in both; three steps a canvas, since such a model multiplies a rounding error by ten a step."""
-    return small_pair(vocab_size=640)
+    oracle, ours = small_pair(vocab_size=640)
+    return oracle, dropped_in(ours)
+
+
+def dropped_in(ours):
+    """The same model in transformers' manners."""
+    model = drop_in.DiffusionGemmaForBlockDiffusion(copy.deepcopy(ours.config)).eval()
+    model.load_state_dict(ours.state_dict())
+    model.generation_config.update(pad_token_id=ours.generation_config.pad_token_id, eos_token_id=None)
+    return model
 
 
 def written(diffusers, model, scheduler, tokenizer, seed=0, prompt=REQUESTS, **settings):
@@ -121,11 +130,11 @@ def test_bad_call_of_the_pipeline_is_refused(diffusers, shipped, tokenizer):
         written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, gen_length=0)
 
 
-# The views themselves, which need nothing installed
+# What they call, which needs nothing installed
 
 
 def test_encoder_view_is_the_prompt_pass():
-    model, (ids, mask) = small_model(), prompts(2, 9, padded=3)
+    model, (ids, mask) = dropped_in(small_model()), prompts(2, 9, padded=3)
     seen, wanted = DynamicCache(), DynamicCache()
     got = model.model.encoder(input_ids=ids, attention_mask=mask, past_key_values=seen)
     assert torch.equal(got.last_hidden_state, model.prefill(ids, mask, past_key_values=wanted).last_hidden_state)
@@ -139,7 +148,7 @@ def test_encoder_view_is_the_prompt_pass():
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copied_model_shows_itself(duplicate):
     """The copy's prompt pass must not run through the weights of the model it was copied from."""
-    model = small_model()
+    model = dropped_in(small_model())
     other, ids = duplicate(model), prompts(1, 9)[0]
     torch.nn.init.normal_(other.model.decoder.embed_tokens.weight)
     assert torch.equal(model.model.encoder(ids).last_hidden_state, model.prefill(ids).last_hidden_state)
@@ -149,7 +158,7 @@ def test_copied_model_shows_itself(duplicate):
 
 def test_deleted_model_is_freed_at_once():
     """A view that held its model would keep it until the garbage collector runs."""
-    model = small_model()
+    model = dropped_in(small_model())
     shown = weakref.ref(model.model)
     gc.collect()
     gc.disable()
@@ -160,5 +169,5 @@ def test_deleted_model_is_freed_at_once():
         gc.enable()
 
 
-def test_views_add_nothing_to_the_state_dict():
-    assert not [name for name in small_model().state_dict() if "shown" in name]
+def test_a_second_stack_adds_nothing_to_the_state_dict():
+    assert not [name for name in dropped_in(small_model()).state_dict() if "shown" in name]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # from nobody else.
 ORDER = {
     "generation": "rules cache_names < arguments fast output < checks vocabulary watch < call contract < loop < mixin",
-    "modeling_diffusiongemma": "version checkpoints layers < training weights < model < console < quantize serve lm_evaluation",
+    "modeling_diffusiongemma": "version checkpoints layers < training weights < model < drop_in < console < quantize serve lm_evaluation",
 }
 PACKAGES = tuple(ORDER)
 FILES = [path.relative_to(ROOT).as_posix() for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -27,6 +27,7 @@ REQUIRED = {"accelerate", "huggingface_hub", "numpy", "safetensors", "tokenizers
 MAX_LINES = 600
 REEXPORTED = {"DiffusionGemmaConfig", "DiffusionGemmaTextConfig"}
 PUBLISHED_RULES = {"EntropyBoundSampler"}
+DOOR = "modeling_diffusiongemma/drop_in"  # the room that users import, and that has the names of transformers' classes
 RELEASED_MODULES = ("configuration_diffusion_gemma", "generation_diffusion_gemma", "modeling_diffusion_gemma")
 RELATIVE_IMPORT_LINE = re.compile(r"^\s*(from|import)\s+\.", re.MULTILINE)
 
@@ -112,7 +113,7 @@ def test_packages_have_one_level_of_rooms(package):
 def test_room_opens_with_what_it_is_for_and_what_it_does_not_know(room):
     """And with nothing else: whoever imports one file of a room would run whatever else stood there."""
     tree = read(f"{room}/__init__.py")
-    assert len(tree.body) == 1 and re.search(r"\bknows?\b", ast.get_docstring(tree))
+    assert (len(tree.body) == 1 or room == DOOR) and re.search(r"\bknows?\b", ast.get_docstring(tree))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -185,7 +186,8 @@ def test_public_modules_define_all(file):
 def test_no_class_takes_the_name_of_one_in_transformers(file):
     """transformers looks up weight conversions by class name, so a model class of ours must not carry one of its names.
 
-    `EntropyBoundSampler` is no model: it is the published name of a rule, in a package that holds no weights.
+    `EntropyBoundSampler` is no model: it is the published name of a rule, in a package that holds no weights. The room that stands in for
+    transformers' class has its names, and tests/test_drop_in.py that there are no conversions for them.
     """
     taken = set()
     for module in RELEASED_MODULES:
@@ -194,6 +196,8 @@ def test_no_class_takes_the_name_of_one_in_transformers(file):
         taken |= class_names(tree) | set(exported(tree))
     assert REEXPORTED < taken
     tree = read(file)
+    if file.startswith(DOOR):
+        taken = set()
     assert class_names(tree) & taken <= PUBLISHED_RULES
     assert set(exported(tree) or []) & taken <= REEXPORTED | PUBLISHED_RULES
 

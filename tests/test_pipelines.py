@@ -208,7 +208,7 @@ def test_image_chat_gets_what_generate_gives(describer):
     inputs = describer.processor.apply_chat_template(
         asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    ids = describer.model.generate(**inputs, **FEW)[0, inputs["input_ids"].shape[1] :]
+    ids = describer.model.generate(**inputs, **FEW).sequences[0, inputs["input_ids"].shape[1] :]
     expected = describer.processor.decode(ids, skip_special_tokens=True)
     assert describer(text=asked, generate_kwargs=dict(FEW), return_full_text=False)[0]["generated_text"] == expected
     whole = describer(text=asked, generate_kwargs=dict(FEW))[0]["generated_text"]

@@ -23,7 +23,7 @@ from tiny import ours
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, DiffusionGemmaForBlockDiffusion
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint, drop_in
 from modeling_diffusiongemma.layers.experts import Experts
 from modeling_diffusiongemma.layers.masks import prompt_mask
 from modeling_diffusiongemma.version import VERSION
@@ -61,7 +61,7 @@ name, out = arguments["name"], arguments["out"]
 model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
 answer["modules"] = {auto: type(getattr(transformers, auto).from_pretrained(name, trust_remote_code=True)).__module__
                      for auto in arguments["autos"]}
-answer["shared"] = type(AutoModel.from_pretrained(name, trust_remote_code=True)) is type(model.model)
+answer["shared"] = isinstance(AutoModel.from_pretrained(name, trust_remote_code=True), type(model.model))
 tokenizer = AutoTokenizer.from_pretrained(name)
 inputs = tokenizer.apply_chat_template(arguments["chat"], add_generation_prompt=True, return_dict=True, return_tensors="pt")
 answer["tokens"] = model.generate(**inputs, **arguments["settings"]).tolist()
@@ -189,8 +189,8 @@ def code(repository):
 
 
 def test_what_the_entry_imports_travels_and_nothing_else(repository, code):
-    entry = repository / f"{HEAD}.py"
-    assert flat_name(ENTRY) == HEAD and {str(path) for path in code} == {str(entry), *get_relative_import_files(entry)}
+    entry = repository / f"{flat_name(ENTRY)}.py"
+    assert {str(path) for path in code} == {str(entry), *get_relative_import_files(entry)}
     kept_home = re.compile(r"\w+(__init__|checkpoints|streaming|terminal)\.py")
     assert len(code) > 30 and [path.name for path in code if kept_home.fullmatch(path.name)] == []
 
@@ -222,7 +222,7 @@ def saved_config(folder):
 def test_repository_holds_weights_settings_code_and_card(repository, code):
     names = {path.name for path in repository.iterdir()}
     assert names == MODEL_FILES | {path.name for path in code} | {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert saved_config(repository)["auto_map"] == {auto: f"{HEAD}.{name}" for auto, name in REGISTERED.items()}
+    assert saved_config(repository)["auto_map"] == {auto: f"{flat_name(ENTRY)}.{name}" for auto, name in REGISTERED.items()}
     assert saved_config(repository)["architectures"] == ["DiffusionGemmaForBlockDiffusion"]
     assert "trust_remote_code=True" in (repository / "README.md").read_text()
 
@@ -397,7 +397,7 @@ def test_clean_process_runs_the_code_of_the_repository(place, repository, model,
 def planted(repository, target, marker):
     """A copy whose code says that it was run."""
     shutil.copytree(repository, target)
-    path = target / f"{HEAD}.py"
+    path = target / f"{flat_name(ENTRY)}.py"
     path.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n{path.read_text()}")
     return target
 
@@ -409,11 +409,11 @@ def broken(repository, target, fault):
     elif fault == "syntax error":
         (target / f"{MASKS}.py").write_text("def prompt_mask(:\n")
     elif fault == "unknown package":
-        path = target / f"{HEAD}.py"
+        path = target / f"{flat_name(ENTRY)}.py"
         path.write_text(f"import no_such_package\n{path.read_text()}")
     else:
         path = target / "config.json"
-        path.write_text(path.read_text().replace(f"{HEAD}.DiffusionGemmaForMasked", f"{HEAD}.Absent"))
+        path.write_text(path.read_text().replace(f"{flat_name(ENTRY)}.DiffusionGemmaForMasked", f"{flat_name(ENTRY)}.Absent"))
     return target
 
 
@@ -488,6 +488,9 @@ def test_two_repositories_in_one_process_each_run_their_own_code(place, reposito
 
 def test_installed_package_wins_over_the_code_of_a_repository(repository, tmp_path):
     folder = planted(repository, tmp_path / "planted", tmp_path / "marker")
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        assert type(auto.from_pretrained(folder, trust_remote_code=True)) is DiffusionGemmaForMaskedBlockLM
+    for auto, expected in (
+        (AutoModelForCausalLM, DiffusionGemmaForMaskedBlockLM),
+        (AutoModelForImageTextToText, drop_in.DiffusionGemmaForBlockDiffusion),
+    ):
+        assert type(auto.from_pretrained(folder, trust_remote_code=True)) is expected
     assert not (tmp_path / "marker").exists()

@@ -45,7 +45,13 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Args: `(N, D)`. Returns the chosen experts' ids, int64 `(N, A)`, and their weights, `(N, A)`."""
-        scores = self.proj(self.norm(hidden_states) * self.scale * hidden_states.shape[-1] ** -0.5)  # (N, E)
+        return self.choose(self.scores(hidden_states))
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(N, E)`, of which a softmax is taken."""
+        return self.proj(self.norm(hidden_states) * self.scale * hidden_states.shape[-1] ** -0.5)
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, chosen = torch.topk(scores.softmax(dim=-1, dtype=torch.float32), self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         return chosen, weights * self.per_expert_scale[chosen]

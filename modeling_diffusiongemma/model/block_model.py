@@ -68,6 +68,11 @@ class PromptSide(nn.Module):
             if not isinstance(module, Gemma4ClippableLinear) or module._buffers:
                 yield name, module
 
+    def forward(self, *args, **kwargs):
+        """Refused: it is no pass by itself."""
+        door = "`modeling_diffusiongemma.drop_in.DiffusionGemmaForBlockDiffusion` has an `encoder` that is a pass"
+        raise ValueError(f"`encoder` holds what the prompt pass needs and is no pass; expected a call of `prefill`; {door}")
+
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, image_position_ids: torch.Tensor | None = None, **kwargs

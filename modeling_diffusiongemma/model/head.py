@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Cache, CompileConfig, PreTrainedModel  # noqa: F401  by the last, Diffusers loads a saved pipeline's model
+from transformers import Cache, CompileConfig
 from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache

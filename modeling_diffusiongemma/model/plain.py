@@ -34,7 +34,7 @@ def _bringing_hooks(module: nn.Module) -> list | None:
 
 def why_not_plain(module: nn.Module, kind: type[nn.Linear] | type[ScaledEmbedding]) -> str | None:
     """What makes a module that was built as a `kind` more than a product with, or a look into, its `weight`; None where nothing does."""
-    if type(module) is not kind:
+    if not isinstance(module, kind) or type(module).__call__ is not nn.Module.__call__:
         return f"is a {type(module).__module__}.{type(module).__qualname__}"
     weight = module._parameters.get("weight")
     if weight is None or type(weight) not in (nn.Parameter, torch.Tensor) or weight.layout != torch.strided or weight.dtype not in DTYPES:

@@ -2,11 +2,12 @@
 
 | Auto class | transformers alone | with this package imported |
 |---|---|---|
-| `AutoModel` | its own `DiffusionGemmaModel` | `DiffusionGemmaBlockModel` |
+| `AutoModel` | its own `DiffusionGemmaModel` | `drop_in.DiffusionGemmaModel` |
 | `AutoModelForCausalLM` | refuses the config | `DiffusionGemmaForMaskedBlockLM` |
-| `AutoModelForImageTextToText` | its own `DiffusionGemmaForBlockDiffusion` | `DiffusionGemmaForMaskedBlockLM` |
-| `AutoModelForMultimodalLM` | its own `DiffusionGemmaForBlockDiffusion` | `DiffusionGemmaForMaskedBlockLM` |
+| `AutoModelForImageTextToText` | its own `DiffusionGemmaForBlockDiffusion` | `drop_in.DiffusionGemmaForBlockDiffusion` |
+| `AutoModelForMultimodalLM` | its own `DiffusionGemmaForBlockDiffusion` | `drop_in.DiffusionGemmaForBlockDiffusion` |
 
+So no script that runs with a class of transformers meets other manners here.
 `AutoConfig`, `AutoTokenizer` and `AutoProcessor` stay transformers' own: its config class is used here, and tokenizer and
 processor belong to the checkpoint. The same table is the `auto_map` of a repository saved with `remote_code=True`.
 """
@@ -17,10 +18,10 @@ from transformers import PreTrainedModel
 from ..layers.configuration import DiffusionGemmaConfig
 
 REGISTERED = {
-    "AutoModel": "DiffusionGemmaBlockModel",
+    "AutoModel": "DiffusionGemmaModel",
     "AutoModelForCausalLM": "DiffusionGemmaForMaskedBlockLM",
-    "AutoModelForImageTextToText": "DiffusionGemmaForMaskedBlockLM",
-    "AutoModelForMultimodalLM": "DiffusionGemmaForMaskedBlockLM",
+    "AutoModelForImageTextToText": "DiffusionGemmaForBlockDiffusion",
+    "AutoModelForMultimodalLM": "DiffusionGemmaForBlockDiffusion",
 }
 
 

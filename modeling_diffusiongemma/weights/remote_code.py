@@ -21,7 +21,7 @@ from ..version import VERSION
 from .auto import REGISTERED
 
 PREFIXES = {"modeling_diffusiongemma": "modeling", "generation": "generation"}  # package: what its files' names begin with
-ENTRY = "modeling_diffusiongemma.model.head"  # holds every class that an Auto class loads
+ENTRY = "modeling_diffusiongemma.drop_in.model"  # holds every class that an Auto class loads
 IN_REPOSITORY = __name__.split(".")[0] not in PREFIXES
 UP_TO_NAMES = re.compile(r"(from)\b.*?\b(import)\b", re.DOTALL)  # `from MODULE import`, also where it is broken over lines
 

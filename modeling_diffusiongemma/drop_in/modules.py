@@ -1,0 +1,152 @@
+"""The modules of transformers' two-stack model, as ours, dressed: under its class names, and with the outputs that its hooks see.
+
+Nothing is computed here. `__call__` of a dressed module takes and returns what our stack knows; inside, `forward` and whatever is hooked to
+it see what transformers' module of that name would take and return. Keys, values and attention weights, which it does not return, go
+past the hooks in `Aside`. Where ours is also an instance of transformers' class, `isinstance` finds it; no code of that class runs.
+"""
+
+import torch
+from transformers.models.diffusion_gemma import modeling_diffusion_gemma as theirs
+from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
+
+from ..layers.attention import Attention
+from ..layers.experts import Experts, Router
+from ..layers.layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
+from ..layers.outputs import PassOutput
+from ..model.stack import BlockLayer, BlockStack
+
+
+class Aside:
+    """What a module makes beside its output. No list: Accelerate would hand on a copy."""
+
+    new = weights = None
+
+
+class DiffusionGemmaRMSNorm(RMSNorm, theirs.DiffusionGemmaRMSNorm):
+    pass
+
+
+class DiffusionGemmaText4MLP(GatedMLP, theirs.DiffusionGemmaText4MLP):
+    pass
+
+
+class DiffusionGemmaSelfConditioning(SelfConditioning, theirs.DiffusionGemmaSelfConditioning):
+    pass
+
+
+class DiffusionGemmaTextScaledWordEmbedding(ScaledEmbedding):
+    pass
+
+
+class DiffusionGemmaMultimodalEmbedder(Gemma4MultimodalEmbedder):
+    pass
+
+
+class DiffusionGemmaTextExperts(Experts, theirs.DiffusionGemmaTextExperts):
+    pass
+
+
+class DiffusionGemmaTextRouter(Router, theirs.DiffusionGemmaTextRouter):
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, weights, chosen = super().__call__(hidden_states)
+        return chosen, weights
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The probabilities of all experts `(N, E)`, then weights and ids of the chosen ones, each `(N, A)`."""
+        scores = self.scores(hidden_states)
+        chosen, weights = self.choose(scores)
+        return scores.softmax(dim=-1, dtype=torch.float32), weights, chosen
+
+
+class DiffusionGemmaTextRotaryEmbedding(RotaryPositions):
+    def __call__(self, *args):
+        """As the stack calls it; or as transformers' is called, with hidden states, `position_ids` and a layer type: cos and sin, each
+        `(B or 1, L, head_dim)`."""
+        if len(args) < 3:
+            return super().__call__(*args)
+        hidden_states, position_ids, layer_type = args
+        return tuple(each.squeeze(2) for each in super().__call__(position_ids, hidden_states.dtype)[layer_type])
+
+
+class DressedAttention(Attention):
+    def __call__(self, hidden_states, rotary, mask, cached, is_causal):
+        aside = Aside()
+        output, weights = super().__call__(
+            hidden_states=hidden_states, position_embeddings=rotary, attention_mask=mask, cached=cached, is_causal=is_causal, aside=aside
+        )
+        return output, aside.new, weights
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, cached, is_causal, aside) -> tuple:
+        """The output `(B, L, D)` and the attention weights, or None."""
+        output, aside.new, weights = super().forward(hidden_states, position_embeddings, attention_mask, cached, is_causal)
+        return output, weights
+
+
+class DressedLayer(BlockLayer):
+    def __call__(self, hidden_states, rotary, mask, cached, is_causal):
+        aside = Aside()
+        output = super().__call__(
+            hidden_states, position_embeddings=rotary, attention_mask=mask, cached=cached, is_causal=is_causal, aside=aside
+        )
+        return output, aside.new, aside.weights
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, cached, is_causal, aside) -> torch.Tensor:
+        """The output alone, `(B, L, D)`."""
+        output, aside.new, aside.weights = super().forward(hidden_states, position_embeddings, attention_mask, cached, is_causal)
+        return output
+
+
+class DiffusionGemmaEncoderTextAttention(DressedAttention, theirs.DiffusionGemmaEncoderTextAttention):
+    pass
+
+
+class DiffusionGemmaDecoderTextAttention(DressedAttention, theirs.DiffusionGemmaDecoderTextAttention):
+    pass
+
+
+class DiffusionGemmaEncoderTextLayer(DressedLayer, theirs.DiffusionGemmaEncoderTextLayer):
+    pass
+
+
+class DiffusionGemmaDecoderTextLayer(DressedLayer, theirs.DiffusionGemmaDecoderTextLayer):
+    pass
+
+
+class DressedStack(BlockStack):
+    """Called by our model, a `BlockStack`; called with ids, what transformers' module of this name is."""
+
+    def __call__(self, hidden_states=None, view=None, *args, **kwargs):
+        if view is None:
+            return self.run_pass(hidden_states, *args, **kwargs)
+        output = super().__call__(hidden_states, view, *args, **kwargs)
+        return output.last_hidden_state, output.hidden_states, output.attentions
+
+    def forward(self, hidden_states, view, entry=None, cache=None, *args, **kwargs) -> PassOutput:
+        output, states, weights = super().forward(hidden_states, view, entry, cache, *args, **kwargs)
+        return PassOutput(output, cache, states, weights)
+
+    @property
+    def rotary_emb(self) -> RotaryPositions:
+        return self.rotary
+
+    @property
+    def text_config(self):
+        return self.config
+
+
+DRESSED = {
+    RMSNorm: DiffusionGemmaRMSNorm, GatedMLP: DiffusionGemmaText4MLP, SelfConditioning: DiffusionGemmaSelfConditioning,
+    ScaledEmbedding: DiffusionGemmaTextScaledWordEmbedding, Gemma4MultimodalEmbedder: DiffusionGemmaMultimodalEmbedder,
+    Experts: DiffusionGemmaTextExperts, Router: DiffusionGemmaTextRouter, RotaryPositions: DiffusionGemmaTextRotaryEmbedding,
+    Attention: DiffusionGemmaDecoderTextAttention, BlockLayer: DiffusionGemmaDecoderTextLayer,
+}  # fmt: skip
+OF_THE_PROMPT_PASS = {Attention: DiffusionGemmaEncoderTextAttention, BlockLayer: DiffusionGemmaEncoderTextLayer}
+
+
+def dress(tree: torch.nn.Module, classes: dict[type, type]) -> None:
+    """Gives every module of `tree` that is exactly of a class in `classes` the class that stands there; quantised ones keep theirs."""
+    for module in tree.modules():
+        module.__class__ = classes.get(type(module), type(module))
+
+
+__all__ = ["DRESSED", "OF_THE_PROMPT_PASS", "DressedStack", "dress"]
