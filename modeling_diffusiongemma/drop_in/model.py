@@ -23,7 +23,7 @@ from ..model.head import DiffusionGemmaForMaskedBlockLM
 from ..model.plain import expected_embedding, has_hooks
 from ..model.stack import BlockStack
 from .generation import OVERRIDES, BatchStreamer, DiffusionGemmaGenerationConfig, as_theirs
-from .modules import DRESSED, OF_THE_PROMPT_PASS, DressedStack, dress
+from .modules import DRESSED, OF_THE_PROMPT_PASS, DressedStack, check_unpatched, dress
 
 _loading: ContextVar[bool] = ContextVar("_loading", default=False)
 
@@ -189,6 +189,11 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
             `DiffusionGemmaGenerationOutput`; token ids where `return_dict_in_generate` is False in `kwargs`, in the configuration given or
             in the model's.
         """
+        if type(self).forward is not FORWARD:
+            raise ValueError(
+                f"{type(self).__name__} has another `forward`, and generation does not call it; expected hooks on layers, or a `watcher`"
+            )
+        check_unpatched()
         given = generation_config if isinstance(generation_config, dict) else vars(generation_config or self.generation_config)
         stated = (kwargs.get("return_dict_in_generate"), given.get("return_dict_in_generate"))
         stated += (getattr(self.generation_config, "return_dict_in_generate", None),)
@@ -200,6 +205,8 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
         )  # fmt: skip
         return result if isinstance(result, torch.Tensor) else as_theirs(result)
 
+
+FORWARD = DiffusionGemmaForBlockDiffusion.forward  # before anybody overrides it
 
 for _model in (DiffusionGemmaForMaskedBlockLM, DiffusionGemmaForBlockDiffusion):
     _model.not_called = OVERRIDES  # a script may put either class in the place of transformers'

@@ -143,10 +143,27 @@ DRESSED = {
 OF_THE_PROMPT_PASS = {Attention: DiffusionGemmaEncoderTextAttention, BlockLayer: DiffusionGemmaEncoderTextLayer}
 
 
+# Of transformers' classes, before anybody replaces one: nothing here would call what is put there.
+THEIR_FORWARDS = {
+    cls: cls.forward for name, cls in vars(theirs).items() if name.startswith("DiffusionGemma") and hasattr(cls, "forward")
+}  # fmt: skip
+
+
+def check_unpatched() -> None:
+    """Raises ValueError where another `forward` was put into a class of transformers, which nothing here would call."""
+    for cls, forward in THEIR_FORWARDS.items():
+        if cls.forward is not forward:
+            ours = "`modeling_diffusiongemma.drop_in.modules` has ours"
+            raise ValueError(f"`{cls.__name__}.forward` of transformers was replaced, and ours is another class; {ours}")
+
+
 def dress(tree: torch.nn.Module, classes: dict[type, type]) -> None:
     """Gives every module of `tree` that is exactly of a class in `classes` the class that stands there; quantised ones keep theirs."""
     for module in tree.modules():
-        module.__class__ = classes.get(type(module), type(module))
+        if (dressed := classes.get(type(module))) is not None:
+            module.__class__ = dressed
+            if hasattr(module, "_hf_hook"):  # Accelerate's, which holds `forward` as it was
+                module._old_forward = module.forward.__wrapped__ = dressed.forward.__get__(module)
 
 
-__all__ = ["DRESSED", "OF_THE_PROMPT_PASS", "DressedStack", "dress"]
+__all__ = ["DRESSED", "OF_THE_PROMPT_PASS", "DressedStack", "check_unpatched", "dress"]

@@ -2,7 +2,7 @@
 
 In one stack a hook, a wrapper or an adapter on a module belongs to both passes. Where one shall belong to one pass alone, the prompt pass
 gets a tree of its own: of every module of the stack a twin, which holds the very dictionary of parameters that its original holds. So every
-weight still exists once, wherever it is moved, offloaded or loaded to; what stands around the weights exists twice. State dicts hold a
+weight still exists once, wherever it is moved, offloaded or loaded to; what stands around the weights exists twice. Checkpoints hold a
 weight once, under its original's name. Knows nothing of passes.
 """
 
@@ -43,17 +43,14 @@ def _rebound(value: Any, module: nn.Module, other: nn.Module) -> Any:
 
 def pull_apart(stack: BlockStack, prompt_layers: nn.ModuleList) -> BlockStack:
     """A second stack for the prompt pass, which so far entered the layers of `stack` by `prompt_layers`: their scalars and hooks go to its
-    layers.
-
-    Raises:
-        ValueError: Accelerate moves buffers, and would bring the canvas pass's scalars to both.
-    """
-    if any(getattr(getattr(each, "_hf_hook", None), "offload_buffers", False) for each in prompt_layers):
-        raise ValueError("`offload_buffers` is True; expected False where each pass has modules of its own")
+    layers."""
     other = twin(stack)
     del other.self_conditioning  # the canvas pass's alone
     for layer, entry in zip(other.layers, prompt_layers, strict=True):
         layer._buffers = layer._buffers | {"layer_scalar": entry.layer_scalar}
+        if hasattr(entry, "_hf_hook"):  # where Accelerate finds a layer's scalar, the one tensor that it holds itself
+            layer._hf_hook = copy.copy(layer._hf_hook)
+            layer._hf_hook.weights_map = entry._hf_hook.weights_map
         for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
             getattr(layer, name).update(getattr(entry, name))
     return other

@@ -28,7 +28,7 @@ from ..layers.outputs import BlockModelOutput, PassOutput
 from ..layers.view import View, canvas_view, positions, prompt_view
 from ..training.ranks import gathering_groups
 from .apart import held_twice, pull_apart, twin
-from .plain import has_hooks
+from .plain import attached, has_hooks
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .stack import BlockStack, PromptLayer
 
@@ -111,31 +111,23 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
     def pull_apart(self) -> None:
         """Gives the prompt pass modules of its own, as `encoder.language_model`, over the same weights (`apart`): what is attached to one
         of the two stacks then counts in one pass alone. It lasts; called again it changes nothing.
-
-        Raises:
-            ValueError: Accelerate offloads buffers.
         """
         if self.prompt_stack is self.decoder:
             self.encoder.language_model = pull_apart(self.decoder, self.encoder.language_model.layers)
 
-    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict:
-        """As in torch; what two stacks hold together is there once, under the canvas pass's name."""
-        found = super().state_dict(*args, prefix=prefix, **kwargs)
-        for name in self._held_twice(prefix):
-            found.pop(name, None)
-        return found
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for name, original in self._held_twice(prefix).items():
-            if original in state_dict:
-                state_dict.setdefault(name, state_dict[original])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _held_twice(self, prefix: str) -> dict[str, str]:
+    def held_twice(self, prefix: str = "") -> dict[str, str]:
+        """Names of what two stacks hold together: its name in the prompt pass's to that in the canvas pass's, by which it is saved."""
         if self.prompt_stack is self.decoder:
             return {}
         names = held_twice(self.decoder, self.prompt_stack)
         return {f"{prefix}encoder.language_model.{name}": f"{prefix}decoder.{original}" for name, original in names.items()}
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """As in torch; a state dict of one stack will do."""
+        for name, original in self.held_twice(prefix).items():
+            if original in state_dict:
+                state_dict.setdefault(name, state_dict[original])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens
@@ -285,10 +277,9 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         check_shape("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
         check_patches(self.config, input_ids, pixel_values, image_position_ids)
         for name, module in self.containers().items():
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if not all(str(getattr(hook, "__module__", None)).startswith("torch.") for hook in hooks):  # FSDP has some of its own
+            if (what := attached(module)) is not None:
                 called = "`decoder`, its layers and, for the prompt pass, `encoder.language_model.layers`"
-                raise ValueError(f"`{name}` has a forward hook, and generation does not call it as a module; expected hooks on {called}")
+                raise ValueError(f"`{name}` has {what}, and generation does not call it; expected hooks and the like on {called}")
 
     def containers(self) -> dict[str, nn.Module]:
         """Modules that hold others and that neither pass calls, by name."""

@@ -23,7 +23,7 @@ from ..training.loss import block_diffusion_loss
 from ..training.score import Score, score_responses
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
-from .plain import brought_in, expected_embedding, has_hooks, runs_on, why_not_plain
+from .plain import attached, brought_in, expected_embedding, has_hooks, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -56,12 +56,18 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
+    def held_twice(self) -> dict[str, str]:
+        """`DiffusionGemmaBlockModel.held_twice`."""
+        return self.model.held_twice("model.")
+
     def prefill(self, *args, **kwargs):
         """`DiffusionGemmaBlockModel.prefill`."""
         return self.model.prefill(*args, **kwargs)
 
     def check_prompt(self, *args, **kwargs) -> None:
         """`DiffusionGemmaBlockModel.check_prompt`."""
+        if (what := attached(self)) is not None:
+            raise ValueError(f"the model has {what}, and generation does not call it; expected hooks on its layers, or a `watcher`")
         self.model.check_prompt(*args, **kwargs)
 
     def denoise(self, *args, **kwargs):

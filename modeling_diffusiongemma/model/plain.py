@@ -10,6 +10,7 @@ token ids alone, as in transformers' model; what changes its rows (adapters, par
 
 import contextlib
 from collections.abc import Iterator
+from types import MethodType
 
 import torch
 from torch import nn
@@ -60,6 +61,24 @@ def has_hooks(module: nn.Module) -> bool:
     return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
 
 
+def attached(module: nn.Module) -> str | None:
+    """What a user attached to a module that only its call would run: hooks, or another `forward`. Those of torch (FSDP, compiled forms) and
+    of Accelerate change no value, and do not count."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(_user_made(hook) for hook in hooks):
+        return "a forward hook"
+    given = vars(module).get("_old_forward", vars(module).get("forward"))
+    return "a `forward` of its own" if given is not None and _user_made(given) else None
+
+
+def _user_made(function) -> bool:
+    """Whether it comes neither from a class's own methods nor from a library that puts functions around modules."""
+    if isinstance(function, MethodType):
+        return function.__func__ is not getattr(type(function.__self__), function.__name__, None)
+    function = getattr(function, "func", function)  # of a partial
+    return str(getattr(function, "__module__", None)).split(".")[0] not in ("torch", "accelerate")
+
+
 def runs_on(module: nn.Module) -> torch.device:
     """Where a plain module's product is computed: where its weight lies, or where Accelerate brings it."""
     devices = (getattr(each, "execution_device", None) for each in _bringing_hooks(module) or ())
@@ -98,4 +117,4 @@ def expected_embedding(embedding: nn.Module, probabilities: torch.Tensor) -> tor
     return total.to(probabilities.device)
 
 
-__all__ = ["brought_in", "expected_embedding", "has_hooks", "runs_on", "why_not_plain"]
+__all__ = ["attached", "brought_in", "expected_embedding", "has_hooks", "runs_on", "why_not_plain"]

@@ -101,6 +101,10 @@ class LoadingMixin:
 
     saved_architecture: str
 
+    def held_twice(self) -> dict[str, str]:
+        """Names in the state dict that are not saved, since what they name has another one."""
+        return {}
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `PreTrainedModel.from_pretrained`. A folder that a save was killed in is loaded as the checkpoint before or after that save.
@@ -171,6 +175,7 @@ class LoadingMixin:
         with_adapters = getattr(self, "_hf_peft_config_loaded", False)
         writes, before = self.should_save_on_this_rank(is_main_process), self.config.architectures
         in_place = distributed_checkpoint or not writes  # of a distributed checkpoint every rank writes files
+        self._keys_to_ignore_on_save = set(self.held_twice())
         try:
             with contextlib.nullcontext(save_directory) if in_place else replacing(save_directory, variant) as folder:
                 super().save_pretrained(
