@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import transformers
+from transformers.models import diffusion_gemma
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("generation", "modeling_diffusiongemma")
@@ -116,5 +117,7 @@ def test_file_in_which_a_word_keeps_its_meaning_may_hold_it():
 
 @pytest.mark.parametrize("file", FILES)
 def test_no_class_has_the_name_of_one_that_transformers_exports(file):
+    """But where a room stands in for one of them, and for nothing else."""
     classes = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))) if isinstance(node, ast.ClassDef)}
-    assert classes & set(dir(transformers)) <= PUBLISHED_RULES
+    stands_in = set(dir(diffusion_gemma)) if file.startswith("modeling_diffusiongemma/drop_in/") else set()
+    assert classes & set(dir(transformers)) <= PUBLISHED_RULES | stands_in

@@ -13,6 +13,7 @@ from ..layers.attention import Attention
 from ..layers.experts import Experts, Router
 from ..layers.layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from ..layers.outputs import PassOutput
+from ..layers.view import View
 from ..model.stack import BlockLayer, BlockStack
 
 
@@ -115,10 +116,10 @@ class DiffusionGemmaDecoderTextLayer(DressedLayer, theirs.DiffusionGemmaDecoderT
 class DressedStack(BlockStack):
     """Called by our model, a `BlockStack`; called with ids, what transformers' module of this name is."""
 
-    def __call__(self, hidden_states=None, view=None, *args, **kwargs):
-        if view is None:
-            return self.run_pass(hidden_states, *args, **kwargs)
-        output = super().__call__(hidden_states, view, *args, **kwargs)
+    def __call__(self, *args, **kwargs):
+        if not isinstance(args[1] if len(args) > 1 else None, View):
+            return self.run_pass(*args, **kwargs)
+        output = super().__call__(*args, **kwargs)
         return output.last_hidden_state, output.hidden_states, output.attentions
 
     def forward(self, hidden_states, view, entry=None, cache=None, *args, **kwargs) -> PassOutput:

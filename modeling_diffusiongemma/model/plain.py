@@ -9,8 +9,8 @@ token ids alone, as in transformers' model; what changes its rows (adapters, par
 """
 
 import contextlib
-from collections.abc import Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -64,18 +64,16 @@ def has_hooks(module: nn.Module) -> bool:
 def attached(module: nn.Module) -> str | None:
     """What a user attached to a module that only its call would run: hooks, or another `forward`. Those of torch (FSDP, compiled forms) and
     of Accelerate change no value, and do not count."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if any(_user_made(hook) for hook in hooks):
+    if any(map(_user_made, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
         return "a forward hook"
     given = vars(module).get("_old_forward", vars(module).get("forward"))
-    return "a `forward` of its own" if given is not None and _user_made(given) else None
+    as_built = given is None or getattr(given, "__func__", None) is type(module).forward
+    return "a `forward` of its own" if not as_built and _user_made(given) else None
 
 
-def _user_made(function) -> bool:
-    """Whether it comes neither from a class's own methods nor from a library that puts functions around modules."""
-    if isinstance(function, MethodType):
-        return function.__func__ is not getattr(type(function.__self__), function.__name__, None)
-    function = getattr(function, "func", function)  # of a partial
+def _user_made(function: Callable) -> bool:
+    """Whether it comes from no library that puts functions around modules."""
+    function = function.func if isinstance(function, partial) else function
     return str(getattr(function, "__module__", None)).split(".")[0] not in ("torch", "accelerate")
 
 

@@ -1,0 +1,731 @@
+"""Patterns of scripts written for transformers' class, on that class and on `drop_in.DiffusionGemmaForBlockDiffusion`: equal results, or a
+refusal that names what was asked for. None differs without a word.
+
+Each pattern is a function of a model and of nothing else of ours. With the reference backend equal seeds give equal tokens; steps are few,
+so that no token of a random model hangs on a last bit.
+"""
+
+import copy
+import gc
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+
+import pytest
+import tiny
+import torch
+import transformers
+from tiny import CANVAS, IMAGE, VOCAB, close, tokens
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+)
+from transformers.models.diffusion_gemma import generation_diffusion_gemma as their_generation
+from transformers.models.diffusion_gemma import modeling_diffusion_gemma as theirs
+
+from generation.cache_names import FIELD
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint, drop_in
+from modeling_diffusiongemma.drop_in.generation import OVERRIDES
+
+PROMPT = tokens(2, 13)
+SETTINGS = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 2, "pad_token_id": 0}
+
+
+def dropped_in(oracle):
+    """Ours in transformers' manners, with the oracle's weights, and its tokens."""
+    model = drop_in.DiffusionGemmaForBlockDiffusion(type(oracle.config).from_dict(oracle.config.to_dict())).eval()
+    model.load_state_dict(oracle.state_dict())
+    model.set_attn_implementation(oracle.config._attn_implementation)
+    model.generation_config.update(backend="reference", eos_token_id=None)
+    return model
+
+
+def fresh_pair(attention="sdpa"):
+    oracle = tiny.build_oracle(attention)
+    for model in (pair := (oracle, dropped_in(oracle))):
+        model.generation_config.update(**SETTINGS)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Not to be changed; what a pattern attaches it takes off again."""
+    return fresh_pair()
+
+
+def generated(model, ids=PROMPT, seed=0, **settings):
+    torch.manual_seed(seed)
+    return model.generate(ids, **settings)
+
+
+def attached(modules, hook, run, pre=False, **options):
+    """What `run` gives while `hook` stands on the modules."""
+    handles = [(each.register_forward_pre_hook if pre else each.register_forward_hook)(hook, **options) for each in modules]
+    try:
+        return run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recorded(modules, run, read=lambda module, inputs, output: output):
+    """What hooks on the modules read of each call, in order."""
+    seen = []
+    attached(modules, lambda *call: seen.append(read(*call).detach().clone()), run)
+    return seen
+
+
+def named(model, name):
+    """Modules by the name of their class, as scripts look for them."""
+    return [module for module in model.modules() if type(module).__name__ == name]
+
+
+class Kept:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.put_in, self.drafts = [], []
+
+    def put(self, value):
+        self.put_in.append(value)
+
+    def put_draft(self, value):
+        self.drafts.append(value)
+
+    def end(self):
+        pass
+
+
+class Spy(LogitsProcessor):
+    """A record of every step, as scripts keep one: by a processor that changes nothing."""
+
+    def __init__(self):
+        self.entropies, self.steps = [], []
+
+    def __call__(self, input_ids, scores, cur_step=None):
+        self.steps.append(int(cur_step))
+        self.entropies.append(torch.distributions.Categorical(logits=scores).entropy())
+        return scores
+
+
+class Pin(LogitsProcessor):
+    def __call__(self, input_ids, scores, cur_step=None):
+        scores[:, 3] = -1e9
+        scores[:, 3, 42] = 0
+        return scores
+
+
+# What generate returns and takes
+
+
+def output_has_sequences(model):
+    return generated(model).sequences
+
+
+def output_is_indexed_as_a_batch(model):
+    return generated(model)[0]
+
+
+def rows_behind_the_prompts_length(model):
+    """Empty in transformers' class, since the first field is the batch."""
+    return generated(model)[0][PROMPT.shape[1] :]
+
+
+def output_is_unpacked(model):
+    sequences, tokens_per_forward, *_ = generated(model).to_tuple()
+    return sequences, tokens_per_forward
+
+
+def output_by_key(model):
+    output = generated(model)
+    return list(output.keys())[:3], output["sequences"], output["tokens_per_forward"], "logits" in output, output.scores
+
+
+def tensor_on_request(model):
+    return generated(model, return_dict_in_generate=False)
+
+
+def arguments_by_place(model):
+    torch.manual_seed(0)
+    streamer = Kept()
+    output = model.generate(PROMPT, DynamicCache(config=model.config.text_config), streamer)
+    return output.sequences, streamer.put_in
+
+
+def streamer_gets_batches(model):
+    streamer = Kept()
+    generated(model, PROMPT[:1], streamer=streamer)
+    return streamer.put_in, streamer.drafts
+
+
+def sampler_config_is_read_and_written(model):
+    config = copy.deepcopy(model.generation_config)
+    config.sampler_config = their_generation.EntropyBoundSamplerConfig(entropy_bound=0.25)
+    read = config.sampler_config.entropy_bound
+    config.sampler_config.entropy_bound = 0.75
+    return read, config.sampler_config.entropy_bound, generated(model, generation_config=config).sequences
+
+
+def sampler_config_as_an_argument(model):
+    return generated(model, sampler_config=their_generation.EntropyBoundSamplerConfig(entropy_bound=5.0)).sequences
+
+
+def their_generation_config(model):
+    config = their_generation.DiffusionGemmaGenerationConfig(
+        max_new_tokens=CANVAS, max_denoising_steps=3, t_min=0.2, t_max=0.9, stability_threshold=1, confidence_threshold=0.005,
+        sampler_config=their_generation.EntropyBoundSamplerConfig(entropy_bound=0.5),
+    )  # fmt: skip
+    return generated(model, generation_config=config).sequences
+
+
+def flat_fields_of_the_models_config(model):
+    model.generation_config.max_denoising_steps = 3
+    try:
+        return generated(model).sequences
+    finally:
+        model.generation_config.max_denoising_steps = SETTINGS["max_denoising_steps"]
+
+
+def start_canvas(model):
+    return generated(model, decoder_input_ids=tokens(2, CANVAS, 5), max_new_tokens=CANVAS).sequences
+
+
+def cache_of_an_earlier_turn(model):
+    first = generated(model, max_new_tokens=CANVAS)
+    cache = first.cache if FIELD == "cache" else first.past_key_values
+    later = torch.cat((first.sequences[:, PROMPT.shape[1] :].clamp(max=IMAGE - 1), tokens(2, 4, 7)), dim=1)
+    return cache.get_seq_length(), generated(model, later, **{FIELD: cache}).sequences
+
+
+def record_of_every_step(model):
+    spy = Spy()
+    generated(model, logits_processor=LogitsProcessorList([spy]))
+    return spy.steps, spy.entropies
+
+
+def pinned_position(model):
+    return generated(model, logits_processor=LogitsProcessorList([Pin()])).sequences
+
+
+def padded_batch(model):
+    mask = torch.ones_like(PROMPT)
+    mask[0, :4] = 0
+    return generated(model, attention_mask=mask).sequences
+
+
+# Looking inside
+
+
+def prompt_states_of_every_layer(model):
+    return recorded(model.model.encoder.language_model.layers, lambda: generated(model))
+
+
+def canvas_states_of_every_layer(model):
+    return recorded(model.model.decoder.layers, lambda: generated(model))
+
+
+def what_goes_into_a_layer(model):
+    seen = []
+    layers = [model.model.encoder.language_model.layers[2], model.model.decoder.layers[2]]
+    attached(layers, lambda module, inputs: seen.append(inputs[0].clone()), lambda: generated(model), pre=True)
+    return seen
+
+
+def attention_by_keyword(model):
+    seen = []
+
+    def hook(module, inputs, kwargs, output):
+        seen.extend((kwargs["hidden_states"].clone(), output[0].clone()))
+
+    layers = (model.model.encoder.language_model.layers[1], model.model.decoder.layers[1])
+    attached([layer.self_attn for layer in layers], hook, lambda: generated(model), with_kwargs=True)
+    return seen
+
+
+def projections_of_one_pass(model):
+    layer = model.model.encoder.language_model.layers[0]
+    return recorded([layer.self_attn.q_proj, layer.self_attn.k_norm, layer.mlp.down_proj, layer.input_layernorm], lambda: generated(model))
+
+
+def whole_passes(model):
+    parts = [model.model.encoder, model.model.encoder.language_model, model.model.decoder, model.model.decoder.norm, model.lm_head]
+    return recorded(parts, lambda: generated(model), lambda module, inputs, output: output if torch.is_tensor(output) else output[0])
+
+
+def logit_lens(model):
+    """The head over what a layer puts out in the canvas pass, capped as the model caps it."""
+    states = recorded([model.model.decoder.layers[1]], lambda: generated(model))
+    cap = model.final_logit_softcapping
+    return [torch.tanh(model.lm_head(model.model.decoder.norm(each)) / cap) * cap for each in states]
+
+
+def steered(model, layers):
+    direction = torch.linspace(-3, 3, model.config.text_config.hidden_size)
+    output = attached(layers, lambda module, inputs, output: output + direction, lambda: generated(model, max_new_tokens=CANVAS))
+    cache = output.cache if FIELD == "cache" else output.past_key_values
+    return output.sequences, [layer.keys for layer in cache.layers]
+
+
+def steering_of_the_canvas(model):
+    """Fires in the canvas pass alone, and leaves the prompt's keys as they were."""
+    return steered(model, [model.model.decoder.layers[1]])
+
+
+def steering_of_the_prompt(model):
+    return steered(model, [model.model.encoder.language_model.layers[1]])
+
+
+def ablated_in_place(model):
+    def zero(module, inputs, output):
+        output[0].zero_()
+
+    return attached([model.model.decoder.layers[0].self_attn], zero, lambda: generated(model, max_new_tokens=CANVAS)).sequences
+
+
+def replaced_forward(model):
+    layer = model.model.decoder.layers[3].mlp
+    plain = layer.forward
+    layer.forward = lambda hidden_states: plain(hidden_states) * 2
+    try:
+        return generated(model, max_new_tokens=CANVAS).sequences
+    finally:
+        del layer.forward
+
+
+def modules_by_class_name(model):
+    names = [name for name in vars(theirs) if name.startswith("DiffusionGemma") and "Clippable" not in name and "RMSNorm" not in name]
+    return {name: len(named(model, name)) for name in names}
+
+
+def modules_by_class(model):
+    names = ("TextRouter", "TextExperts", "Text4MLP", "SelfConditioning", "EncoderTextLayer", "DecoderTextLayer", "DecoderTextAttention")
+    classes = [getattr(theirs, f"DiffusionGemma{name}") for name in names]
+    return [sum(isinstance(module, cls) for module in model.modules()) for cls in classes]
+
+
+def router_statistics(model):
+    seen = []
+
+    def count(module, inputs, output):
+        probabilities, weights, chosen = output
+        seen.extend((probabilities.clone(), weights.clone(), chosen.flatten().bincount(minlength=4)))
+
+    attached(named(model, "DiffusionGemmaTextRouter"), count, lambda: generated(model))
+    return seen
+
+
+def experts_inputs(model):
+    return recorded(named(model, "DiffusionGemmaTextExperts"), lambda: generated(model), lambda module, inputs, output: inputs[2])
+
+
+def attributes_that_scripts_read(model):
+    encoder, decoder = model.model.encoder, model.model.decoder
+    position_ids = torch.arange(5)[None]
+    states = torch.zeros(1, 5, model.config.text_config.hidden_size)
+    return (
+        decoder.text_config.num_hidden_layers, encoder.get_input_embeddings()(PROMPT), len(encoder.language_model.layers),
+        encoder.language_model.embed_tokens.weight.shape, encoder.language_model.layers[0].self_attn.head_dim,
+        *decoder.rotary_emb(states, position_ids, "full_attention"),
+        *encoder.language_model.rotary_emb(states, position_ids, "sliding_attention"),
+        model.get_encoder() is model.model.encoder or model.model.get_encoder() is encoder, model.model.get_decoder() is decoder,
+        model.get_output_embeddings() is model.lm_head, encoder.language_model.layers[0].layer_scalar, decoder.layers[0].layer_scalar,
+    )  # fmt: skip
+
+
+# Loops of one's own
+
+
+def hand_written_loop(model):
+    """Encoder, masks, and a canvas pass a step."""
+    torch.manual_seed(0)
+    config, cache = model.config, DynamicCache(config=model.config.text_config)
+    position_ids, mask = torch.arange(13)[None], torch.ones_like(PROMPT, dtype=torch.bool)
+    masks = model.model.encoder.create_masks_for_generate(
+        config=config, inputs_embeds=torch.empty(2, 13, 0), attention_mask=mask, position_ids=position_ids, **{FIELD: cache}
+    )
+    model.model.encoder(input_ids=PROMPT, attention_mask=masks, position_ids=position_ids, **{FIELD: cache})
+    canvas, logits, seen = tokens(2, CANVAS, 3), None, []
+    whole = torch.ones(2, 13 + CANVAS, dtype=torch.bool)
+    masks = model.model.decoder.create_diffusion_decoder_attention_mask(
+        config=config, inputs_embeds=canvas[..., None], decoder_attention_mask=whole, **{FIELD: cache}
+    )
+    for _ in range(2):
+        output = model(
+            decoder_input_ids=canvas, self_conditioning_logits=logits, decoder_attention_mask=masks,
+            decoder_position_ids=torch.arange(13, 13 + CANVAS)[None], **{FIELD: cache},
+        )  # fmt: skip
+        logits = output.logits
+        seen.append(logits)
+        canvas = logits.argmax(dim=-1)
+    return seen
+
+
+def decoder_by_itself(model):
+    cache = model.model.encoder(input_ids=PROMPT)
+    cache = cache.cache if FIELD == "cache" else cache.past_key_values
+    logits = torch.linspace(-5, 5, VOCAB).repeat(2, CANVAS, 1)
+    plain = model.model.decoder(decoder_input_ids=tokens(2, CANVAS), **{FIELD: cache})
+    conditioned = model.model.decoder(
+        decoder_input_ids=tokens(2, CANVAS),
+        self_conditioning_logits=logits,
+        self_conditioning_mask=torch.tensor([True, False]),
+        **{FIELD: cache},
+    )
+    return plain.last_hidden_state, conditioned.last_hidden_state
+
+
+def causal_pass_read(model):
+    states = model.model.encoder(input_ids=PROMPT).last_hidden_state
+    text = model.model.encoder.language_model(input_ids=PROMPT)
+    return model.lm_head(states), text.last_hidden_state, (text.cache if FIELD == "cache" else text.past_key_values).get_seq_length()
+
+
+def self_conditioning_without_a_batch(model):
+    logits = torch.linspace(-5, 5, VOCAB).repeat(CANVAS, 1)
+    return model(input_ids=PROMPT[:1], decoder_input_ids=tokens(1, CANVAS), self_conditioning_logits=logits).logits
+
+
+def self_conditioning_of_the_first_step(model):
+    logits = torch.randn(2, CANVAS, VOCAB, generator=torch.Generator().manual_seed(3)) * 5
+    canvas = tokens(2, CANVAS, 5)
+    return generated(model, decoder_input_ids=canvas, self_conditioning_logits=logits, max_new_tokens=CANVAS).sequences
+
+
+def exactly_n_steps(model):
+    """Thresholds of None: no early stop, even where every step is sure."""
+    streamer = Kept()
+    model.generation_config.sampler_config = their_generation.EntropyBoundSamplerConfig(entropy_bound=100.0)
+    try:
+        generated(
+            model, streamer=streamer, stability_threshold=None, confidence_threshold=None, max_denoising_steps=5, max_new_tokens=CANVAS,
+            logits_processor=LogitsProcessorList([Pin()]),
+        )  # fmt: skip
+    finally:
+        model.generation_config.sampler_config = their_generation.EntropyBoundSamplerConfig(entropy_bound=0.1)
+    return len(streamer.drafts)
+
+
+def model_without_head(model):
+    output = model.model(input_ids=PROMPT, decoder_input_ids=tokens(2, CANVAS))
+    return output.last_hidden_state, output.encoder_last_hidden_state
+
+
+def states_of_a_call(model):
+    output = model(input_ids=PROMPT, decoder_input_ids=tokens(2, CANVAS), output_hidden_states=True)
+    return output.hidden_states[1:-1], output.logits
+
+
+def static_cache(model):
+    """Inside of the window, since beyond it transformers' static cache shows a token too many."""
+    return generated(model, PROMPT[:, :4], cache_implementation="static", disable_compile=True, max_new_tokens=CANVAS).sequences
+
+
+def gradients_of_a_loop(model):
+    model.zero_grad()
+    output = model(input_ids=PROMPT, decoder_input_ids=tokens(2, CANVAS))
+    torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), tokens(2, CANVAS, 1).flatten()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    model.zero_grad()
+    return [gradients[f"model.{name}.weight"] for name in ("decoder.layers.0.self_attn.k_proj", "decoder.embed_tokens")]
+
+
+PATTERNS = [
+    output_has_sequences, output_is_indexed_as_a_batch, rows_behind_the_prompts_length, output_is_unpacked, output_by_key,
+    tensor_on_request, arguments_by_place, streamer_gets_batches, sampler_config_is_read_and_written, sampler_config_as_an_argument, their_generation_config,
+    flat_fields_of_the_models_config, start_canvas, cache_of_an_earlier_turn, record_of_every_step, pinned_position, padded_batch,
+    prompt_states_of_every_layer, canvas_states_of_every_layer, what_goes_into_a_layer, attention_by_keyword, projections_of_one_pass,
+    whole_passes, logit_lens, steering_of_the_canvas, steering_of_the_prompt, ablated_in_place, replaced_forward, modules_by_class_name,
+    modules_by_class, router_statistics, experts_inputs, attributes_that_scripts_read, hand_written_loop, decoder_by_itself,
+    causal_pass_read, self_conditioning_without_a_batch, self_conditioning_of_the_first_step, exactly_n_steps, model_without_head, states_of_a_call,
+    static_cache, gradients_of_a_loop,
+]  # fmt: skip
+
+
+def compared(got, expected):
+    assert type(got) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        close(got, expected) if expected.is_floating_point() else close(got, expected, 0)
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            compared(one, other)
+    else:
+        assert got == expected
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=[pattern.__name__ for pattern in PATTERNS])
+def test_pattern_gives_what_it_gives_on_transformers_class(pattern, pair):
+    grad = torch.enable_grad() if pattern is gradients_of_a_loop else torch.no_grad()
+    with grad:
+        expected, got = map(pattern, pair)
+    compared(got, expected)
+
+
+# What is refused, by name
+
+
+def no_call(*args, **kwargs):
+    raise AssertionError("called, though it was refused")
+
+
+@pytest.mark.parametrize("where", ["subclass", "instance"])
+@pytest.mark.parametrize("name", [*OVERRIDES, "_sample", "_get_logits_processor"])
+def test_override_that_nothing_calls_is_refused(name, where):
+    for cls in (drop_in.DiffusionGemmaForBlockDiffusion, DiffusionGemmaForMaskedBlockLM):
+        model = (type("Patched", (cls,), {name: no_call}) if where == "subclass" else cls)(tiny.tiny_config()).eval()
+        if where == "instance":
+            setattr(model, name, no_call)
+        with pytest.raises(ValueError, match=f"`{name}` is that of {type(model).__name__}, and block diffusion does not call it") as error:
+            model.generate(PROMPT, max_new_tokens=4)
+        assert ("Instead, " in str(error.value)) == (name in OVERRIDES)
+        assert model(PROMPT, decoder_input_ids=tokens(2, 4)).logits.shape == (2, 4, VOCAB), "a pass is not generation"
+
+
+@pytest.mark.parametrize("module", ["", "model"])
+@pytest.mark.parametrize("what", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("cls", [drop_in.DiffusionGemmaForBlockDiffusion, DiffusionGemmaForMaskedBlockLM])
+def test_what_is_attached_to_a_module_that_generation_does_not_call_is_refused(cls, what, module):
+    """Transformers' class calls the first as a function in every step, and the second as a module."""
+    model = cls(tiny.tiny_config()).eval()
+    holder = model.get_submodule(module)
+    if what == "forward":
+        holder.forward = no_call
+    else:
+        (holder.register_forward_hook if what == "hook" else holder.register_forward_pre_hook)(no_call)
+    with pytest.raises(ValueError, match="has a (forward hook|`forward` of its own), and generation does not call it"):
+        model.generate(PROMPT, max_new_tokens=4)
+
+
+def test_subclass_with_another_forward_is_refused():
+    class Counting(drop_in.DiffusionGemmaForBlockDiffusion):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Counting has another `forward`, and generation does not call it"):
+        Counting(tiny.tiny_config()).eval().generate(PROMPT, max_new_tokens=4)
+
+
+def test_another_forward_in_a_class_of_transformers_is_refused(pair, monkeypatch):
+    """As kernels' packages put theirs there: it would never run in ours."""
+    monkeypatch.setattr(theirs.DiffusionGemmaText4MLP, "forward", no_call)
+    with pytest.raises(ValueError, match="`DiffusionGemmaText4MLP.forward` of transformers was replaced"):
+        pair[1].generate(PROMPT, max_new_tokens=4)
+
+
+def test_hooks_of_torch_and_accelerate_are_let_through():
+    from accelerate import cpu_offload
+
+    model = dropped_in(tiny.build_oracle())
+    expected = generated(model, max_denoising_steps=2).sequences
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(generated(offloaded, max_denoising_steps=2).sequences, expected)
+
+
+# The same model, whichever way it is loaded, placed, copied and saved
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drop_in")
+    tiny.ours().save_pretrained(folder)
+    return folder
+
+
+PLACEMENTS = {
+    "plain": {}, "auto": {"device_map": "auto"}, "disk": {"device_map": {"": "disk"}},
+    "disk with buffers": {"device_map": {"": "disk"}, "offload_buffers": True}, "FP8": {"quantization_config": FP8Config()},
+    "eager": {"attn_implementation": "eager"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_tokens_are_those_of_our_own_class(placement, checkpoint, tmp_path):
+    """Both passes' scalars differ in this checkpoint: offloaded, each must come from its own place."""
+    settings = PLACEMENTS[placement] | ({"offload_folder": tmp_path} if "disk" in placement else {})
+    models = [
+        cls.from_pretrained(checkpoint, **settings) for cls in (drop_in.DiffusionGemmaForBlockDiffusion, DiffusionGemmaForMaskedBlockLM)
+    ]
+    got, expected = (
+        model.generate(PROMPT, max_new_tokens=20, max_denoising_steps=2, seed=0, return_dict_in_generate=True) for model in models
+    )
+    assert torch.equal(got.sequences, expected.sequences) and got.finish_reasons == expected.finish_reasons
+    layers = [named(models[0], f"DiffusionGemma{side}TextLayer") for side in ("Encoder", "Decoder")]
+    assert [len(each) for each in layers] == [4, 4]
+
+
+@pytest.mark.parametrize("cls", [drop_in.DiffusionGemmaForBlockDiffusion, drop_in.DiffusionGemmaModel])
+def test_saved_files_are_those_of_our_own_class(cls, checkpoint, tmp_path):
+    model = cls.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path)
+    if cls is drop_in.DiffusionGemmaForBlockDiffusion:
+        assert (tmp_path / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    auto = AutoModel if cls is drop_in.DiffusionGemmaModel else AutoModelForImageTextToText
+    again, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(again) is cls and not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs_again, info = getattr(theirs, cls.__name__).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    wanted = theirs_again.state_dict()
+    assert {
+        name: torch.equal(value, wanted[name]) for name, value in again.state_dict().items() if name in wanted
+    }.keys() >= wanted.keys() - {name for name in wanted if "vision_tower" in name}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_share_no_weights_and_hold_each_once(duplicate):
+    model = dropped_in(tiny.build_oracle())
+    other = duplicate(model)
+    torch.nn.init.normal_(other.model.decoder.layers[0].mlp.up_proj.weight)
+    torch.nn.init.normal_(other.model.encoder.language_model.layers[1].mlp.up_proj.weight)
+    for layer in range(4):
+        pairs = [m.model.get_submodule(f"{side}.layers.{layer}.mlp.up_proj").weight for m in (model, other)
+                 for side in ("encoder.language_model", "decoder")]  # fmt: skip
+        assert pairs[0] is pairs[1] and pairs[2] is pairs[3] and torch.equal(pairs[0], pairs[2]) == (layer > 1)
+    assert len(list(other.parameters())) == len(list(tiny.ours().parameters()))
+    close(model.double().model.encoder.language_model.layers[0].mlp.up_proj.weight.dtype is torch.float64, True, 0)
+
+
+def test_deleted_model_is_freed_at_once():
+    model = drop_in.DiffusionGemmaForBlockDiffusion(tiny.tiny_config())
+    shown = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert shown() is None
+    finally:
+        gc.enable()
+
+
+def test_other_embeddings_serve_both_passes():
+    model = dropped_in(tiny.build_oracle())
+    embedding = copy.deepcopy(model.get_input_embeddings())
+    torch.nn.init.normal_(embedding.weight)
+    model.set_input_embeddings(embedding)
+    assert model.model.encoder.get_input_embeddings().weight is embedding.weight is model.model.decoder.embed_tokens.weight
+    model.resize_token_embeddings(VOCAB + 7)
+    assert model.model.encoder.get_input_embeddings().weight is model.model.decoder.embed_tokens.weight
+    assert model(PROMPT, decoder_input_ids=tokens(2, 4)).logits.shape[-1] == VOCAB + 7
+
+
+def test_compiled_and_checkpointed_passes_are_the_same():
+    model = dropped_in(tiny.build_oracle())
+    expected = model(PROMPT, decoder_input_ids=tokens(2, 5)).logits
+    close(torch.compile(model, backend="eager", fullgraph=True)(PROMPT, decoder_input_ids=tokens(2, 5)).logits, expected)
+    labels = torch.cat((torch.full((2, 6), -100), PROMPT[:, 6:]), dim=1)
+    models, losses = (model, copy.deepcopy(tiny.ours())), []
+    models[0].gradient_checkpointing_enable()
+    for each in models:
+        each.train()
+        torch.manual_seed(0)
+        losses.append(each(PROMPT, labels=labels, self_conditioning_mask=torch.tensor([True, False])).loss)
+        losses[-1].backward()
+    close(*losses, 1e-5)
+    gradients = [dict(each.named_parameters()) for each in models]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, parameter in gradients[1].items():
+        if parameter.grad is not None:
+            close(gradients[0][name].grad, parameter.grad)
+
+
+def test_a_hook_keeps_a_long_prompt_in_one_piece(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("modeling_diffusiongemma.model.block_model"), "CHUNK", 5)
+    for model in (dropped_in(tiny.build_oracle()), copy.deepcopy(tiny.ours())):
+        layer = model.model.encoder.language_model.layers[1]
+        with torch.no_grad():
+            expected = model.prefill(PROMPT).last_hidden_state
+            got = []
+            seen = recorded([layer], lambda model=model, got=got: got.append(model.prefill(PROMPT).last_hidden_state),
+                            lambda module, inputs, output: output if torch.is_tensor(output) else output[0])  # fmt: skip
+        close(got[0], expected)
+        assert [tuple(states.shape) for states in seen] == [(2, 13, 32)]
+
+
+def test_a_hook_keeps_steps_out_of_cuda_graphs():
+    model = dropped_in(tiny.build_oracle())
+    assert model.why_not_recorded() is None
+    handle = model.model.decoder.layers[0].mlp.register_forward_hook(lambda *call: None)
+    assert "hooks" in model.why_not_recorded()
+    handle.remove()
+    assert model.why_not_recorded() is None
+
+
+# The doors
+
+
+def test_auto_classes_give_what_transformers_gives():
+    path, tokenizer = default_checkpoint(), AutoTokenizer.from_pretrained(default_checkpoint())
+    chat = [{"role": "user", "content": "Write 3 March 1998 as an ISO date."}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        model = auto.from_pretrained(path)
+        output = model.generate(**inputs, max_new_tokens=32)
+        assert type(model) is drop_in.DiffusionGemmaForBlockDiffusion and type(model.generation_config.sampler_config).__name__
+        assert tokenizer.decode(output[0][0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == "1998-03-03"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=32, streamer=streamer)
+    assert "".join(streamer) == "1998-03-03"
+    assert isinstance(AutoModelForCausalLM.from_pretrained(path).generate(**inputs, max_new_tokens=32), torch.Tensor)
+
+
+def test_installed_class_stands_in_until_it_is_undone():
+    places = [transformers, transformers.models.diffusion_gemma, theirs]
+    before = [place.DiffusionGemmaForBlockDiffusion for place in places]
+    undo = drop_in.install()
+    try:
+        assert [place.DiffusionGemmaForBlockDiffusion for place in places] == [drop_in.DiffusionGemmaForBlockDiffusion] * 3
+        from transformers import DiffusionGemmaForBlockDiffusion, DiffusionGemmaModel
+
+        assert (
+            DiffusionGemmaForBlockDiffusion is drop_in.DiffusionGemmaForBlockDiffusion
+            and DiffusionGemmaModel is drop_in.DiffusionGemmaModel
+        )
+        assert type(before[0](tiny.tiny_config()).model) is theirs.DiffusionGemmaModel, "what was imported before stays what it was"
+    finally:
+        undo()
+    assert [place.DiffusionGemmaForBlockDiffusion for place in places] == before
+    undo()
+    assert transformers.DiffusionGemmaModel is theirs.DiffusionGemmaModel
+
+
+UNTOUCHED = """
+import sys
+from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
+
+path = sys.argv[1]
+model, tokenizer = DiffusionGemmaForBlockDiffusion.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+chat = [{"role": "user", "content": "Write 3 March 1998 as an ISO date."}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=32)
+print(type(model).__module__, tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True), __name__)
+"""
+
+
+def test_script_that_cannot_be_touched_runs(tmp_path):
+    (tmp_path / "script.py").write_text(UNTOUCHED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "modeling_diffusiongemma.drop_in"]
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", default_checkpoint()], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["modeling_diffusiongemma.drop_in.model", "1998-03-03", "__main__"]
+    for wrong in ([], [str(tmp_path / "absent.py")]):
+        done = subprocess.run([*command, *wrong], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode != 0 and "expected a Python file" in done.stderr
+
+
+def test_transformers_converts_no_weights_by_these_class_names():
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    for name in vars(theirs):
+        assert not name.startswith("DiffusionGemma") or mapping.get_checkpoint_conversion_mapping(name) is None, name
