@@ -441,13 +441,13 @@ def gradients_of_a_loop(model):
 
 PATTERNS = [
     output_has_sequences, output_is_indexed_as_a_batch, rows_behind_the_prompts_length, output_is_unpacked, output_by_key,
-    tensor_on_request, arguments_by_place, streamer_gets_batches, sampler_config_is_read_and_written, sampler_config_as_an_argument, their_generation_config,
-    flat_fields_of_the_models_config, start_canvas, cache_of_an_earlier_turn, record_of_every_step, pinned_position, padded_batch,
+    tensor_on_request, arguments_by_place, streamer_gets_batches, sampler_config_is_read_and_written, sampler_config_as_an_argument,
+    their_generation_config, flat_fields_of_the_models_config, start_canvas, cache_of_an_earlier_turn, record_of_every_step, pinned_position, padded_batch,
     prompt_states_of_every_layer, canvas_states_of_every_layer, what_goes_into_a_layer, attention_by_keyword, projections_of_one_pass,
     whole_passes, logit_lens, steering_of_the_canvas, steering_of_the_prompt, ablated_in_place, replaced_forward, modules_by_class_name,
     modules_by_class, router_statistics, experts_inputs, attributes_that_scripts_read, hand_written_loop, decoder_by_itself,
-    causal_pass_read, self_conditioning_without_a_batch, self_conditioning_of_the_first_step, exactly_n_steps, model_without_head, states_of_a_call,
-    static_cache, gradients_of_a_loop,
+    causal_pass_read, self_conditioning_without_a_batch, self_conditioning_of_the_first_step, exactly_n_steps, model_without_head,
+    states_of_a_call, static_cache, gradients_of_a_loop,
 ]  # fmt: skip
 
 
@@ -649,6 +649,19 @@ def test_a_hook_keeps_a_long_prompt_in_one_piece(monkeypatch):
                             lambda module, inputs, output: output if torch.is_tensor(output) else output[0])  # fmt: skip
         close(got[0], expected)
         assert [tuple(states.shape) for states in seen] == [(2, 13, 32)]
+
+
+def test_finished_rows_stay_where_hooks_look_on_or_the_cache_is_handed_out():
+    """With rows of their own: a hook that counts rows across steps would count others, and a cache of some rows would be none."""
+    model = dropped_in(tiny.build_oracle())
+    model.generation_config.update(backend="auto")
+    first = model.generate(PROMPT, max_new_tokens=CANVAS, seed=0, max_denoising_steps=2).sequences[0, 13].item()  # ends the first row early
+    settings = {"max_new_tokens": 3 * CANVAS, "seed": 0, "max_denoising_steps": 2, "eos_token_id": first, "pad_token_id": 0}
+    output = model.generate(PROMPT, **settings)
+    rows = recorded([model.model.decoder], lambda: model.generate(PROMPT, **settings, return_dict_in_generate=False),
+                    lambda module, inputs, output: output[0])  # fmt: skip
+    assert {len(each) for each in rows} == {2} and output.cache.get_seq_length() >= 13
+    assert torch.equal(model.generate(PROMPT, **settings, return_dict_in_generate=False), output.sequences)
 
 
 def test_a_hook_keeps_steps_out_of_cuda_graphs():

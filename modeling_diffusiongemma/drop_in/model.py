@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel  # noqa: F401  by which Diffusers loads a saved pipeline's model
+from transformers import DynamicCache, PreTrainedModel  # noqa: F401  by the last, Diffusers loads a saved pipeline's model
 
 from generation.cache_names import takes_cache
 from generation.checks import check_shape
@@ -186,18 +186,27 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
         """`DiffusionGenerationMixin.generate`, positional arguments in the order of transformers' class.
 
         Returns:
-            `DiffusionGemmaGenerationOutput`; token ids where `return_dict_in_generate` is False in `kwargs`, in the configuration given or
-            in the model's.
+            `DiffusionGemmaGenerationOutput`, with the cache; token ids where `return_dict_in_generate` is False in `kwargs`, in the
+            configuration given or in the model's. Finished rows leave the batch only then, and where no hook looks on.
         """
         if type(self).forward is not FORWARD:
             raise ValueError(
                 f"{type(self).__name__} has another `forward`, and generation does not call it; expected hooks on layers, or a `watcher`"
             )
         check_unpatched()
-        given = generation_config if isinstance(generation_config, dict) else vars(generation_config or self.generation_config)
-        stated = (kwargs.get("return_dict_in_generate"), given.get("return_dict_in_generate"))
-        stated += (getattr(self.generation_config, "return_dict_in_generate", None),)
-        kwargs["return_dict_in_generate"] = next((flag for flag in stated if flag is not None), True)
+        sources = [
+            kwargs,
+            *(each if isinstance(each, dict) else vars(each) for each in (generation_config, self.generation_config) if each),
+        ]
+
+        def stated(name: str, default):
+            return next((source[name] for source in sources if source.get(name) is not None), default)
+
+        kwargs["return_dict_in_generate"] = whole = stated("return_dict_in_generate", True)
+        plain = stated("cache_implementation", None) is None and stated("decoding", "diffusion") == "diffusion"
+        looked_at = whole or has_hooks(self)
+        if looked_at and plain and cache is None and kwargs.get("past_key_values") is None and stated("num_return_sequences", 1) == 1:
+            cache = DynamicCache(config=self.config.get_text_config())  # in which finished rows stay: hooks see all, and it is handed out
         streamer = streamer if streamer is None else BatchStreamer(streamer)
         result = super().generate(
             generation_config=generation_config, logits_processor=logits_processor, stopping_criteria=stopping_criteria, streamer=streamer,
