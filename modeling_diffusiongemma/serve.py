@@ -63,8 +63,8 @@ class Ending(Watcher):
 
 
 def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
-    """`model.generate` for one request."""
-    return type(model).generate(model, generation_config=generation_config, watcher=Ending(generation_config), **kwargs)
+    """`generate` for one request, in our manners: a tensor, and rows of single tokens for the streamer."""
+    return DiffusionGemmaForMaskedBlockLM.generate(model, generation_config=generation_config, watcher=Ending(generation_config), **kwargs)
 
 
 def modality_of(theirs: Callable, model, processor=None) -> Modality:

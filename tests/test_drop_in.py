@@ -442,7 +442,8 @@ def gradients_of_a_loop(model):
 PATTERNS = [
     output_has_sequences, output_is_indexed_as_a_batch, rows_behind_the_prompts_length, output_is_unpacked, output_by_key,
     tensor_on_request, arguments_by_place, streamer_gets_batches, sampler_config_is_read_and_written, sampler_config_as_an_argument,
-    their_generation_config, flat_fields_of_the_models_config, start_canvas, cache_of_an_earlier_turn, record_of_every_step, pinned_position, padded_batch,
+    their_generation_config, flat_fields_of_the_models_config, start_canvas, cache_of_an_earlier_turn, record_of_every_step,
+    pinned_position, padded_batch,
     prompt_states_of_every_layer, canvas_states_of_every_layer, what_goes_into_a_layer, attention_by_keyword, projections_of_one_pass,
     whole_passes, logit_lens, steering_of_the_canvas, steering_of_the_prompt, ablated_in_place, replaced_forward, modules_by_class_name,
     modules_by_class, router_statistics, experts_inputs, attributes_that_scripts_read, hand_written_loop, decoder_by_itself,
