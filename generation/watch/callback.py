@@ -58,7 +58,7 @@ class StepCallback(Watcher):
         self.wants_logits, self.canvas_index = "logits" in self.names, -1
 
     def start(self, prompt: torch.Tensor) -> None:
-        self.ended = prompt.new_zeros(prompt.shape[0], dtype=torch.bool)  # rows of the batch, and of these the finished ones
+        self.ended = prompt.new_zeros(prompt.shape[0], dtype=torch.bool)  # which rows of the batch are written no further
 
     def commit(self, tokens, lengths, finish_reasons) -> None:
         self.ended = torch.tensor([reason is not None for reason in finish_reasons], dtype=torch.bool, device=self.ended.device)
@@ -66,8 +66,7 @@ class StepCallback(Watcher):
     def step(self, canvas_index, step, places, state, prediction) -> CanvasState | None:
         if canvas_index != self.canvas_index:
             self.canvas_index, self.finished = canvas_index, self.ended
-        over = self.finished[places]
-        going = (~over).nonzero().flatten()
+        going = (~self.finished[places]).nonzero().flatten()  # an ended row that cannot leave is denoised, too
         if len(going) == 0:
             return None
         here = going.to(state.canvas.device)
