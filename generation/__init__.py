@@ -9,14 +9,14 @@ from .rules.prediction import Prediction, Wanted
 from .rules.samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Proposal, Sampler
 from .rules.schedule import TemperatureSchedule
 from .rules.state import CanvasState
-from .rules.stopping import StableAndConfident
+from .rules.stopping import Never, StableAndConfident, StoppingRule
 from .watch.events import CommitEvent, StepEvent, stream_events, stream_text
 from .watch.terminal import CanvasStreamer
 from .watch.watcher import Watcher
 
 __all__ = [
     "CanvasState", "CanvasStreamer", "CommitEvent", "ConfidenceSampler", "Constraint", "DiffusionGenerationConfig",
-    "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "FixedStepsSampler", "MaskNoise", "Noise", "Prediction",
-    "PredictorCorrectorSampler", "Proposal", "Sampler", "StableAndConfident", "StepEvent", "TemperatureSchedule", "TokenScores",
-    "UniformNoise", "Wanted", "Watcher", "stream_events", "stream_text",
+    "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "FixedStepsSampler", "MaskNoise", "Never", "Noise",
+    "Prediction", "PredictorCorrectorSampler", "Proposal", "Sampler", "StableAndConfident", "StepEvent", "StoppingRule",
+    "TemperatureSchedule", "TokenScores", "UniformNoise", "Wanted", "Watcher", "stream_events", "stream_text",
 ]  # fmt: skip

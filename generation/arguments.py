@@ -4,9 +4,10 @@ A kind reads a value: it gives back what is used (numpy and 0-d numbers as Pytho
 value is not of this kind. Relations between arguments, and to the model, are checked where both are known.
 """
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,12 +182,32 @@ def _callables(value: Any) -> list:
     return found
 
 
+def _function(value: Any) -> Callable:
+    _demand(callable(value) and not isinstance(value, type))
+    return value
+
+
+def _names(value: Any) -> list[str]:
+    names = _items(value)
+    _demand(all(isinstance(name, str) for name in names))
+    return names
+
+
 def _with_methods(*names: str) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         _demand(not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in names))
         return value
 
     return read
+
+
+def _sampler(value: Any) -> Any:
+    """A name, or one of the caller's: as `rules.samplers.Sampler` has it."""
+    if isinstance(value, str):
+        _demand(value in SAMPLERS)
+        return value
+    _demand(all(isinstance(getattr(value, name, None), bool) for name in ("informed", "counts_steps")))
+    return _with_methods("propose")(value)
 
 
 def _instance(value: Any, kinds: type | tuple[type, ...]) -> Any:
@@ -229,7 +250,9 @@ FIELDS: dict[str, Kind] = {
     **dict.fromkeys(
         ("ignore_after_eos", "do_sample", "output_scores", "output_logits", "return_dict_in_generate", "disable_compile"), FLAG
     ),
-    "sampler": one_of(*SAMPLERS), "decoding": one_of(*DECODINGS), "noise": one_of(*NOISES), "backend": one_of(*BACKENDS),
+    "sampler": Kind(f"one of {tuple(SAMPLERS)}, or an instance with the method `propose` and the flags `informed` and `counts_steps`",
+                    _sampler),
+    "decoding": one_of(*DECODINGS), "noise": one_of(*NOISES), "backend": one_of(*BACKENDS),
     "cache_implementation": one_of(*CACHES),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "mask_token_id"), TOKEN),
     "eos_token_id": Kind("a token id, or a list of them", functools.partial(_one_or_more, _id)),
@@ -259,12 +282,48 @@ ARGUMENTS: dict[str, Kind] = {
     "watcher": Kind("a `generation.watch.watcher.Watcher`", _with_methods("start", "step", "commit", "end")),
     "constraint": Kind("a `generation.rules.constraint.Constraint`", _with_methods("constrain", "select")),
     "first_step": integer(0),
+    "self_conditioning_logits": floats("(batch, canvas_length, vocab_size), or (canvas_length, vocab_size) for every row", 2, 3),
+    "stopping": Kind("a `generation.rules.stopping.StoppingRule`, an instance with the methods `start` and `update`",
+                     _with_methods("start", "update")),
+    "callback_on_step_end": Kind("a function `(model, step, noise_proportion, state) -> dict or None`", _function),
+    "callback_on_step_end_tensor_inputs": Kind("a list of names", _names),
     "tokenizer": Kind("a tokenizer, with the method `decode`", _with_methods("decode")),
     "generation_config": Kind("a `GenerationConfig`, or a mapping of its fields", _config),
     "pixel_values": floats("(images, patches, values)", 3),
     "image_position_ids": integers("(images, patches, 2)", 3),
     "mm_token_type_ids": Kind("an integer or boolean tensor of shape (batch, length)", _marks),
 }  # fmt: skip
+
+
+# What other code for such models calls an argument, where its words do not tell.
+ELSEWHERE = {
+    "gen_length": "max_new_tokens", **dict.fromkeys(("block_length", "block_size", "canvas_size"), "canvas_length"),
+    "entropy_threshold": "entropy_bound", "threshold": "confidence", "remasking": "sampler", "callback": "callback_on_step_end",
+    **dict.fromkeys(("stop", "stop_words"), "stop_strings"),
+}  # fmt: skip
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """Which of the names `known` somebody meant who wrote `name`: what other code calls so, one that is all but the same, one with the same
+    last word (of these with most words of it, and a `max_` before others), or one that is similar; None where none is."""
+    known, words = list(known), name.split("_")
+    if ELSEWHERE.get(name) in known:
+        return ELSEWHERE[name]
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+    last = [each for each in known if each.split("_")[-1] == words[-1]]
+    if alike or not last:
+        return next(iter(alike or difflib.get_close_matches(name, known, n=1, cutoff=0.75)), None)
+    return max(last, key=lambda each: (len(set(words).intersection(each.split("_"))), each.startswith("max_"),
+                                       difflib.SequenceMatcher(None, name, each).ratio()))  # fmt: skip
+
+
+def unknown(names: Iterable[str], known: Iterable[str]) -> str:
+    """Unknown arguments in an error message, each with what was perhaps meant."""
+    known, hints = list(known), []
+    for name in sorted(names):
+        better = meant(name, known)
+        hints.append(f"`{name}`" if better is None else f"`{name}` (did you mean `{better}`?)")
+    return ", ".join(hints)
 
 
 def read(name: str, value: Any, kind: Kind) -> Any:
@@ -296,4 +355,4 @@ def reads_arguments(function: Callable) -> Callable:
     return reading
 
 
-__all__ = ["ARGUMENTS", "FIELDS", "Kind", "read", "reads_arguments", "shown"]
+__all__ = ["ARGUMENTS", "FIELDS", "Kind", "meant", "read", "reads_arguments", "shown", "unknown"]

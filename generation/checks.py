@@ -131,7 +131,21 @@ def check_canvas(canvas: torch.Tensor, shape: tuple[int, int], vocab_size: int) 
         raise ValueError(f"`decoder_input_ids` has shape {tuple(canvas.shape)}; expected {shape}, one canvas a row")
 
 
+def embed_conditioning(model, logits: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """The soft embeddings `(B, C, D)` of `self_conditioning_logits`, of `shape` (B, C, V), or `(C, V)` for every row; rounded first, as
+    those of a step are.
+
+    Raises:
+        ValueError: another shape, or logits that say nothing of a position.
+    """
+    check_shape("self_conditioning_logits", logits, shape, shape[1:])
+    soft_embeds = model.soft_embed((logits if logits.dim() == 3 else logits[None]).to(model.dtype))
+    if bool(soft_embeds.isnan().any()):
+        raise ValueError("`self_conditioning_logits` holds NaN, inf, or -inf for every id of a position; expected finite logits")
+    return soft_embeds.expand(shape[0], -1, -1)
+
+
 __all__ = [
     "check_cache", "check_canvas", "check_ids", "check_images", "check_mask", "check_prompt", "check_shape",
-    "check_tensors", "chosen_states", "plain_mask",
+    "check_tensors", "chosen_states", "embed_conditioning", "plain_mask",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from .call.caches import make_cache
 from .call.configuration import DiffusionGenerationConfig
 from .call.plan import Plan, make_plan
 from .call.prompt import IMAGES, Prompt, read_prompt
-from .call.settings import resolve_config
+from .call.settings import resolve_config, resolve_stopping
 from .call.together import allowed_tokens, check_arguments
 from .contract import check_contract
 from .loop.autoregressive import decode_autoregressively
@@ -25,6 +25,8 @@ from .loop.verified import decode_verified
 from .output import DiffusionGenerationOutput, TokenScores
 from .rules.constraint import Constraint
 from .rules.draws import BatchDraws, row_draws
+from .rules.stopping import StoppingRule
+from .watch.callback import StepCallback
 from .watch.watcher import StreamerWatcher, Watcher
 
 # Each takes the model, the plan, the prompt, the rows, the transcript and the watchers, and returns the cache if it is whole.
@@ -115,6 +117,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         watcher: Watcher | None = None,
         constraint: Constraint | None = None,
         first_step: int | None = None,
+        self_conditioning_logits: torch.Tensor | None = None,
+        stopping: StoppingRule | None = None,
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Mapping[str, torch.Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         **kwargs,
     ) -> torch.Tensor | DiffusionGenerationOutput:
         """Continues every prompt, one canvas after another, in four moves.
@@ -146,38 +152,53 @@ class DiffusionGenerationMixin(GenerationMixin):
             cache (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
             decoder_input_ids (`int64 (B, C)`, *optional*): the first canvas. Default: noise.
             first_step (*optional*): the denoising step from which that canvas is taken on. Default: 0, as if it were noise.
+            self_conditioning_logits (`(B, C, V)`, or `(C, V)` for every row, *optional*): what conditions the first step of the first
+                canvas, as the shaped logits of a step before would. Default: nothing.
+            stopping (*optional*): a `generation.rules.stopping.StoppingRule`, instead of `stability_threshold`, `confidence_threshold` and
+                `patience`, which do not go with it in one call.
+            callback_on_step_end (*optional*): a function that is called at the end of every denoising step and may change it,
+                `(model, step, noise_proportion, state) -> dict or None`; what it gets and may change: `generation.watch.callback`.
+            callback_on_step_end_tensor_inputs (*optional*): names of what `state` holds. Default: all but `logits`, which are whole ones.
             watcher (*optional*): a `generation.watch.watcher.Watcher`: is told of every step and every canvas, and may change the state.
             constraint (*optional*): a `generation.rules.constraint.Constraint`: what it makes of each prediction is what counts.
             seed (*optional*): one for every row, or one a prompt. A row's tokens depend on its prompt and its seed alone.
             generator (*optional*): source of the rows' seeds, or one generator a row. Default: torch's global one.
             tokenizer (*optional*): needed for `stop_strings`.
             pixel_values, image_position_ids, mm_token_type_ids (*optional*): images, from the processor.
-            kwargs: any field of `DiffusionGenerationConfig`.
+            kwargs: any field of `DiffusionGenerationConfig`. `stability_threshold=None` or `confidence_threshold=None` here, and not in a
+                config, mean never to stop early: every canvas takes `max_denoising_steps`.
 
         Returns:
             Token ids `(B * num_return_sequences, P + N)`, N new ones, trimmed to the allowed length and cut after the first
             end-of-sequence token of each row (then padded); or `DiffusionGenerationOutput` if `return_dict_in_generate`.
 
         Raises:
-            ValueError: an argument that is unknown, out of range, or not honoured, by name; virtual tokens of peft; NaN logits.
+            ValueError: an argument that is unknown, out of range, or not honoured, by name; virtual tokens of peft; NaN logits; what a
+                callback, sampler or stopping rule of the caller's returns, if it does not fit.
         """
         given = {
             "inputs": inputs, "input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "cache": cache,
             "decoder_input_ids": decoder_input_ids, "first_step": first_step, "seed": seed, "generator": generator, "streamer": streamer,
             "watcher": watcher, "constraint": constraint, "tokenizer": tokenizer, "pixel_values": pixel_values,
             "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids,
+            "self_conditioning_logits": self_conditioning_logits, "stopping": stopping, "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }  # fmt: skip
         # 1. Read.
         check_contract(self, [name for name in IMAGES if given[name] is not None])
+        stopping = resolve_stopping(stopping, kwargs)
         config, use_max_length = resolve_config(generation_config, self.generation_config, kwargs)
         check_arguments(self, config, given)
         prompt = read_prompt(self, config, given)
         criteria = Criteria.of(stopping_criteria)
-        watchers = [] if streamer is None else [StreamerWatcher(streamer)]
+        watchers: list[Watcher] = []  # who is told of a step by one sees what those before made of it
+        if callback_on_step_end is not None:
+            watchers.append(StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs, self, config.max_denoising_steps))
+        watchers += [] if streamer is None else [StreamerWatcher(streamer)]
         watchers += [] if watcher is None else [watcher]
         # 2. Plan.
         new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
-        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint)
+        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping)
         rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint)
         # 3. Decode.
         transcript = Transcript(plan, prompt.ids, config.stop_strings, tokenizer, criteria, watchers)

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from generation import DiffusionGenerationConfig
+from generation import DiffusionGenerationConfig, EntropyBoundSampler, Never, StableAndConfident
 from generation.arguments import ARGUMENTS, FIELDS
 from generation.call.settings import FOREIGN_ARGUMENTS
 
@@ -118,7 +118,10 @@ def fitting(model):
         **dict.fromkeys(FIELDS, st.sampled_from([1, 2, 0.5, 0.9, True, 3])),
         "inputs": ids, "input_ids": ids, "attention_mask": st.just(MASK), "decoder_input_ids": st.just(prompts(2, CANVAS)[0]),
         "inputs_embeds": st.just(torch.rand(2, 7, 32)), "cache": made(*caches), "past_key_values": made(*caches),
-        "streamer": made(Streamer),
+        "streamer": made(Streamer), "callback_on_step_end": st.sampled_from([lambda *told: None, lambda *told: told[3], lambda *told: 3]),
+        "callback_on_step_end_tensor_inputs": st.sampled_from([["canvas"], ["logits"], ["x"], []]),
+        "stopping": made(Never, lambda: StableAndConfident(1, 0.1)),
+        "self_conditioning_logits": st.sampled_from([torch.zeros(5, 100), torch.zeros(2, 5, 100), torch.zeros(2, CANVAS, 100)]),
         "tokenizer": made(Tokenizer), "seed": st.sampled_from([3, [1, 2], np.int64(4), torch.tensor([1, 2]), [1, 2, 3]]),
         "generator": made(torch.Generator, lambda: [torch.Generator(), torch.Generator()], lambda: [torch.Generator()]),
         "logits_processor": st.lists(made(*processors), max_size=2) | made(*processors) | made(LogitsProcessorList),
@@ -132,7 +135,8 @@ def fitting(model):
         "suppress_tokens": st.sampled_from([[5], [500], [[3]], ["a"], [True], list(range(100))]),
         "eos_token_id": st.sampled_from([5, [5, 500], torch.tensor([5]), 2**70]), "pad_token_id": st.sampled_from([0, 500, 2**70]),
         **{name: st.sampled_from(options) for name, options in {
-            "sampler": ("confidence", "fixed_steps", "predictor_corrector"), "decoding": ("autoregressive", "verified"), "noise": ("mask",),
+            "sampler": ("confidence", "fixed_steps", "predictor_corrector", EntropyBoundSampler(0.1), EntropyBoundSampler),
+            "decoding": ("autoregressive", "verified"), "noise": ("mask",),
             "backend": ("reference",), "cache_implementation": ("static", "dynamic", "quantized", "offloaded"),
             "cache_config": ({"backend": "fp8"}, {"nbits": 3}, {"backend": 3})}.items()},
     }  # fmt: skip
@@ -174,7 +178,7 @@ def check(model, data):
         model.generate(**{**base, **arguments})
     except Exception as error:
         assert names_it(error, arguments), (type(error), str(error), arguments)
-        if "logits_processor" not in arguments and "stopping_criteria" not in arguments:  # which may fail when they are asked
+        if not arguments.keys() & {"logits_processor", "stopping_criteria", "callback_on_step_end"}:  # which may fail when they are asked
             assert snapshot(model, arguments) == before, (str(error), arguments)
 
 

@@ -1,5 +1,6 @@
 """The examples run as they stand, on the shipped checkpoints."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -68,3 +69,14 @@ def test_evaluate_shows_its_progress_and_writes_what_it_prints(tmp_path):
 def test_evaluate_names_what_is_wrong_before_it_measures(here, line, reason):
     error = here("evaluate.py", "text", "--cases", "2", *line.split())[1]
     assert reason in error and "evaluating" not in error
+
+
+def test_steps_are_changed_as_each_way_says(here):
+    printed, error = here("change_a_step.py", "--seed", "0")
+    ways = re.split(r"\n(?=\S)", printed)[1:]
+    steps = [int(re.search(r"^  (\d+) steps: ", way, re.MULTILINE).group(1)) for way in ways]
+    assert error is None and [way.count("noise") for way in ways] == steps and steps[3:] == [12, 3] and steps[2] <= steps[0]
+    answers = [way.rpartition("steps: ")[2].strip() for way in ways]
+    assert all('{"name": "Edwin", "quantity": 73' in line for line in ways[1].splitlines()[1:])
+    assert all(json.loads(answer)["quantity"] == 37 for place, answer in enumerate(answers) if place != 1)
+    assert ways[3].count("noise 0.75") == ways[4].count("noise 0.75") == 1, "a run that ends at step 3 keeps the schedule of 12"

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CompileConfig, GenerationConfig
 from transformers.utils import cached_file
 
-from ..arguments import FIELDS, read, shown
+from ..arguments import FIELDS, read, shown, unknown
 from .presets import PRESETS
 from .together import check_fields
 
@@ -86,7 +86,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         sampler (`str`): `"entropy_bound"` (released), `"confidence"`, accepting tokens of probability `confidence` (0.9) and more,
             `"fixed_steps"`, accepting the same number more at each of `max_denoising_steps`, or `"predictor_corrector"`, which
             follows the reverse process and after each of its steps resamples, `corrector_steps` (1) times, the
-            `corrector_positions` (8) tokens that fit least (generation/rules/samplers.py).
+            `corrector_positions` (8) tokens that fit least (generation/rules/samplers.py). Or an instance of one's own,
+            `generation.Sampler`, which cannot be saved.
         decoding (`str`): `"diffusion"`; `"autoregressive"`, one token a pass by the causal pass alone; or `"verified"`, which
             drafts by diffusion and keeps what the causal pass agrees with: greedy output equals autoregressive output.
         canvas_length (`int`): tokens of a canvas; default the checkpoint's. A narrower one is cheaper for short answers.
@@ -115,8 +116,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in (*DIFFUSION_FIELDS, *FURTHER_FIELDS):
             setattr(self, name, kwargs.pop(name, None))
         known = set(GenerationConfig().__dict__) | {"_commit_hash", "_from_model_config", "generation_kwargs"}
-        if not kwargs.get("_from_model_config") and (unknown := sorted(set(kwargs) - known)):
-            raise ValueError(f"unknown generation arguments {unknown}; expected fields of GenerationConfig or {sorted(RELEASED_DEFAULTS)}")
+        if not kwargs.get("_from_model_config") and (others := set(kwargs) - known):
+            expected = f"fields of GenerationConfig or {sorted(RELEASED_DEFAULTS)}"
+            raise ValueError(f"unknown generation arguments {unknown(others, FIELDS)}; expected {expected}")
         marking = kwargs.pop("watermarking_config", None)  # refused in `generate`, and no error before
         super().__init__(**kwargs)
         self.watermarking_config = marking
@@ -126,6 +128,35 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name, kind in FIELDS.items():
             setattr(self, name, read(name, getattr(self, name), kind))
         check_fields(self)
+
+    def named(self) -> "DiffusionGenerationConfig":
+        """Itself; where the sampler is an instance, a copy in which it is what `repr` says."""
+        if self.sampler is None or isinstance(self.sampler, str):
+            return self
+        shallow = copy.copy(self)
+        shallow.sampler = repr(self.sampler)
+        return shallow
+
+    def __repr__(self) -> str:
+        return GenerationConfig.__repr__(self.named())
+
+    def __eq__(self, other: Any) -> bool:
+        other = other.named() if isinstance(other, DiffusionGenerationConfig) else other
+        return GenerationConfig.__eq__(self.named(), other)
+
+    def __hash__(self) -> int:
+        return GenerationConfig.__hash__(self.named())
+
+    def to_json_string(self, *args, **kwargs) -> str:
+        """Raises ValueError for a sampler that is an instance."""
+        if self.named() is not self:
+            raise ValueError(f"`sampler` is {shown(self.sampler)}; expected the name of one, since JSON cannot hold an instance")
+        return super().to_json_string(*args, **kwargs)
+
+    def to_json_file(self, *args, **kwargs) -> None:
+        """As `to_json_string`, and before there is a file."""
+        self.to_json_string()
+        super().to_json_file(*args, **kwargs)
 
     def refused(self) -> list[str]:
         """Names, values and reasons of the fields that are set and that `generate` does not honour."""

@@ -13,7 +13,7 @@ from ..fast.recording import RECORDED_STEP
 from ..rules.constraint import Constraint
 from ..rules.noise import MaskNoise, Noise, UniformNoise
 from ..rules.prediction import NOTHING_MORE, Wanted
-from ..rules.samplers import SAMPLERS, Sampler
+from ..rules.samplers import SAMPLERS, PredictorCorrectorSampler, Sampler
 from ..rules.schedule import TemperatureSchedule
 from ..rules.stopping import AnyOf, Patience, StableAndConfident, StoppingRule
 from ..watch.watcher import Watcher
@@ -129,7 +129,7 @@ def why_dense(model, config: DiffusionGenerationConfig, shaping: Shaping, watche
     if config.output_logits:
         return "`output_logits` is True"
     if any(watcher.wants_logits for watcher in watchers):
-        return "a streamer or watcher reads them"
+        return "a streamer, watcher or callback reads them"
     if (why := shaping.why_dense()) is not None:
         return why
     if not hasattr(model, "vocabulary_head"):
@@ -140,25 +140,31 @@ def why_dense(model, config: DiffusionGenerationConfig, shaping: Shaping, watche
 
 
 def make_rules(
-    config: DiffusionGenerationConfig, vocab_size: int, prompt_length: int, device: torch.device, given: Sequence[Callable] | None
-) -> Rules:
-    """Args: `given`: the caller's `logits_processor`.
+    config: DiffusionGenerationConfig, vocab_size: int, prompt_length: int, device: torch.device, given: Sequence[Callable] | None,
+    stopping: StoppingRule | None = None,
+) -> Rules:  # fmt: skip
+    """Args: `given`: the caller's `logits_processor`; `stopping`: instead of the rules of `config`.
 
     Raises:
-        ValueError: a token id outside the vocabulary, a processor that has no meaning here.
+        ValueError: a token id outside the vocabulary, a processor that has no meaning here, a sampler of another vocabulary.
     """
     eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.int64, device="cpu").flatten()
     eos = eos[eos < vocab_size].to(device)  # the released ids, on a small vocabulary: others are never predicted
     scale = 1.0 if config.temperature in (None, 0) else config.temperature
-    # As many steps as there are equal none: a longer memory would only take space.
-    stopping = StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold)
+    if stopping is None:
+        # As many steps as there are equal none: a longer memory would only take space.
+        stopping = StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold)
+        stopping = stopping if config.patience is None else AnyOf((stopping, Patience(config.patience)))
+    sampler = SAMPLERS[config.sampler].of(config, vocab_size) if isinstance(config.sampler, str) else config.sampler
+    if isinstance(sampler, PredictorCorrectorSampler) and sampler.vocab_size != vocab_size:
+        raise ValueError(f"`sampler` has a `vocab_size` of {sampler.vocab_size}; expected the model's, {vocab_size}")
     ignores = config.ignore_after_eos or (config.ignore_after_eos is None and config.backend != "reference")
     return Rules(
         max_denoising_steps=config.max_denoising_steps,
         temperature=scale,
         schedule=TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps),
-        sampler=SAMPLERS[config.sampler].of(config, vocab_size),
-        stopping=stopping if config.patience is None else AnyOf((stopping, Patience(config.patience))),
+        sampler=sampler,
+        stopping=stopping,
         sure_end=(eos, config.confidence_threshold) if ignores else None,
         noise=MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size),
         shaping=build_shaping(config, given, eos, prompt_length, vocab_size),
@@ -170,7 +176,7 @@ def make_rules(
 
 def make_plan(
     model, config: DiffusionGenerationConfig, prompt: Prompt, new_tokens: int, logits_processor: Sequence[Callable] | None = None,
-    watchers: Sequence[Watcher] = (), constraint: Constraint | None = None,
+    watchers: Sequence[Watcher] = (), constraint: Constraint | None = None, stopping: StoppingRule | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for a prompt, of which each row may get `new_tokens`.
 
@@ -180,7 +186,7 @@ def make_plan(
     model_config, reference = model.config, config.backend == "reference"
     (rows, prompt_length), device = prompt.real.shape, prompt.real.device
     vocab_size = model_config.get_text_config().vocab_size
-    rules = make_rules(config, vocab_size, prompt_length, device, logits_processor)
+    rules = make_rules(config, vocab_size, prompt_length, device, logits_processor, stopping)
     why = why_dense(model, config, rules.shaping, watchers, device)
     # Rows stay where somebody else counts on them: a caller's cache, adapters, a cache of fixed rows.
     stays = prompt.cache is not None or config.cache_implementation not in (None, "dynamic")

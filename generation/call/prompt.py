@@ -7,7 +7,7 @@ import torch
 from transformers import Cache
 from transformers.utils import logging
 
-from ..checks import check_canvas, check_images, check_prompt
+from ..checks import check_canvas, check_images, check_prompt, embed_conditioning
 from .configuration import DiffusionGenerationConfig
 
 logger = logging.get_logger(__name__)
@@ -25,6 +25,7 @@ class Prompt:
         inputs: what `prefill` takes for it: `input_ids` or `inputs_embeds`, and images.
         cache: the caller's, or None.
         canvas: the first canvas, int64 (B, C), or None for noise; denoised from `first_step` on.
+        soft_embeds: what conditions the first step of it, `(B, C, D)`, or None.
     """
 
     ids: torch.Tensor
@@ -33,12 +34,13 @@ class Prompt:
     cache: Cache | None
     canvas: torch.Tensor | None
     first_step: int
+    soft_embeds: torch.Tensor | None = None
 
     def repeat(self, copies: int) -> "Prompt":
         """Every row `copies` times, side by side (`num_return_sequences`)."""
         if copies == 1:
             return self
-        fields = {"ids": self.ids, "real": self.real, "canvas": self.canvas}
+        fields = {"ids": self.ids, "real": self.real, "canvas": self.canvas, "soft_embeds": self.soft_embeds}
         return replace(
             self, inputs={name: value.repeat_interleave(copies, dim=0) for name, value in self.inputs.items()},
             **{name: None if value is None else value.repeat_interleave(copies, dim=0) for name, value in fields.items()},
@@ -54,8 +56,8 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
 
     Raises:
         ValueError: an empty prompt, a mask of another shape or padding on the right, embeddings of another size, images without their
-            tokens or tokens without images, a canvas of another shape or with ids that there are not; and whatever `check_prompt` of the
-            model raises.
+            tokens or tokens without images, a canvas of another shape or with ids that there are not, logits of another shape or with NaN;
+            and whatever `check_prompt` of the model raises.
     """
     cache, mask, text_config = given["cache"], given["attention_mask"], model.config.get_text_config()
     seen = 0 if cache is None else int(cache.get_seq_length())
@@ -72,10 +74,13 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
         real = check_prompt("inputs_embeds", embeds, mask, seen)
         ids = torch.zeros((embeds.shape[0], 0), dtype=torch.int64, device=embeds.device)
         inputs = {"inputs_embeds": embeds, **inputs}
-    canvas, copies = given["decoder_input_ids"], config.num_return_sequences or 1
+    canvas, copies, soft_embeds = given["decoder_input_ids"], config.num_return_sequences or 1, None
+    shape = (len(ids), config.canvas_length or model.config.canvas_length)
     if canvas is not None:
-        check_canvas(canvas, (len(ids), config.canvas_length or model.config.canvas_length), text_config.vocab_size)
-    prompt = Prompt(ids, real, inputs, cache, canvas, given["first_step"] or 0).repeat(copies)
+        check_canvas(canvas, shape, text_config.vocab_size)
+    if given["self_conditioning_logits"] is not None:
+        soft_embeds = embed_conditioning(model, given["self_conditioning_logits"], (*shape, text_config.vocab_size))
+    prompt = Prompt(ids, real, inputs, cache, canvas, given["first_step"] or 0, soft_embeds).repeat(copies)
     if hasattr(model, "check_prompt"):
         model.check_prompt(**prompt.inputs, attention_mask=prompt.real, cache=cache)
     return prompt

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from ..arguments import ARGUMENTS, read, shown
+from ..arguments import ARGUMENTS, FIELDS, read, shown, unknown
+from ..rules.stopping import Never, StoppingRule
 from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
 from .together import check_fields
 
@@ -17,6 +18,10 @@ FOREIGN_ARGUMENTS = (
     "assistant_model", "assistant_tokenizer", "custom_generate", "negative_prompt_attention_mask", "negative_prompt_ids",
     "prefix_allowed_tokens_fn", "synced_gpus", "use_model_defaults",
 )  # fmt: skip
+
+
+THRESHOLDS = ("stability_threshold", "confidence_threshold")
+SAMPLER_FIELDS = ("entropy_bound", "sampler_config", "confidence", "corrector_steps", "corrector_positions")
 
 
 def resolve_config(
@@ -40,9 +45,12 @@ def resolve_config(
         kwargs["eos_token_id"] = []  # None asks for no end, and must not fall back on the model's
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     config = DiffusionGenerationConfig.from_generation_config(GenerationConfig() if given is None else given)
-    if unknown := sorted(name for name in kwargs if name != "sampler_config" and (name[0] == "_" or name not in config.__dict__)):
-        raise ValueError(f"`generate` got the unknown arguments {unknown}; expected model inputs or fields of DiffusionGenerationConfig")
+    if others := [name for name in kwargs if name != "sampler_config" and (name[0] == "_" or name not in config.__dict__)]:
+        expected = "model inputs or fields of DiffusionGenerationConfig"
+        raise ValueError(f"`generate` got the unknown arguments {unknown(others, [*FIELDS, *ARGUMENTS])}; expected {expected}")
     _refuse(refusals({name: value for name, value in kwargs.items() if name != "sampler_config"}))
+    if not isinstance(kwargs.get("sampler", ""), str) and (beside := [name for name in SAMPLER_FIELDS if name in kwargs]):
+        raise ValueError(f"`sampler` is {shown(kwargs['sampler'])}, and {beside} are given, too; expected none: it says them itself")
     both = "max_length" in kwargs and "max_new_tokens" in kwargs
     if both:  # a pipeline hands the tokenizer's `max_length` on to here
         logger.warning_once("`max_new_tokens` and `max_length` are both set; `max_new_tokens` counts, as elsewhere in transformers.")
@@ -58,9 +66,24 @@ def resolve_config(
     return config, use_max_length
 
 
+def resolve_stopping(stopping: StoppingRule | None, kwargs: Mapping[str, Any]) -> StoppingRule | None:
+    """The rule that counts instead of those of a config: the caller's; `Never`, where a threshold is None among the keyword arguments, as
+    in transformers' class; or None.
+
+    Raises:
+        ValueError: a rule, and thresholds or `patience` in the same call.
+    """
+    never = [name for name in THRESHOLDS if name in kwargs and kwargs[name] is None]
+    if stopping is not None and (given := [*never, *(name for name in (*THRESHOLDS, "patience") if kwargs.get(name) is not None)]):
+        raise ValueError(f"`stopping` is {shown(stopping)}, and {given} are given, too; expected one or the other: it replaces them")
+    if never and kwargs.get("patience") is not None:
+        raise ValueError(f"`patience` is {shown(kwargs['patience'])}; expected it unset, since `{never[0]}` is None: never stop early")
+    return Never() if never else stopping
+
+
 def _refuse(refused: list[str]) -> None:
     if refused:
         raise ValueError(f"block diffusion does not support {', '.join(refused)}; expected these arguments unset")
 
 
-__all__ = ["resolve_config"]
+__all__ = ["resolve_config", "resolve_stopping"]

@@ -6,6 +6,8 @@ What each may be by itself stands in `arguments`; shapes of tensors are checked 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..rules.samplers import PredictorCorrectorSampler
+
 
 def check_fields(config, whole: bool = False) -> None:
     """Fields of a `DiffusionGenerationConfig` with one another. `whole`: of one call, in which what is None is said nowhere else.
@@ -26,7 +28,8 @@ def check_fields(config, whole: bool = False) -> None:
         raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with the reference backend")
     if config.noise == "mask" and config.mask_token_id is None:
         raise ValueError("`mask_token_id` is None; expected a token id, since `noise` is 'mask'")
-    if config.noise == "mask" and config.sampler == "predictor_corrector":
+    corrects = isinstance(config.sampler, PredictorCorrectorSampler) or config.sampler == "predictor_corrector"
+    if config.noise == "mask" and corrects:
         raise ValueError("`noise` is 'mask'; expected 'uniform' with `sampler='predictor_corrector'`, which reverses uniform noise")
     if config.output_logits and not config.return_dict_in_generate:
         raise ValueError("`output_logits` is True; expected `return_dict_in_generate=True` with it, or they have nowhere to go")
@@ -52,8 +55,14 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     cache, canvas, copies = given["cache"], given["decoder_input_ids"], config.num_return_sequences or 1
     if cache is not None and config.cache_implementation is not None:
         raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `cache` is given")
-    if config.decoding != "diffusion" and (cache is not None or canvas is not None):
-        raise ValueError(f"`decoding` is {config.decoding!r}; it goes with neither `cache` nor `decoder_input_ids`")
+    alone = [name for name in ("cache", "decoder_input_ids", "self_conditioning_logits") if given[name] is not None]
+    if config.decoding != "diffusion" and alone:
+        raise ValueError(f"`decoding` is {config.decoding!r}; it does not go with `{alone[0]}`: expected 'diffusion'")
+    of_steps = [name for name in ("callback_on_step_end", "stopping") if given[name] is not None]
+    if config.decoding == "autoregressive" and of_steps:
+        raise ValueError(f"`decoding` is 'autoregressive', which has no steps; expected another with `{of_steps[0]}`")
+    if given["callback_on_step_end_tensor_inputs"] is not None and given["callback_on_step_end"] is None:
+        raise ValueError("`callback_on_step_end_tensor_inputs` is given; expected `callback_on_step_end` with it, which gets them")
     if copies > 1 and (cache is not None or given["pixel_values"] is not None):
         raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `cache` or images")
     if config.compile_config is not None and not hasattr(model, "compiling"):
@@ -75,7 +84,7 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
         raise ValueError(f"`first_step` is {first_step}; expected {expected}")
     if config.decoding == "verified":
         rows = copies * len(given[prompts[0]])
-        alone = [name for name in ("streamer", "watcher", "pixel_values") if given[name] is not None]
+        alone = [name for name in ("streamer", "watcher", "callback_on_step_end", "pixel_values") if given[name] is not None]
         if rows > 1 and alone:
             raise ValueError(f"`decoding='verified'` got {rows} rows; expected one together with {' and '.join(map('`{}`'.format, alone))}")
     vocab_size = model.config.get_text_config().vocab_size

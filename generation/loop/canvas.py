@@ -61,12 +61,15 @@ def denoise_canvas(
     return done.place(rows.within(everyone), state)
 
 
-def begin_canvas(plan: Plan, rows: Rows, hidden: torch.Tensor, canvas_index: int, given: torch.Tensor | None = None) -> CanvasState:
+def begin_canvas(
+    plan: Plan, rows: Rows, hidden: torch.Tensor, canvas_index: int, given: torch.Tensor | None = None,
+    conditioning: torch.Tensor | None = None,
+) -> CanvasState:  # fmt: skip
     """The state of a canvas of noise, or of the canvas `given` int64 (B, C). `hidden` `(B, n, D)`: what `prefill` gave for what comes
-    before; soft embeddings are of its size and dtype."""
+    before; soft embeddings are of its size and dtype: zero, or `conditioning` `(B, C, D)`."""
     shape = (len(rows.places), plan.lengths.canvas)
     noise = rows.draws.at(canvas_index, -1).noise(plan.rules.noise, shape, hidden.device)  # drawn in any case, as transformers does
-    soft_embeds = hidden.new_zeros((*shape, hidden.shape[-1]))
+    soft_embeds = hidden.new_zeros((*shape, hidden.shape[-1])) if conditioning is None else conditioning.to(hidden)
     logits = (hidden.new_zeros((*shape, plan.lengths.vocab_size), dtype=torch.float32),) if plan.execution.keep_logits else ()
     return start_canvas(noise if given is None else given, soft_embeds, plan.rules.stopping, logits)
 

@@ -21,8 +21,11 @@ class Proposal(NamedTuple):
 
 
 class Sampler(Protocol):
-    """`informed`: whether it needs what the canvas's tokens are worth: `current_log_probs` and `other` of the prediction, and
-    `uniform`. `counts_steps`: whether what it does depends on `step`."""
+    """An instance of one's own is passed to `generate` as `sampler`, and needs no `of`.
+
+    `informed`: whether it needs what the canvas's tokens are worth: `current_log_probs` and `other` of the prediction, and `uniform`.
+    `counts_steps`: whether what it does depends on `step`.
+    """
 
     informed: ClassVar[bool]
     counts_steps: ClassVar[bool]
@@ -44,6 +47,18 @@ class Sampler(Protocol):
         """Args: `canvas` int64 (B, C), what the prediction was made from; `noise` int64 (B, C); `uniform` float32 (B, C) in
         [0, 1), None unless `informed`; `step`, an int or an int64 tensor without dimensions, counts up from 0."""
         ...
+
+
+def check_proposal(sampler: Sampler, proposal: Proposal, canvas: torch.Tensor) -> Proposal:
+    """What a sampler returns must be int64 and bool, each of the canvas's shape (B, C). Returns it. Ids are not read."""
+    found = proposal if isinstance(proposal, tuple) and len(proposal) == 2 else (None, None)
+    for value, dtype in zip(found, (torch.int64, torch.bool), strict=True):
+        if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.shape != canvas.shape:
+            raise ValueError(
+                f"`sampler` is {sampler!r}, whose `propose` returned {type(proposal).__name__}; expected a `Proposal` of int64 and bool "
+                f"tensors of shape {tuple(canvas.shape)}"
+            )
+    return Proposal(*found)
 
 
 class AcceptingSampler:
@@ -208,5 +223,5 @@ SAMPLERS: dict[str, type[Sampler]] = {  # as `sampler` of a generation config na
 
 __all__ = [
     "SAMPLERS", "AcceptingSampler", "ConfidenceSampler", "EntropyBoundSampler", "FixedStepsSampler", "PredictorCorrectorSampler",
-    "Proposal", "Sampler",
+    "Proposal", "Sampler", "check_proposal",
 ]  # fmt: skip

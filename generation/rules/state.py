@@ -11,8 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .prediction import Prediction
-from .samplers import Sampler
-from .stopping import StoppingRule, before_sure_end
+from .samplers import Sampler, check_proposal
+from .stopping import StoppingRule, before_sure_end, check_memory, check_update
 
 
 def by_row(function: Callable[..., torch.Tensor], *values: Any) -> Any:
@@ -60,9 +60,10 @@ def start_canvas(
 ) -> CanvasState:
     """The state before the first step, `soft_embeds` `(B, C, D)` and `logits`, where there are any, being zero."""
     zeros, of_rows = torch.zeros_like(canvas), canvas.new_zeros(canvas.shape[0])
+    memory = check_memory(stopping, stopping.start(canvas), canvas)
     return CanvasState(
         canvas=canvas, soft_embeds=soft_embeds, argmax=canvas, log_probs=zeros.float(), entropy=zeros.float(), changed_at=zeros,
-        revisions=zeros, accepted=zeros.bool(), finished=of_rows.bool(), passes=of_rows, memory=stopping.start(canvas), logits=logits,
+        revisions=zeros, accepted=zeros.bool(), finished=of_rows.bool(), passes=of_rows, memory=memory, logits=logits,
     )  # fmt: skip
 
 
@@ -87,9 +88,9 @@ def advance(
             (`stopping.before_sure_end`).
         uniform: float32 (B, C) in [0, 1), for samplers that are `informed`.
     """
-    proposal = sampler.propose(state.canvas, prediction, noise, uniform, step, max_denoising_steps)
+    proposal = check_proposal(sampler, sampler.propose(state.canvas, prediction, noise, uniform, step, max_denoising_steps), state.canvas)
     counted = None if sure_end is None else before_sure_end(prediction, *sure_end)
-    done, memory = stopping.update(state.memory, prediction, counted)
+    done, memory = check_update(stopping, stopping.update(state.memory, prediction, counted), state.memory, state.canvas)
     changed = (prediction.argmax != state.argmax) & (state.passes > 0)[:, None]
     fresh = CanvasState(
         canvas=proposal.canvas, soft_embeds=prediction.soft_embeds, argmax=prediction.argmax, log_probs=prediction.log_probs,

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .prediction import Prediction
 
 
 class StoppingRule(Protocol):
+    """An instance of one's own is passed to `generate` as `stopping`."""
+
     def start(self, canvas: torch.Tensor) -> Any: ...
     def update(self, memory: Any, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, Any]: ...
 
@@ -64,6 +67,17 @@ class Patience:
 
 
 @dataclass(frozen=True)
+class Never:
+    """Not done before the denoising steps are used up. Remembers nothing."""
+
+    def start(self, canvas: torch.Tensor) -> tuple:
+        return ()
+
+    def update(self, memory, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, tuple]:
+        return torch.zeros_like(prediction.argmax[:, 0], dtype=torch.bool), memory
+
+
+@dataclass(frozen=True)
 class AllOf:
     """Done when all of `rules` are, of which there is one at least."""
 
@@ -98,6 +112,31 @@ class StableAndConfident(AllOf):
         super().__init__((Stable(stability_threshold), Confident(confidence_threshold)))
 
 
+def check_memory(rule: StoppingRule, memory: Any, canvas: torch.Tensor) -> Any:
+    """What a rule begins with must be tensors with a row for each of the canvas's, int64 (B, C). Returns it."""
+    if wrong := [leaf for leaf in pytree.tree_leaves(memory) if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != canvas.shape[:1]]:
+        rows = len(canvas)
+        raise ValueError(f"`stopping` is {rule!r}, whose `start` returned {type(wrong[0]).__name__}; expected tensors of {rows} rows first")
+    return memory
+
+
+def check_update(rule: StoppingRule, found: Any, memory: Any, canvas: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """What a rule says must be bool (B,), and its memory be as before, in form, shapes and dtypes. Returns both."""
+    if isinstance(found, tuple) and len(found) == 2:
+        done, after = found
+        (old, form), (new, got) = pytree.tree_flatten(memory), pytree.tree_flatten(after)
+        kept = form == got and all(
+            isinstance(each, torch.Tensor) and each.shape == was.shape and each.dtype == was.dtype
+            for was, each in zip(old, new, strict=True)
+        )
+        if kept and isinstance(done, torch.Tensor) and done.dtype == torch.bool and done.shape == canvas.shape[:1]:
+            return done, after
+    raise ValueError(
+        f"`stopping` is {rule!r}, whose `update` returned {type(found).__name__}; expected bool of shape ({len(canvas)},), and a memory of "
+        "the same form, shapes and dtypes as before"
+    )
+
+
 def mean_entropy(entropy: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
     """Mean over the canvas, or over its counted positions, `(B,)`."""
     if counted is None:
@@ -115,4 +154,7 @@ def before_sure_end(prediction: Prediction, eos: torch.Tensor, nats: float) -> t
     return sure.cumsum(dim=-1) - sure.long() == 0
 
 
-__all__ = ["AllOf", "AnyOf", "Confident", "Patience", "Stable", "StableAndConfident", "StoppingRule", "before_sure_end", "mean_entropy"]
+__all__ = [
+    "AllOf", "AnyOf", "Confident", "Never", "Patience", "Stable", "StableAndConfident", "StoppingRule", "before_sure_end", "check_memory",
+    "check_update", "mean_entropy",
+]  # fmt: skip
