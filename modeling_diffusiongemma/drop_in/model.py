@@ -236,6 +236,10 @@ def dress_model(model: DiffusionGemmaBlockModel) -> None:
     dress(model.prompt_stack, {**DRESSED, **OF_THE_PROMPT_PASS, BlockStack: DiffusionGemmaEncoderTextModel})
     dress(model, {**DRESSED, BlockStack: DiffusionGemmaDecoderModel, PromptSide: DiffusionGemmaEncoderModel,
                   DiffusionGemmaBlockModel: DiffusionGemmaModel})  # fmt: skip
+    for stack in (model.prompt_stack, model.decoder):
+        if (rotary := stack._modules.pop("rotary", None)) is not None:
+            stack.rotary_emb = rotary
+    model._modules = {name: model._modules[name] for name in ("encoder", "decoder")}  # a weight has the name of the first that holds it
     show(model)
 
 

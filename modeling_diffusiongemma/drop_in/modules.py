@@ -127,8 +127,8 @@ class DressedStack(BlockStack):
         return PassOutput(output, cache, states, weights)
 
     @property
-    def rotary_emb(self) -> RotaryPositions:
-        return self.rotary
+    def rotary(self) -> RotaryPositions:
+        return self.rotary_emb
 
     @property
     def text_config(self):
