@@ -73,7 +73,8 @@ def cached_length(cache: Cache | None, waits: bool = False) -> int:
 
 
 def _check_stored(layer_idx: int, layer, length: int) -> None:
-    """A sliding layer counts beside what it stores: keys that somebody set by hand are more than it would keep of `length` tokens."""
+    """A sliding layer counts beside what it stores: keys that somebody set by hand are more than it would keep of `length` tokens. (So
+    are those that a dynamic layer keeps as zeros when older transformers reset it, and would put before all that follow.)"""
     if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
         keeps_all = layer.sliding_window == 1 or getattr(layer, "record_past", False)
         most = length if keeps_all else min(length, layer.sliding_window - 1)
