@@ -150,8 +150,8 @@ def experts_hit(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     """
     hit, length = [], model.config.canvas_length
 
-    def note(router: nn.Module, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        chosen, _ = output
+    def note(router: nn.Module, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        _, _, chosen = output
         if len(chosen) == length:  # a canvas; the prompt has another length
             hit.append(chosen.unique().numel())
 

@@ -14,7 +14,7 @@ TENSORS: dict[str, Kind] = {
     **{name: kind for name, kind in ARGUMENTS.items() if name.endswith("_ids") or name in ("inputs_embeds", "pixel_values")},
     **dict.fromkeys(("canvas_ids", "labels", "position_ids", "decoder_position_ids"), integers("(batch, length)", 2)),
     "soft_embeds": floats("(batch, length, hidden_size)", 3),
-    "self_conditioning_logits": floats("(batch, length, vocab_size)", 3),
+    "self_conditioning_logits": floats("(batch, length, vocab_size), or (length, vocab_size) for every row", 2, 3),
 }
 
 

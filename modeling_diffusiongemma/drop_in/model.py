@@ -54,14 +54,21 @@ class Shown:
         return {name: value for name, value in vars(self).items() if name != "shown"}
 
 
+def with_probabilities(output: PassOutput) -> PassOutput:
+    """`router_logits` as transformers' two stacks give them when they are called: the probabilities themselves."""
+    if output.router_logits is not None:
+        output.router_logits = tuple(each.exp() for each in output.router_logits)
+    return output
+
+
 class DiffusionGemmaEncoderTextModel(Shown, DressedStack):
     """The prompt pass without images; called with ids, it is `DiffusionGemmaBlockModel.prefill`."""
 
     @takes_cache
     def run_pass(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **options) -> PassOutput:
-        return DiffusionGemmaBlockModel.prefill(
+        return with_probabilities(DiffusionGemmaBlockModel.prefill(
             self.model_shown, input_ids, attention_mask, position_ids, cache, inputs_embeds, **options
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 class DiffusionGemmaDecoderModel(Shown, DressedStack):
@@ -80,9 +87,9 @@ class DiffusionGemmaDecoderModel(Shown, DressedStack):
             if self_conditioning_mask is not None:
                 check_shape("self_conditioning_mask", self_conditioning_mask, decoder_input_ids.shape[:1])
                 soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
-        return self.model_shown.denoise(
+        return with_probabilities(self.model_shown.denoise(
             decoder_input_ids, cache, soft_embeds, decoder_attention_mask, decoder_position_ids, **options
-        )  # fmt: skip
+        ))  # fmt: skip
 
     @staticmethod
     @takes_cache

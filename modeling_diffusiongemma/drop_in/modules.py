@@ -20,7 +20,7 @@ from ..model.stack import BlockLayer, BlockStack
 class Aside:
     """What a module makes beside its output. No list: Accelerate would hand on a copy."""
 
-    new = weights = None
+    new = weights = probabilities = None
 
 
 class DiffusionGemmaRMSNorm(RMSNorm, theirs.DiffusionGemmaRMSNorm):
@@ -48,15 +48,7 @@ class DiffusionGemmaTextExperts(Experts, theirs.DiffusionGemmaTextExperts):
 
 
 class DiffusionGemmaTextRouter(Router, theirs.DiffusionGemmaTextRouter):
-    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, weights, chosen = super().__call__(hidden_states)
-        return chosen, weights
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The probabilities of all experts `(N, E)`, then weights and ids of the chosen ones, each `(N, A)`."""
-        scores = self.scores(hidden_states)
-        chosen, weights = self.choose(scores)
-        return scores.softmax(dim=-1, dtype=torch.float32), weights, chosen
+    pass
 
 
 class DiffusionGemmaTextRotaryEmbedding(RotaryPositions):
@@ -89,11 +81,13 @@ class DressedLayer(BlockLayer):
         output = super().__call__(
             hidden_states, position_embeddings=rotary, attention_mask=mask, cached=cached, is_causal=is_causal, aside=aside
         )
-        return output, aside.new, aside.weights
+        return output, aside.new, aside.weights, aside.probabilities
 
     def forward(self, hidden_states, position_embeddings, attention_mask, cached, is_causal, aside) -> torch.Tensor:
         """The output alone, `(B, L, D)`."""
-        output, aside.new, aside.weights = super().forward(hidden_states, position_embeddings, attention_mask, cached, is_causal)
+        output, aside.new, aside.weights, aside.probabilities = super().forward(
+            hidden_states, position_embeddings, attention_mask, cached, is_causal
+        )
         return output
 
 
@@ -120,11 +114,11 @@ class DressedStack(BlockStack):
         if not isinstance(args[1] if len(args) > 1 else None, View):
             return self.run_pass(*args, **kwargs)
         output = super().__call__(*args, **kwargs)
-        return output.last_hidden_state, output.hidden_states, output.attentions
+        return output.last_hidden_state, output.hidden_states, output.attentions, output.router_logits
 
     def forward(self, hidden_states, view, entry=None, cache=None, *args, **kwargs) -> PassOutput:
-        output, states, weights = super().forward(hidden_states, view, entry, cache, *args, **kwargs)
-        return PassOutput(output, cache, states, weights)
+        output, states, weights, routing = super().forward(hidden_states, view, entry, cache, *args, **kwargs)
+        return PassOutput(output, cache, states, weights, routing)
 
     @property
     def rotary(self) -> RotaryPositions:

@@ -43,14 +43,44 @@ def join(cached: LayerCache | None, new: LayerCache) -> LayerCache:
     return cached
 
 
-def cached_length(cache: Cache | None) -> int:
-    """How many tokens the cache has seen. Static full-attention layers count on the device, the others on the host."""
+def cached_length(cache: Cache | None, waits: bool = False) -> int:
+    """How many tokens the cache has seen: as many in every layer. Static full-attention layers count on the device, the others on the host.
+
+    Args:
+        waits: read those counted on a device as well, all at once, and compare them; False: only where nothing else tells the length.
+
+    Raises:
+        ValueError: no cache with layers, or a cache to some of whose layers somebody appended keys and values.
+    """
     if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache)):
         raise ValueError(f"`cache` is a {type(cache).__name__}; expected a `Cache` of transformers with layers, such as `DynamicCache()`")
     lengths = [] if cache is None else [layer.get_seq_length() for layer in cache.layers]
-    if on_host := [length for length in lengths if not isinstance(length, torch.Tensor)]:  # a symbol while a graph is traced
-        return on_host[0]
-    return int(lengths[0]) if lengths else 0
+    on_host = {place: length for place, length in enumerate(lengths) if not isinstance(length, torch.Tensor)}
+    on_device = {place: length for place, length in enumerate(lengths) if isinstance(length, torch.Tensor)}
+    if torch.compiler.is_compiling():  # symbols, which would all be guarded if they were compared
+        return next(iter(on_host.values())) if on_host else int(lengths[0]) if lengths else 0
+    if on_device and (waits or not on_host or all(length.device.type == "cpu" for length in on_device.values())):
+        device = next(iter(on_device.values())).device
+        counts = torch.stack([length.to(device) for length in on_device.values()]).tolist()
+        on_host = dict(sorted({**on_host, **dict(zip(on_device, counts, strict=True))}.items()))
+    seen = next(iter(on_host.values()), 0)
+    for layer_idx, length in on_host.items():
+        if length != seen:
+            held = f"{seen} tokens in layer {next(iter(on_host))} and {length} in layer {layer_idx}"
+            raise ValueError(f"`cache` holds {held}; expected as many in every layer: all layers see the same tokens")
+        _check_stored(layer_idx, cache.layers[layer_idx], length)
+    return seen
+
+
+def _check_stored(layer_idx: int, layer, length: int) -> None:
+    """A sliding layer counts beside what it stores: keys that somebody set by hand are more than it would keep of `length` tokens. (So
+    are those that a dynamic layer keeps as zeros when older transformers reset it, and would put before all that follow.)"""
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+        keeps_all = layer.sliding_window == 1 or getattr(layer, "record_past", False)
+        most = length if keeps_all else min(length, layer.sliding_window - 1)
+        if (stored := layer.keys.shape[2]) > most:
+            expected = f"at most {most} of the {length} tokens that it counted (`cache.update` counts)"
+            raise ValueError(f"`cache` stores {stored} keys in layer {layer_idx}; expected {expected}")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,28 @@
-"""Checks that need the model's config: of images, and of what a cache holds. As in `generation.checks`, each raises a ValueError that names
-the argument, what it got and what it expects."""
+"""Checks that need the model's config: of images, and of what a cache holds; and of the names of arguments. As in `generation.checks`, each
+raises a ValueError that names the argument, what it got and what it expects."""
+
+import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 from transformers import Cache
 
+from generation.arguments import unknown
 from generation.checks import check_shape, check_tensors
+
+
+def refuses_unknown(function: Callable) -> Callable:
+    """Has a function name the arguments that it does not know, with the one that was perhaps meant."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def refusing(*args, **kwargs):
+        if strange := [name for name in kwargs if name not in known]:
+            raise ValueError(f"`{function.__name__}` got the unknown arguments {unknown(strange, known)}; expected some of {known}")
+        return function(*args, **kwargs)
+
+    return refusing
 
 
 def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, places: torch.Tensor | None) -> None:
@@ -50,4 +68,4 @@ def check_cached_shapes(cache: Cache, config) -> None:
             raise ValueError(f"`cache` holds {found[0]} heads of {found[1]} in layer {layer_idx}; expected {expected[0]} of {expected[1]}")
 
 
-__all__ = ["check_cached_shapes", "check_patches"]
+__all__ = ["check_cached_shapes", "check_patches", "refuses_unknown"]

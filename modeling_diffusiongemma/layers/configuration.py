@@ -40,4 +40,20 @@ def check_config(config: DiffusionGemmaConfig) -> None:
             raise ValueError(f"`num_key_value_heads` of layer {layer_idx} is {layer.num_key_value_heads}; expected {expected}")
 
 
-__all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "check_config"]
+def routing_settings(config: DiffusionGemmaConfig) -> tuple[bool, float]:
+    """`output_router_logits` and `router_aux_loss_coef`, which no published config holds: whether `forward` gives router logits where it is
+    not told, and what the balancing loss is multiplied by (0.001, as in transformers' mixture models). In the config or its text config.
+
+    Raises:
+        ValueError: a coefficient that is no number >= 0.
+    """
+    kept, coefficient = (
+        getattr(config, name, getattr(config.text_config, name, default))
+        for name, default in (("output_router_logits", False), ("router_aux_loss_coef", 0.001))
+    )
+    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 <= coefficient < float("inf"):
+        raise ValueError(f"`router_aux_loss_coef` in the config is {coefficient!r}; expected a number >= 0")
+    return bool(kept), coefficient
+
+
+__all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "check_config", "routing_settings"]

@@ -43,18 +43,14 @@ class Router(nn.Module):
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args: `(N, D)`. Returns the chosen experts' ids, int64 `(N, A)`, and their weights, `(N, A)`."""
-        return self.choose(self.scores(hidden_states))
-
-    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(N, E)`, of which a softmax is taken."""
-        return self.proj(self.norm(hidden_states) * self.scale * hidden_states.shape[-1] ** -0.5)
-
-    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, chosen = torch.topk(scores.softmax(dim=-1, dtype=torch.float32), self.top_k, dim=-1)
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Args: `(N, D)`. Returns the probabilities of all experts, float32 `(N, E)`, and of the chosen ones the weights, `(N, A)`, and
+        the ids, int64 `(N, A)`: what transformers' router of this model returns."""
+        scores = self.proj(self.norm(hidden_states) * self.scale * hidden_states.shape[-1] ** -0.5)  # (N, E)
+        probabilities = scores.softmax(dim=-1, dtype=torch.float32)
+        weights, chosen = torch.topk(probabilities, self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        return chosen, weights * self.per_expert_scale[chosen]
+        return probabilities, weights * self.per_expert_scale[chosen], chosen
 
 
 @use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)

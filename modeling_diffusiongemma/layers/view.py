@@ -40,6 +40,9 @@ def make_view(stack, cache: Cache, seen: int, shape, position_ids, dtype, rule: 
     keeps all, it may reach further back. The window of a canvas that stands before the last cached token (`later`) does too.
     """
     config, windows, masks = stack.config, [], {}
+    if seen and len(cache.layers) < config.num_hidden_layers and not torch.compiler.is_compiling():
+        held = f"{seen} tokens in layers 0 to {len(cache.layers) - 1} and none behind them"
+        raise ValueError(f"`cache` holds {held}; expected as many in every layer: all layers see the same tokens")
     for layer_idx, layer_type in enumerate(config.layer_types):
         forgets = layer_idx < len(cache.layers) and cache.layers[layer_idx].is_sliding
         narrow = layer_type == "sliding_attention" and not later and (forgets or not padded)

@@ -21,8 +21,8 @@ from generation.call.caches import dynamic_cache
 from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask
 
 from ..layers.caches import cached_length
-from ..layers.checks import check_cached_shapes, check_patches
-from ..layers.configuration import DiffusionGemmaConfig, check_config
+from ..layers.checks import check_cached_shapes, check_patches, refuses_unknown
+from ..layers.configuration import DiffusionGemmaConfig, check_config, routing_settings
 from ..layers.masks import image_numbers
 from ..layers.outputs import BlockModelOutput, PassOutput
 from ..layers.view import View, canvas_view, positions, prompt_view
@@ -142,6 +142,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         return self.encoder.get_image_features(*args, **kwargs)
 
     @takes_cache
+    @refuses_unknown
     def prefill(
         self,
         input_ids: torch.Tensor | None = None,
@@ -156,6 +157,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         output_attentions: bool = False,
         chunk_length: int | None = None,
         last_states: int | None = None,
+        output_router_logits: bool = False,
     ) -> PassOutput:
         """Runs new tokens causally and appends them to the cache. With a finished canvas as input this is the commit.
 
@@ -171,7 +173,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
             chunk_length (*optional*): without gradients, a longer prompt goes through in chunks of at most so many tokens, which
                 bounds the memory and gives the same; an image is never cut. Default: 2,048, and everything at once with gradients or
-                where `hidden_states` or `attentions` are asked for, hooks look on, or weights are gathered from other ranks.
+                where states, attentions or router logits are asked for, hooks look on, or weights are gathered from other ranks.
             last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
 
         Raises:
@@ -185,7 +187,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         )  # fmt: skip
         new = input_ids if inputs_embeds is None else inputs_embeds
         config, (batch_size, length) = self.config.text_config, new.shape[:2]
-        at_once = output_hidden_states or output_attentions
+        at_once = output_hidden_states or output_attentions or output_router_logits
         if input_ids is not None:
             check_ids("input_ids", input_ids, config.vocab_size)
         if length == 0:
@@ -195,9 +197,10 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected a positive integer or None")
         if chunk_length is not None and (at_once or torch.is_grad_enabled()):
-            why = "with gradients" if torch.is_grad_enabled() else "together with `output_hidden_states` or `output_attentions`"
+            asked = "`output_hidden_states`, `output_attentions` or `output_router_logits`"
+            why = "with gradients" if torch.is_grad_enabled() else f"together with {asked}"
             raise ValueError(f"`chunk_length` is {chunk_length}; expected None {why}")
-        seen = cached_length(cache)
+        seen = cached_length(cache, waits=True)
         if cache is not None:
             check_cache(cache, batch_size, seen, length)
         real = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
@@ -229,10 +232,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 stack, cache, seen + start, embeds, position_ids[:, here],
                 None if real is None else real[:, : seen + end], None if images is None else images[:, here],
             )  # fmt: skip
-            hidden_states, states, weights = stack(embeds, view, entry, cache, output_hidden_states, output_attentions)
+            hidden_states, states, weights, routing = stack(
+                embeds, view, entry, cache, output_hidden_states, output_attentions, bool(output_router_logits)
+            )
             if end > length - last_states:
                 kept.append(hidden_states[:, max(length - last_states - start, 0) :])
-        return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights)
+        return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights, routing)
 
     def _cache_for(self, cache: Cache | None, real: torch.Tensor | None, length: int) -> Cache:
         """The cache to append to: the caller's, or a new one, which keeps all tokens where rows may be padded on the right."""
@@ -272,7 +277,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         elif inputs_embeds.dtype != (expected := self.decoder.embed_dtype):
             raise ValueError(f"`inputs_embeds` is {inputs_embeds.dtype}; expected {expected}, as the model's embeddings are")
         if cache is not None:
-            check_cache(cache, new.shape[0], cached_length(cache), new.shape[1])
+            check_cache(cache, new.shape[0], cached_length(cache, waits=True), new.shape[1])
             check_cached_shapes(cache, self.config.text_config)
         check_shape("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
         check_patches(self.config, input_ids, pixel_values, image_position_ids)
@@ -287,6 +292,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         return {name: module for name, module in held.items() if module is not self.prompt_stack}
 
     @takes_cache
+    @refuses_unknown
     def denoise(
         self,
         canvas_ids: torch.Tensor,
@@ -297,6 +303,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         view: View | None = None,
         output_hidden_states: bool | int | list[int] = False,
         output_attentions: bool = False,
+        output_router_logits: bool = False,
     ) -> PassOutput:
         """Runs a canvas bidirectionally over itself and the cache, to which nothing is appended.
 
@@ -324,10 +331,13 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             raise ValueError(f"`canvas_ids` has shape {tuple(canvas_ids.shape)}; expected {view.shape}, the shape of the `view`")
         embeds = self.decoder.embed_tokens(canvas_ids)
         embeds = self.decoder.self_conditioning(embeds, torch.zeros_like(embeds) if soft_embeds is None else soft_embeds.to(embeds.dtype))
-        hidden_states, states, weights = self.decoder(embeds, view, None, None, output_hidden_states, output_attentions)
-        return PassOutput(hidden_states, cache, states, weights)
+        hidden_states, states, weights, routing = self.decoder(
+            embeds, view, None, None, output_hidden_states, output_attentions, bool(output_router_logits)
+        )
+        return PassOutput(hidden_states, cache, states, weights, routing)
 
     @takes_cache
+    @refuses_unknown
     def prepare_canvas(
         self,
         cache: Cache,
@@ -356,6 +366,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         return view if torch.is_grad_enabled() else view._replace(cached=view.cached.with_room(canvas_shape[1], slots))
 
     @takes_cache
+    @refuses_unknown
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -374,6 +385,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         output_attentions: bool | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        output_router_logits: bool | None = None,
     ) -> BlockModelOutput | tuple:
         """`prefill` on the prompt, if one is given, then `denoise` on the canvas. Arguments as there.
 
@@ -384,7 +396,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         keep_states = chosen_states(keep_states, self.config.text_config.num_hidden_layers + 1)
         given = cache
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
-        prompt, prompt_states = input_ids if inputs_embeds is None else inputs_embeds, None
+        keep_routing = routing_settings(self.config)[0] if output_router_logits is None else output_router_logits
+        prompt, prefilled = input_ids if inputs_embeds is None else inputs_embeds, PassOutput()
         check_tensors(
             input_ids=input_ids, inputs_embeds=inputs_embeds, decoder_input_ids=decoder_input_ids, soft_embeds=soft_embeds,
             decoder_position_ids=decoder_position_ids,
@@ -417,16 +430,17 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if prompt is not None:
             prefilled = self.prefill(
                 input_ids, attention_mask, position_ids, cache, inputs_embeds,
-                pixel_values, image_position_ids, mm_token_type_ids,
+                pixel_values, image_position_ids, mm_token_type_ids, output_router_logits=keep_routing,
             )  # fmt: skip
-            cache, prompt_states = prefilled.cache, prefilled.last_hidden_state
+            cache = prefilled.cache
         denoised = self.denoise(
             decoder_input_ids, cache, soft_embeds, decoder_attention_mask, decoder_position_ids,
-            output_hidden_states=keep_states, output_attentions=keep_weights,
+            output_hidden_states=keep_states, output_attentions=keep_weights, output_router_logits=keep_routing,
         )  # fmt: skip
         output = BlockModelOutput(
             last_hidden_state=denoised.last_hidden_state, **{FIELD: given if use_cache is False else cache},
-            hidden_states=denoised.hidden_states, attentions=denoised.attentions, encoder_last_hidden_state=prompt_states,
+            hidden_states=denoised.hidden_states, attentions=denoised.attentions, router_logits=denoised.router_logits,
+            encoder_last_hidden_state=prefilled.last_hidden_state, encoder_router_logits=prefilled.router_logits,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
 

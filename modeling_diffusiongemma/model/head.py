@@ -15,11 +15,12 @@ from generation.checks import check_images, check_shape, check_tensors, plain_ma
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary.walk import VocabularyHead
 
-from ..layers.configuration import DiffusionGemmaConfig
+from ..layers.checks import refuses_unknown
+from ..layers.configuration import DiffusionGemmaConfig, routing_settings
 from ..layers.layers import ScaledEmbedding
-from ..layers.outputs import MaskedBlockOutput
+from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
-from ..training.loss import block_diffusion_loss
+from ..training.loss import balancing_loss, block_diffusion_loss
 from ..training.score import Score, score_responses
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
@@ -83,6 +84,32 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         cap = self.config.text_config.final_logit_softcapping
         return torch.tanh(self.lm_head(hidden_states).float() / cap) * cap
 
+    @takes_cache
+    @refuses_unknown
+    def causal_logits(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_position_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        last_states: int | None = None,
+    ) -> torch.Tensor:
+        """Next-token logits of the prompt pass, soft-capped, float32 `(B, P, V)`: at each token of the token behind it.
+
+        Args:
+            last_states (*optional*): of so many last tokens only, `(B, last_states, V)`; at 262,144 ids a token's are a megabyte.
+            The others are those of `DiffusionGemmaBlockModel.prefill`. To a `cache` the tokens are appended.
+        """
+        prefilled = self.model.prefill(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds,
+            pixel_values, image_position_ids, mm_token_type_ids, last_states=last_states,
+        )  # fmt: skip
+        return self.compute_logits(prefilled.last_hidden_state)
+
     def soft_embed(self, logits: torch.Tensor) -> torch.Tensor:
         """Expected embedding `(B, C, D)` under softmax(logits) `(B, C, V)`: the self-conditioning of the next step."""
         return expected_embedding(self.model.decoder.embed_tokens, logits.softmax(dim=-1, dtype=torch.float32))
@@ -142,6 +169,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             self.generation_config = given
 
     @takes_cache
+    @refuses_unknown
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -163,6 +191,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         skip_logits: bool | None = None,
+        output_router_logits: bool | None = None,
     ) -> MaskedBlockOutput | tuple:
         """One prompt pass over `input_ids` (if given) and one canvas pass; or, with `labels`, the training loss.
 
@@ -176,7 +205,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             decoder_input_ids (`int64 (B, C)`, *optional*): the canvas. Default: `canvas_length` uniform random tokens.
             decoder_attention_mask (`(B, L + P + C)`, *optional*): 0 at padding. Default: `attention_mask`, canvas unpadded.
             decoder_position_ids (`(B or 1, C)`, *optional*): default: on from each row's real tokens.
-            self_conditioning_logits (`(B, C, V)`, *optional*): the previous step's shaped logits.
+            self_conditioning_logits (`(B, C, V)`, or `(C, V)` for every row, *optional*): the previous step's shaped logits.
             self_conditioning_mask (`bool (B,)`, *optional*): rows that are self-conditioned. With `labels` alone it says
                 which rows get the extra pass; default there: each with probability 0.5.
             labels (`int64`, *optional*): `(B, P)`, the response's ids and -100 elsewhere: the whole training objective, with
@@ -185,6 +214,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             output_hidden_states, output_attentions, return_dict (*optional*): as in transformers; the first takes indices, too.
             use_cache (*optional*): the canvas reads the prompt from a cache in any case; False: one made here is not returned.
             skip_logits (*optional*): leave `.logits` out beside a loss, as Trainer asks with `use_liger_kernel`.
+            output_router_logits (*optional*): give both passes' `router_logits` and the `aux_loss`, which a loss takes in, times
+                `router_aux_loss_coef` of the config. Default: the config's (`configuration.routing_settings`).
 
         Returns:
             `MaskedBlockOutput`; `.logits` float32 `(B, C, V)`.
@@ -192,6 +223,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         Raises:
             ValueError: ids out of range, empty prompts, masks or labels of the wrong shape, images without image tokens.
         """
+        kept, coefficient = routing_settings(self.config)
+        keep_routing = kept if output_router_logits is None else bool(output_router_logits)
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
         check_tensors(
             input_ids=input_ids, decoder_input_ids=decoder_input_ids, inputs_embeds=inputs_embeds, labels=labels,
@@ -203,7 +236,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
                       "self_conditioning_logits": self_conditioning_logits, "output_hidden_states": output_hidden_states or None,
                       "output_attentions": output_attentions or None}  # fmt: skip
-            output = self._learn_examples(input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused)
+            objective = {**images, "self_conditioning_mask": self_conditioning_mask, "output_router_logits": keep_routing}
+            output = self._learn_examples(input_ids, labels, attention_mask, objective, skip_logits, unused)
             return output.to_tuple() if return_dict is False else output
         if labels is None and decoder_input_ids is None and self.training and torch.is_grad_enabled():
             logger.warning_once(
@@ -214,8 +248,11 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if batch is not None and batch.dim() > 1:
             size = (batch.shape[0], self.config.canvas_length if decoder_input_ids is None else batch.shape[1])
             check_shape("labels", labels, size)
-            check_shape("self_conditioning_logits", self_conditioning_logits, (*size, self.config.text_config.vocab_size))
+            each = (size[1], self.config.text_config.vocab_size)
+            check_shape("self_conditioning_logits", self_conditioning_logits, (size[0], *each), each)
             check_shape("self_conditioning_mask", self_conditioning_mask, size[:1])
+            if self_conditioning_logits is not None:
+                self_conditioning_logits = self_conditioning_logits.expand(size[0], *each)
         soft_embeds = None if self_conditioning_logits is None else self.soft_embed(self_conditioning_logits)
         if soft_embeds is not None and self_conditioning_mask is not None:
             soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
@@ -223,18 +260,22 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             input_ids, attention_mask, cache, position_ids, decoder_input_ids, soft_embeds,
             decoder_attention_mask, decoder_position_ids, **images, inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions, use_cache=use_cache,
+            output_router_logits=keep_routing,
         )  # fmt: skip
         logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
-        loss = None if labels is None else self._learn_canvas(logits, labels)
+        learned = None if labels is None else self._learn_canvas(logits, labels)
+        aux_loss = self._balance(denoised, attention_mask, decoder_attention_mask, size) if keep_routing else None
+        loss = learned if learned is None or aux_loss is None else learned + coefficient * aux_loss.to(learned.device)
         output = MaskedBlockOutput(
             loss=loss, logits=None if skip_logits and loss is not None else logits, **{FIELD: denoised.cache},
             hidden_states=denoised.hidden_states, attentions=denoised.attentions,
-            encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=loss,
+            encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=learned,
+            aux_loss=aux_loss, router_logits=denoised.router_logits, encoder_router_logits=denoised.encoder_router_logits,
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
 
-    def _learn_examples(self, input_ids, labels, attention_mask, self_conditioning_mask, images, skip_logits, unused) -> MaskedBlockOutput:
-        """`labels` `(B, P)` of whole examples: the training objective, canvas and noise drawn there. None of `unused` goes with it."""
+    def _learn_examples(self, input_ids, labels, attention_mask, objective, skip_logits, unused) -> MaskedBlockOutput:
+        """`labels` `(B, P)` of whole examples: the training `objective`, canvas and noise drawn there. None of `unused` goes with it."""
         if given := [name for name, value in unused.items() if value is not None]:
             virtual = {"cache", "inputs_embeds"}.intersection(given)
             hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
@@ -244,12 +285,28 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if input_ids is None:
             raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
         attention_mask = plain_mask("attention_mask", attention_mask)
-        trained = block_diffusion_loss(self, input_ids, labels, attention_mask, self_conditioning_mask=self_conditioning_mask, **images)
+        trained = block_diffusion_loss(self, input_ids, labels, attention_mask, **objective)
+        loss = trained.diffusion + trained.causal
+        if trained.balancing is not None:
+            loss = loss + routing_settings(self.config)[1] * trained.balancing.to(loss.device)
         return MaskedBlockOutput(
-            loss=trained.diffusion + trained.causal, logits=None if skip_logits else trained.logits,
+            loss=loss, logits=None if skip_logits else trained.logits,
             encoder_last_hidden_state=trained.prefilled.last_hidden_state,
-            diffusion_loss=trained.diffusion, causal_loss=trained.causal,
+            diffusion_loss=trained.diffusion, causal_loss=trained.causal, aux_loss=trained.balancing,
+            router_logits=trained.denoised.router_logits, encoder_router_logits=trained.prefilled.router_logits,
         )  # fmt: skip
+
+    def _balance(self, denoised: BlockModelOutput, attention_mask, decoder_attention_mask, size: tuple[int, int]) -> torch.Tensor:
+        """The balancing loss of both passes of a call with a canvas of `size` (B, C); what the masks hide does not count."""
+        passes = []
+        for router_logits, mask in (
+            (denoised.encoder_router_logits, plain_mask("attention_mask", attention_mask)),
+            (denoised.router_logits, plain_mask("decoder_attention_mask", decoder_attention_mask)),
+        ):
+            if router_logits is not None:
+                length = len(router_logits[0]) // size[0]
+                passes.append((router_logits, None if mask is None else mask[:, -length:].bool()))
+        return balancing_loss(passes, self.config.text_config.top_k_experts)
 
     @staticmethod
     def _learn_canvas(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -48,18 +48,20 @@ class BlockLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask, cached: LayerCache | None, is_causal: bool,
         layer_scalar: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None]:  # fmt: skip
-        """Args and Returns as `Attention.forward`, for the whole layer; `layer_scalar` is the prompt pass's, None in the canvas pass."""
+    ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None, torch.Tensor]:  # fmt: skip
+        """Args and Returns as `Attention.forward`, for the whole layer, and the router's probabilities, float32 `(N, E)`. `layer_scalar`
+        is the prompt pass's, None in the canvas pass."""
         attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask=mask, cached=cached, is_causal=is_causal)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
 
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_states)))
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, D)
-        routed = self.experts(self.pre_feedforward_layernorm_2(tokens), *self.router(tokens))
+        probabilities, shares, chosen = self.router(tokens)
+        routed = self.experts(self.pre_feedforward_layernorm_2(tokens), chosen, shares)
         routed = self.post_feedforward_layernorm_2(routed.view_as(hidden_states))
         hidden_states = hidden_states + self.post_feedforward_layernorm(dense + routed)
         layer_scalar = self.layer_scalar if layer_scalar is None else layer_scalar.to(hidden_states.device)
-        return hidden_states * layer_scalar, new, weights
+        return hidden_states * layer_scalar, new, weights, probabilities
 
 
 class PromptLayer(nn.Module):
@@ -105,37 +107,41 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
         cache: Cache | None = None,
         keep_states: bool | int | list[int] | None = False,
         keep_weights: bool = False,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        keep_routing: bool = False,
+    ) -> tuple[torch.Tensor, tuple | None, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
         """Runs the layers over the embeddings `(B, L, D)` of new tokens, which see the `view`.
 
         Args:
             entry: gives what a layer is entered through, by its index; None: they are called directly. (No list of modules, whose weights
                 Accelerate would move as it moves any argument.)
             cache: the new keys and values are appended to it; given for the prompt pass, which is causal, and for it alone.
-            keep_states, keep_weights: whether to return what every layer put out; or which of the states, by index.
+            keep_states, keep_weights, keep_routing: whether to return what every layer put out; or which of the states, by index.
 
         Returns:
             The normed output `(B, L, D)`; the layers' inputs and the normed output, None for those not asked for, or None; attention
-            weights, or None.
+            weights, or None; the routers' log-probabilities, float32 `(B * L, E)` each, or None.
         """
-        states, all_weights = [], []
+        states, all_weights, routing = [], [], []
         chosen = chosen_states(keep_states, len(self.layers) + 1)
         for layer_idx, (layer, layer_type, cached) in enumerate(zip(self.layers, self.config.layer_types, view.cached, strict=True)):
             states.append(hidden_states if layer_idx in chosen else None)
             seen = {"rotary": view.rotary[layer_type], "mask": view.masks[layer_type], "cached": cached, "is_causal": cache is not None}
             if entry is None:
-                hidden_states, new, weights = layer(hidden_states, **seen)
+                hidden_states, new, weights, probabilities = layer(hidden_states, **seen)
             else:
-                hidden_states, new, weights = entry(layer_idx)(hidden_states, partial(layer, **seen))
+                hidden_states, new, weights, probabilities = entry(layer_idx)(hidden_states, partial(layer, **seen))
             if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)
             if keep_weights:
                 all_weights.append(weights)
+            if keep_routing:  # a probability that vanishes has a logarithm, and no gradient
+                routing.append(probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log())
         hidden_states = self.norm(hidden_states)
         return (
             hidden_states,
             (*states, hidden_states if len(self.layers) in chosen else None) if chosen else None,
             tuple(all_weights) if keep_weights else None,
+            tuple(routing) if keep_routing else None,
         )
 
 

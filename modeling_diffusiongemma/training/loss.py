@@ -8,6 +8,7 @@ next-token loss of the prompt pass on the response is added 1:1, which keeps tha
 Source: google-deepmind/gemma `gemma/diffusion`, TRL's example for this model, NeMo AutoModel's block-causal mask.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -100,13 +101,36 @@ def corrupt(clean: torch.Tensor, proportion: torch.Tensor, noise: Noise) -> torc
     return torch.where(noised, noise.draw(clean.shape, clean.device), clean)
 
 
+def balancing_loss(passes: Iterable[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]], top_k: int) -> torch.Tensor:
+    """How unequally experts are used, a scalar: `E * sum_e f_e * p_e` (Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6), where f_e is
+    how many of its `top_k` choices a token gives to expert e, and p_e its probability, both as means over all tokens of all layers, as
+    transformers' mixture models take them. `top_k` where all experts are used equally, up to E; the gradient comes by p alone.
+
+    Args:
+        passes: of each pass the router logits, `(N, E)` a layer, and which of its tokens count, bool `(B, L)`, None: all. Passes share
+            their routers, so a token counts the same in either.
+    """
+    sums = []  # of each pass and layer: tokens, their choices and their probabilities, each `(E,)`
+    for router_logits, real in passes:
+        for logits in router_logits:
+            probabilities = logits.float().softmax(dim=-1)
+            chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+            three = torch.stack((torch.ones_like(chosen), chosen, probabilities))
+            sums.append((three if real is None else three * real.reshape(-1, 1).to(probabilities)).sum(dim=1))
+    tokens, chosen, probabilities = torch.stack([each.to(sums[0].device) for each in sums]).sum(dim=0)
+    return (chosen / tokens * probabilities / tokens).sum() * len(tokens)
+
+
 class TrainingLoss(NamedTuple):
-    """`logits` float32 (B, C, V) of the canvas pass, the two losses (scalars, nats), and the prompt pass's output."""
+    """`logits` float32 (B, C, V) of the canvas pass, the two losses (scalars, nats), what the prompt pass and the canvas pass put out, and
+    the balancing loss (scalar) where it was asked for."""
 
     logits: torch.Tensor
     diffusion: torch.Tensor
     causal: torch.Tensor | None
     prefilled: PassOutput
+    denoised: PassOutput
+    balancing: torch.Tensor | None = None
 
 
 def block_diffusion_loss(
@@ -120,6 +144,7 @@ def block_diffusion_loss(
     canvas_length: int | None = None,
     noised: torch.Tensor | None = None,
     soft_embeds: torch.Tensor | None = None,
+    output_router_logits: bool = False,
     **images: torch.Tensor,
 ) -> TrainingLoss:
     """Both losses on whole examples (prompt and response in one row).
@@ -136,6 +161,7 @@ def block_diffusion_loss(
         noised (`int64 (B, C)`, *optional*): the canvases to learn from, such as a `Rollout`'s, instead of corrupted responses. They stand
             for whole responses, which must fit one canvas.
         soft_embeds (`(B, C, D)`, *optional*): self-conditioning of `noised`, instead of a first pass over it.
+        output_router_logits: both passes' outputs hold router logits, and the balancing loss of both is made, padding left out.
         images: as `prefill` takes them.
 
     Raises:
@@ -164,9 +190,10 @@ def block_diffusion_loss(
         noise = UniformNoise(config.vocab_size) if noise is None else noise
         noised = corrupt(clean.ids, noise_proportions(batch_size, clean.ids.device), noise)
 
+    routing = {"output_router_logits": True} if output_router_logits else {}
     together = bool(gathering_groups(model))  # asked before a pass leaves weights gathered
     length = input_ids.shape[1] if causal else int(clean.start.max())
-    prefilled = model.prefill(input_ids[:, :length], real[:, :length], cache=DynamicCache(), **images)
+    prefilled = model.prefill(input_ids[:, :length], real[:, :length], cache=DynamicCache(), **images, **routing)
     causal_loss = None
     if causal:
         target = labels[:, 1:] != IGNORED
@@ -183,10 +210,17 @@ def block_diffusion_loss(
             first = model.compute_logits(model.denoise(noised, view=view).last_hidden_state)
             soft_embeds = model.soft_embed(first)
             soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
-    denoised = model.denoise(noised, soft_embeds=soft_embeds, view=view)
+    denoised = model.denoise(noised, soft_embeds=soft_embeds, view=view, **routing)
     logits = model.compute_logits(denoised.last_hidden_state)  # (B, C, V)
     diffusion_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.ids.flatten())
-    return TrainingLoss(logits, diffusion_loss, causal_loss, prefilled)
+    balancing = None
+    if output_router_logits:
+        passes = ((prefilled.router_logits, real[:, :length]), (denoised.router_logits, None))
+        balancing = balancing_loss(passes, config.top_k_experts)
+    return TrainingLoss(logits, diffusion_loss, causal_loss, prefilled, denoised, balancing)
 
 
-__all__ = ["CleanCanvas", "TrainingLoss", "block_diffusion_loss", "check_labels", "choose_canvas", "corrupt", "noise_proportions"]
+__all__ = [
+    "CleanCanvas", "TrainingLoss", "balancing_loss", "block_diffusion_loss", "check_labels", "choose_canvas", "corrupt",
+    "noise_proportions",
+]  # fmt: skip
