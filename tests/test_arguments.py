@@ -1,6 +1,5 @@
 """Every field of `GenerationConfig` is honoured or refused by name; the honoured ones do what they say, on a small random model."""
 
-import copy
 import time
 
 import numpy as np
@@ -484,16 +483,3 @@ def test_caches_that_are_none_are_refused_by_name(model):
                 call(ids, cache=cache)
     with pytest.raises(ValueError, match="`cache` holds 1 heads"):
         model.generate(ids, cache=other)
-
-
-def test_shallow_copies_of_the_model_leave_its_views_alone():
-    own = small_model().model
-    ids = prompts(1, 6)[0]
-    expected = own.prefill(ids).last_hidden_state
-    other = copy.copy(own)
-    assert torch.equal(other.encoder(ids).last_hidden_state, expected)
-    del other
-    assert torch.equal(own.encoder(ids).last_hidden_state, expected), "the copy that was shown last is gone"
-    other = copy.copy(own)
-    del own
-    assert torch.equal(other.encoder(ids).last_hidden_state, expected)

@@ -604,6 +604,18 @@ def test_copies_share_no_weights_and_hold_each_once(duplicate):
     close(model.double().model.encoder.language_model.layers[0].mlp.up_proj.weight.dtype is torch.float64, True, 0)
 
 
+def test_shallow_copies_leave_each_others_passes_alone():
+    model = drop_in.DiffusionGemmaModel(tiny.tiny_config()).eval()
+    expected = model.prefill(PROMPT).last_hidden_state
+    other = copy.copy(model)
+    assert torch.equal(other.encoder(PROMPT).last_hidden_state, expected)
+    del other
+    assert torch.equal(model.encoder(PROMPT).last_hidden_state, expected), "the copy that was shown last is gone"
+    other = copy.copy(model)
+    del model
+    assert torch.equal(other.encoder(PROMPT).last_hidden_state, expected)
+
+
 def test_deleted_model_is_freed_at_once():
     model = drop_in.DiffusionGemmaForBlockDiffusion(tiny.tiny_config())
     shown = weakref.ref(model)
