@@ -10,9 +10,11 @@ import gc
 import importlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny
@@ -37,6 +39,7 @@ from generation.cache_names import FIELD
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint, drop_in
 from modeling_diffusiongemma.drop_in.generation import OVERRIDES
 
+ROOT = Path(__file__).parents[1]
 PROMPT = tokens(2, 13)
 SETTINGS = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 2, "pad_token_id": 0}
 
@@ -763,3 +766,16 @@ def test_transformers_converts_no_weights_by_these_class_names():
     mapping = importlib.import_module("transformers.conversion_mapping")
     for name in vars(theirs):
         assert not name.startswith("DiffusionGemma") or mapping.get_checkpoint_conversion_mapping(name) is None, name
+
+
+def test_snippets_of_the_page_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8"), re.DOTALL)
+    before = transformers.DiffusionGemmaForBlockDiffusion
+    exec(compile("\n".join(blocks), "docs/drop_in.md", "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out.splitlines() == ["1998-03-03", "modeling_diffusiongemma.drop_in.model"]
+    assert transformers.DiffusionGemmaForBlockDiffusion is before
+
+
+def test_page_names_what_takes_the_place_of_every_override():
+    page = (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")
+    assert [name for name in OVERRIDES if f"`{name}`" not in page] == []

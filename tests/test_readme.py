@@ -143,7 +143,8 @@ def test_readme_is_short():
 
 
 def test_files_named_in_the_documents_exist():
-    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "model_cards").glob("*.md")))
+    pages = (str(path.relative_to(ROOT)) for folder in ("model_cards", "docs") for path in (ROOT / folder).glob("*.md"))
+    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *pages)
     for name in names:
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
             if "://" not in target:
