@@ -126,10 +126,16 @@ def as_saved(name: str, adapter: str) -> str:
     return re.sub(rf"(\.modules_to_save)?\.{re.escape(adapter)}(?=(?:\.[^.]+)?$)", "", name)
 
 
-def in_place(key: str) -> str:
-    """A key of an adapter's file as transformers finds its place: DoRA's magnitudes, and the embedding that the passes share."""
+def in_place(key: str, adapter: str = "", config=None) -> str:
+    """A key of an adapter's file as transformers finds its place: DoRA's magnitudes, modules that are saved whole, and the embedding that
+    both passes share."""
     if key.endswith(".lora_magnitude_vector"):
         return f"{key}.weight"
+    names = key.split(".")
+    for place in range(1, len(names)):
+        module = ".".join(names[:place])
+        if any(module.endswith(each) for each in getattr(config, "modules_to_save", None) or ()):
+            return ".".join([module, "modules_to_save", adapter, *names[place:]])  # transformers 5.17 leaves this out
     return key.replace(PROMPT, CANVAS, 1) if key.endswith(f"{PROMPT}embed_tokens.base_layer.weight") else key
 
 
