@@ -7,26 +7,55 @@ weight once, under its original's name. Knows nothing of passes.
 """
 
 import copy
+from collections.abc import Iterator
 from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from .adapter_names import is_wrapper
 from .stack import BlockStack
 
+CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # with the module, its inputs and outputs
 WRAPPED = ("base_layer", "original_module")  # what peft's wrappers stand around
 
 
+class Following:
+    """A hook of one module as another has it: for as long as the first one has it, so that its handle removes both."""
+
+    def __init__(self, hooks: dict, key: int):
+        self.hooks, self.key = hooks, key
+
+    def __call__(self, *args, **kwargs) -> Any:
+        hook = self.hooks.get(self.key)
+        return None if hook is None else hook(*args, **kwargs)
+
+
+def followed(hooks: dict) -> dict:
+    return type(hooks)((key, Following(hooks, key)) for key in hooks)
+
+
+def _inside(wrapper: nn.Module) -> Iterator[nn.Module]:
+    """What peft's wrappers, of which one may stand around another, stand around."""
+    for name, child in wrapper._modules.items():
+        if child is not None and name in WRAPPED and is_wrapper(wrapper) and not is_wrapper(child):
+            yield child
+        elif child is not None:
+            yield from _inside(child)
+
+
 def twin(module: nn.Module) -> nn.Module:
-    """A module like `module` that holds the same dictionaries of parameters and buffers, and all else anew: hooks, which are the same;
+    """A module like `module` that holds the same dictionaries of parameters and buffers, and all else anew: hooks, which do the same;
     submodules, which are twins; and adapters, which are copies."""
-    inside = [module._modules[name] for name in WRAPPED if hasattr(module, "adapter_layer_names") and name in module._modules]
-    if inside:
-        return copy.deepcopy(module, {id(each): twin(each) for each in inside})
+    if is_wrapper(module):
+        return copy.deepcopy(module, {id(each): twin(each) for each in _inside(module)})
     other = copy.copy(module)
     for name, value in vars(module).items():
-        vars(other)[name] = copy.copy(value) if name.endswith("_hooks") else _rebound(value, module, other)
+        if name in CALLED:
+            vars(other)[name] = followed(value)
+        else:  # "_hooks" are others, or say of those above how they are called
+            vars(other)[name] = copy.copy(value) if "_hooks" in name else _rebound(value, module, other)
     other._modules = {name: None if child is None else twin(child) for name, child in module._modules.items()}
     return other
 
@@ -51,8 +80,9 @@ def pull_apart(stack: BlockStack, prompt_layers: nn.ModuleList) -> BlockStack:
         if hasattr(entry, "_hf_hook"):  # where Accelerate finds a layer's scalar, the one tensor that it holds itself
             layer._hf_hook = copy.copy(layer._hf_hook)
             layer._hf_hook.weights_map = entry._hf_hook.weights_map
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
-            getattr(layer, name).update(getattr(entry, name))
+        for name, hooks in vars(entry).items():
+            if "_hooks" in name and isinstance(hooks, dict):
+                getattr(layer, name).update(followed(hooks) if name in CALLED else hooks)
     return other
 
 

@@ -22,6 +22,7 @@ from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
 from ..training.loss import balancing_loss, block_diffusion_loss
 from ..training.score import Score, score_responses
+from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
 from .plain import attached, brought_in, expected_embedding, has_hooks, runs_on, why_not_plain
@@ -60,6 +61,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     def held_twice(self) -> dict[str, str]:
         """`DiffusionGemmaBlockModel.held_twice`."""
         return self.model.held_twice("model.")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        take_in(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def prefill(self, *args, **kwargs):
         """`DiffusionGemmaBlockModel.prefill`."""

@@ -12,9 +12,10 @@ from transformers import initialization as init
 from ..layers.configuration import DiffusionGemmaConfig
 from ..layers.experts import Experts, Router, experts_by
 from ..weights.loading import LoadingMixin
+from .adapters import AdapterMixin
 
 
-class DiffusionGemmaBlockPreTrainedModel(LoadingMixin, PreTrainedModel):
+class DiffusionGemmaBlockPreTrainedModel(AdapterMixin, LoadingMixin, PreTrainedModel):
     """Knows nothing of layers or passes."""
 
     config: DiffusionGemmaConfig

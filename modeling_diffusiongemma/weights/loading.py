@@ -8,6 +8,7 @@ model; and the code travels along where that is asked for.
 
 import contextlib
 import copy
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .auto import REGISTERED, forget
 from .fp8_quantizer import FP8Config
@@ -27,6 +30,10 @@ from .saving import FINISHED, finish, replacing
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 # Arguments of `from_pretrained` that are not for reading a config, though that would take them.
 KEPT = ("config", "dtype", "quantization_config", "attn_implementation", "experts_implementation", "trust_remote_code", "gguf_file")
+
+SKIPPING = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # where a quantiser's config names what it leaves alone
+# Routers (hqq knows them by the second name), as in the released FP8 recipe; and what is left alone in any case where nothing is named.
+UNCONVERTED = ("router.proj", "decoder.router.proj", "lm_head", "model.decoder.embed_tokens")
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
@@ -70,12 +77,32 @@ def unchanging(path: str | os.PathLike | None, config: object, subfolder: str | 
             raise OSError(f"{changed[0]} in {folder} changed while it was being loaded; load it again")
 
 
+def without_routers(asked: dict | QuantizationConfigMixin) -> dict | QuantizationConfigMixin:
+    """A quantiser's config, of which one that walks over linear layers leaves `UNCONVERTED` alone, unless it says itself what to leave."""
+    given = asked
+    if isinstance(asked, dict):
+        try:
+            given = AutoQuantizationConfig.from_dict(asked)
+        except (ValueError, TypeError):  # of which transformers tells more
+            return asked
+    for name in SKIPPING:
+        if hasattr(given, name):
+            default = inspect.signature(type(given)).parameters[name].default
+            if getattr(given, name) is None or getattr(given, name) == default:
+                given = copy.copy(given)
+                setattr(given, name, list(UNCONVERTED))
+                return given
+    return asked
+
+
 def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.PathLike | None, arguments: dict) -> dict:
     """Arguments of `from_pretrained` in which the config of a checkpoint that this package reads as quantised says so, and a
     `quantization_config` as a mapping in the published words is `FP8Config`."""
     asked = arguments.get("quantization_config")
     if isinstance(asked, dict) and asked.get("format") == "float-quantized":
         arguments = arguments | {"quantization_config": FP8Config.from_argument(asked)}
+    elif isinstance(asked, dict | QuantizationConfigMixin):
+        arguments = arguments | {"quantization_config": without_routers(asked)}
     config, rest = arguments.get("config"), arguments
     if isinstance(config, PreTrainedConfig):
         config = copy.copy(config)
@@ -130,12 +157,6 @@ class LoadingMixin:
             found = "; ".join(f"{name} has shape {tuple(got)}, expected {tuple(want)}" for name, got, want in mismatched)
             raise ValueError(f"cannot load {load_config.pretrained_model_name_or_path}: {found}")
         return super()._finalize_model_loading(model, load_config, loading_info)
-
-    def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """As in transformers."""
-        if peft_model_id is not None and os.path.isdir(peft_model_id):
-            finish(peft_model_id)
-        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: dict | None = None, push_to_hub: bool = False,
@@ -261,4 +282,4 @@ class LoadingMixin:
     is_remote_code = classmethod(lambda cls: False)
 
 
-__all__ = ["LoadingMixin", "damaged_files"]
+__all__ = ["DOWNLOAD", "LoadingMixin", "damaged_files"]
