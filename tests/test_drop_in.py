@@ -768,12 +768,14 @@ def test_transformers_converts_no_weights_by_these_class_names():
         assert not name.startswith("DiffusionGemma") or mapping.get_checkpoint_conversion_mapping(name) is None, name
 
 
-def test_snippets_of_the_page_run(capsys):
+def test_snippets_of_the_page_run(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8"), re.DOTALL)
     before = transformers.DiffusionGemmaForBlockDiffusion
     exec(compile("\n".join(blocks), "docs/drop_in.md", "exec"), {"__name__": "page"})
     assert capsys.readouterr().out.splitlines() == ["1998-03-03", "modeling_diffusiongemma.drop_in.model"]
-    assert transformers.DiffusionGemmaForBlockDiffusion is before
+    assert transformers.DiffusionGemmaForBlockDiffusion is before and (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 def test_page_names_what_takes_the_place_of_every_override():

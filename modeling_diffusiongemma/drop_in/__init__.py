@@ -8,10 +8,12 @@ Diffusers calls, stand in this room; the model and the generation know nothing o
 `python -m modeling_diffusiongemma.drop_in script.py` runs a script that cannot be touched.
 """
 
+from ..model.adapters import save_for_two_stacks
 from .generation import DiffusionGemmaGenerationConfig, DiffusionGemmaGenerationOutput
 from .install import install
 from .model import DiffusionGemmaForBlockDiffusion, DiffusionGemmaModel
 
 __all__ = [
     "DiffusionGemmaForBlockDiffusion", "DiffusionGemmaGenerationConfig", "DiffusionGemmaGenerationOutput", "DiffusionGemmaModel", "install",
+    "save_for_two_stacks",
 ]  # fmt: skip

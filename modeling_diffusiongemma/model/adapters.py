@@ -9,7 +9,7 @@ Imports peft where there is an adapter.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from safetensors.torch import save_file
 from torch import nn
@@ -173,7 +173,13 @@ def refuse_to_merge(*args, **kwargs) -> None:
 
 
 class AdapterMixin:
-    """`load_adapter` of both model classes."""
+    """`load_adapter` of both model classes, and what peft may merge."""
+
+    def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch; peft, which walks before it merges, then finds wrappers that refuse it, where two stacks hold the same weights."""
+        if getattr(self, "peft_config", None) and (block := block_of(self)[0]).prompt_stack is not block.decoder:
+            guard(block.decoder, block.prompt_stack)
+        yield from super().named_modules(*args, **kwargs)
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, *args, **kwargs):
         """As in transformers. An adapter with a delta for each pass pulls the passes apart, and a line says so.

@@ -27,7 +27,7 @@ from ..layers.masks import image_numbers
 from ..layers.outputs import BlockModelOutput, PassOutput
 from ..layers.view import View, canvas_view, positions, prompt_view
 from ..training.ranks import gathering_groups
-from .adapters import guard, take_in
+from .adapters import take_in
 from .apart import held_twice, pull_apart, twin
 from .plain import attached, has_hooks
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
@@ -115,12 +115,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """
         if self.prompt_stack is self.decoder:
             self.encoder.language_model = pull_apart(self.decoder, self.encoder.language_model.layers)
-
-    def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
-        """As in torch; peft, which walks before it merges, then finds wrappers that refuse it, where two stacks hold the same weights."""
-        if self.prompt_stack is not self.decoder:
-            guard(self.decoder, self.prompt_stack)
-        yield from super().named_modules(*args, **kwargs)
 
     def held_twice(self, prefix: str = "") -> dict[str, str]:
         """Names of what two stacks hold together: its name in the prompt pass's to that in the canvas pass's, by which it is saved."""
