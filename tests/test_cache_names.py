@@ -11,6 +11,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from generation.cache_names import FIELD, NAMES
+from modeling_diffusiongemma import drop_in
 from modeling_diffusiongemma.layers.outputs import MaskedBlockOutput, PassOutput
 
 IDS = torch.arange(5, 14)[None]
@@ -46,10 +47,13 @@ def test_every_call_takes_the_cache_under_both_names(model, name, without_gradie
         assert output.cache is cache is output.past_key_values
     returned = model.generate(IDS[:, :2], max_new_tokens=3, return_dict_in_generate=True, **{name: cache})
     assert returned.cache is cache is returned.past_key_values
-    view = model.model.encoder(input_ids=IDS, **{name: DynamicCache(config=model.config.text_config)})
-    assert view.cache is view.past_key_values and view.cache.get_seq_length() == IDS.shape[1]
+    stands_in = drop_in.DiffusionGemmaModel(model.config)
+    for prompt_pass in (stands_in.encoder, stands_in.encoder.language_model):
+        output = prompt_pass(input_ids=IDS, **{name: DynamicCache(config=model.config.text_config)})
+        assert output.cache is output.past_key_values and output.cache.get_seq_length() == IDS.shape[1]
+    assert stands_in.decoder(decoder_input_ids=canvas, **{name: output.cache}).last_hidden_state.shape[:2] == canvas.shape
     mask = torch.ones(1, 12)
-    assert model.model.decoder.create_diffusion_decoder_attention_mask(decoder_attention_mask=mask, **{name: cache}) is mask
+    assert stands_in.decoder.create_diffusion_decoder_attention_mask(decoder_attention_mask=mask, **{name: cache}) is mask
     assert not [text for text in warnings_of_transformers if "deprecated" in text]
     assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
 

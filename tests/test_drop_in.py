@@ -381,6 +381,24 @@ def hand_written_loop(model):
     return seen
 
 
+def masks_of_padded_rows(model):
+    """Made by the model, and handed on to its passes."""
+    real = torch.ones_like(PROMPT, dtype=torch.bool)
+    real[0, :4] = False
+    cache, position_ids = DynamicCache(config=model.config.text_config), torch.arange(13)[None]
+    masks = model.model.encoder.create_masks_for_generate(
+        config=model.config, inputs_embeds=torch.empty(2, 13, 0), attention_mask=real, position_ids=position_ids, **{FIELD: cache}
+    )
+    model.model.encoder(input_ids=PROMPT, attention_mask=masks, position_ids=position_ids, **{FIELD: cache})
+    canvas, whole = tokens(2, CANVAS), torch.cat((real, torch.ones(2, CANVAS, dtype=torch.bool)), dim=1)
+    masks = model.model.decoder.create_diffusion_decoder_attention_mask(
+        config=model.config, inputs_embeds=canvas[..., None], decoder_attention_mask=whole, **{FIELD: cache}
+    )
+    return model(
+        decoder_input_ids=canvas, decoder_attention_mask=masks, decoder_position_ids=torch.arange(13, 13 + CANVAS)[None], **{FIELD: cache}
+    ).logits
+
+
 def decoder_by_itself(model):
     cache = model.model.encoder(input_ids=PROMPT)
     cache = cache.cache if FIELD == "cache" else cache.past_key_values
@@ -458,7 +476,8 @@ PATTERNS = [
     prompt_states_of_every_layer, canvas_states_of_every_layer, what_goes_into_a_layer, attention_by_keyword, projections_of_one_pass,
     whole_passes, logit_lens, steering_of_the_canvas, steering_of_the_prompt, ablated_in_place, replaced_forward, modules_by_class_name,
     modules_by_class, names_of_weights, router_statistics, experts_inputs, attributes_that_scripts_read, hand_written_loop,
-    decoder_by_itself, causal_pass_read, self_conditioning_without_a_batch, self_conditioning_of_the_first_step, exactly_n_steps,
+    masks_of_padded_rows, decoder_by_itself, causal_pass_read, self_conditioning_without_a_batch, self_conditioning_of_the_first_step,
+    exactly_n_steps,
     model_without_head, states_of_a_call, static_cache, gradients_of_a_loop,
 ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from tiny import CANVAS, LAYERS, VOCAB, WINDOW, close, ours, pad_rows, pair, patches, rows_of, tokens
+from tiny import CANVAS, LAYERS, VOCAB, WINDOW, close, ours, pair, patches, tokens
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -97,16 +97,6 @@ def test_masks_by_layer_type_that_hide_nothing_are_taken():
     assert torch.equal(*losses)
 
 
-def test_canvas_masks_of_the_view_are_taken():
-    """Own loops hand on what `create_diffusion_decoder_attention_mask` gave them."""
-    ids, mask = pad_rows(rows_of((4, 9)), "left")
-    whole = torch.cat((mask, torch.ones(2, CANVAS, dtype=mask.dtype)), dim=1)
-    made = ours().model.decoder.create_diffusion_decoder_attention_mask(decoder_attention_mask=whole)
-    assert torch.equal(
-        call(input_ids=ids, attention_mask=mask, decoder_attention_mask=made).logits, call(input_ids=ids, attention_mask=mask).logits
-    )
-
-
 @pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
 def test_masks_by_layer_type_that_hide_something_are_refused(name):
     cache = DynamicCache()
@@ -151,7 +141,7 @@ def test_image_features_come_as_a_tuple_and_with_states_on_request():
 @pytest.mark.parametrize("model", [ours(), ours().model], ids=["with head", "without"])
 def test_unknown_argument_is_named(model):
     """transformers' class takes any and ignores it."""
-    with pytest.raises(TypeError, match="num_diffusion_steps"):
+    with pytest.raises(ValueError, match="num_diffusion_steps"):
         call(model, num_diffusion_steps=3)
 
 

@@ -77,7 +77,7 @@ def test_score_reads_images():
     for match, given in {"pixel_values": {}, "image_position_ids": {"pixel_values": PIXELS}}.items():
         with pytest.raises(ValueError, match=match):
             model.score(**batch, **given)
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(ValueError, match="colour"):
         model.score(**batch, **IMAGES, colour=3)
     for name, value in {"samples": 2.5, "canvas_length": "x", "input_ids": "x", "labels": [1]}.items():
         with pytest.raises(ValueError, match=name):
