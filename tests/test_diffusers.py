@@ -5,14 +5,11 @@ print(pipe("Write 3 March 1998 as an ISO date.", gen_length=256).texts[0])
 """
 
 import copy
-import gc
-import pickle
-import weakref
 
 import pytest
 import torch
-from small_models import IMAGE, prompts, small_model, small_pair
-from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, DynamicCache
+from small_models import small_pair
+from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
 from modeling_diffusiongemma import default_checkpoint, drop_in
 
@@ -128,46 +125,3 @@ def test_bad_call_of_the_pipeline_is_refused(diffusers, shipped, tokenizer):
         written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, prompt=None)
     with pytest.raises(ValueError, match="gen_length"):
         written(diffusers, shipped[1], "EntropyBoundScheduler", tokenizer, gen_length=0)
-
-
-# What they call, which needs nothing installed
-
-
-def test_encoder_view_is_the_prompt_pass():
-    model, (ids, mask) = dropped_in(small_model()), prompts(2, 9, padded=3)
-    seen, wanted = DynamicCache(), DynamicCache()
-    got = model.model.encoder(input_ids=ids, attention_mask=mask, past_key_values=seen)
-    assert torch.equal(got.last_hidden_state, model.prefill(ids, mask, past_key_values=wanted).last_hidden_state)
-    assert seen.get_seq_length() == wanted.get_seq_length() == 9
-    with pytest.raises(ValueError, match="pixel_values"):
-        model.model.encoder(
-            input_ids=torch.full((1, 4), IMAGE), pixel_values=torch.zeros(1, 4, 12), image_position_ids=torch.zeros(1, 4, 2).long()
-        )
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copied_model_shows_itself(duplicate):
-    """The copy's prompt pass must not run through the weights of the model it was copied from."""
-    model = dropped_in(small_model())
-    other, ids = duplicate(model), prompts(1, 9)[0]
-    torch.nn.init.normal_(other.model.decoder.embed_tokens.weight)
-    assert torch.equal(model.model.encoder(ids).last_hidden_state, model.prefill(ids).last_hidden_state)
-    assert torch.equal(other.model.encoder(ids).last_hidden_state, other.prefill(ids).last_hidden_state)
-    assert not torch.equal(model.model.encoder(ids).last_hidden_state, other.model.encoder(ids).last_hidden_state)
-
-
-def test_deleted_model_is_freed_at_once():
-    """A view that held its model would keep it until the garbage collector runs."""
-    model = dropped_in(small_model())
-    shown = weakref.ref(model.model)
-    gc.collect()
-    gc.disable()
-    try:
-        del model
-        assert shown() is None
-    finally:
-        gc.enable()
-
-
-def test_a_second_stack_adds_nothing_to_the_state_dict():
-    assert not [name for name in dropped_in(small_model()).state_dict() if "shown" in name]

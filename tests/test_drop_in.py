@@ -563,6 +563,13 @@ def test_hooks_of_torch_and_accelerate_are_let_through():
     assert torch.equal(generated(offloaded, max_denoising_steps=2).sequences, expected)
 
 
+def test_bad_images_are_refused_by_the_prompt_pass_itself(pair):
+    with pytest.raises(ValueError, match="pixel_values"):
+        pair[1].model.encoder(
+            input_ids=torch.full((1, 4), IMAGE), pixel_values=torch.zeros(1, 4, 12), image_position_ids=torch.zeros(1, 4, 2).long()
+        )
+
+
 # The same model, whichever way it is loaded, placed, copied and saved
 
 
@@ -623,6 +630,9 @@ def test_copies_share_no_weights_and_hold_each_once(duplicate):
                  for side in ("encoder.language_model", "decoder")]  # fmt: skip
         assert pairs[0] is pairs[1] and pairs[2] is pairs[3] and torch.equal(pairs[0], pairs[2]) == (layer > 1)
     assert len(list(other.parameters())) == len(list(tiny.ours().parameters()))
+    for each in (model, other):  # each shows its own passes
+        assert torch.equal(each.model.encoder(PROMPT).last_hidden_state, each.prefill(PROMPT).last_hidden_state)
+    assert not torch.equal(model.model.encoder(PROMPT).last_hidden_state, other.model.encoder(PROMPT).last_hidden_state)
     close(model.double().model.encoder.language_model.layers[0].mlp.up_proj.weight.dtype is torch.float64, True, 0)
 
 
