@@ -547,10 +547,28 @@ def test_subclass_with_another_forward_is_refused():
         Counting(tiny.tiny_config()).eval().generate(PROMPT, max_new_tokens=4)
 
 
-def test_another_forward_in_a_class_of_transformers_is_refused(pair, monkeypatch):
-    """As kernels' packages put theirs there: it would never run in ours."""
-    monkeypatch.setattr(theirs.DiffusionGemmaText4MLP, "forward", no_call)
-    with pytest.raises(ValueError, match="`DiffusionGemmaText4MLP.forward` of transformers was replaced"):
+@pytest.mark.parametrize(
+    ("holder", "name"),
+    [
+        (theirs.DiffusionGemmaText4MLP, "forward"), (theirs.DiffusionGemmaForBlockDiffusion, "_denoising_step"),
+        (their_generation.DiffusionGemmaGenerationMixin, "_denoising_step"), (theirs, "apply_rotary_pos_emb"),
+        (their_generation.EntropyBoundSampler, "accept_canvas"), (their_generation.StableAndConfidentStoppingCriteria, "__call__"),
+        (theirs.DiffusionGemmaDecoderModel, "create_diffusion_decoder_attention_mask"),
+    ],
+)  # fmt: skip
+def test_function_of_transformers_that_was_replaced_is_refused(holder, name, pair, monkeypatch):
+    """As packages of kernels put theirs there, and scripts their samplers: it would never run in ours."""
+    monkeypatch.setattr(holder, name, no_call)
+    with pytest.raises(ValueError, match=f"{name}` of transformers was replaced, which nothing here calls"):
+        pair[1].generate(PROMPT, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("side", "name"), [("encoder", "create_masks_for_generate"), ("decoder", "create_diffusion_decoder_attention_mask")]
+)
+def test_masks_of_a_scripts_own_making_are_refused(side, name, pair, monkeypatch):
+    monkeypatch.setattr(pair[1].model.get_submodule(side), name, no_call)
+    with pytest.raises(ValueError, match=f"`{name}` is replaced on the model"):
         pair[1].generate(PROMPT, max_new_tokens=4)
 
 

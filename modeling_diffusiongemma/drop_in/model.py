@@ -200,7 +200,7 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
             raise ValueError(
                 f"{type(self).__name__} has another `forward`, and generation does not call it; expected hooks on layers, or a `watcher`"
             )
-        check_unpatched()
+        check_unpatched(self.model.encoder, self.model.decoder)
         sources = [
             kwargs,
             *(each if isinstance(each, dict) else vars(each) for each in (generation_config, self.generation_config) if each),

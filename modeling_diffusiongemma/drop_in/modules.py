@@ -5,7 +5,11 @@ it see what transformers' module of that name would take and return. Keys, value
 past the hooks in `Aside`. Where ours is also an instance of transformers' class, `isinstance` finds it; no code of that class runs.
 """
 
+from collections.abc import Iterator
+from inspect import isfunction
+
 import torch
+from transformers.models.diffusion_gemma import generation_diffusion_gemma as their_generation
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as theirs
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
 
@@ -138,18 +142,44 @@ DRESSED = {
 OF_THE_PROMPT_PASS = {Attention: DiffusionGemmaEncoderTextAttention, BlockLayer: DiffusionGemmaEncoderTextLayer}
 
 
-# Of transformers' classes, before anybody replaces one: nothing here would call what is put there.
-THEIR_FORWARDS = {
-    cls: cls.forward for name, cls in vars(theirs).items() if name.startswith("DiffusionGemma") and hasattr(cls, "forward")
-}  # fmt: skip
+THEIR_MODULES = (theirs, their_generation)
+FUNCTIONS = {
+    module: {name for name, value in vars(module).items() if isfunction(value) and value.__module__ == module.__name__}
+    for module in THEIR_MODULES
+}
+THEIR_CLASSES = [value for module in THEIR_MODULES for value in vars(module).values()
+                 if isinstance(value, type) and value.__module__ == module.__name__]  # fmt: skip
 
 
-def check_unpatched() -> None:
-    """Raises ValueError where another `forward` was put into a class of transformers, which nothing here would call."""
-    for cls, forward in THEIR_FORWARDS.items():
-        if cls.forward is not forward:
-            ours = "`modeling_diffusiongemma.drop_in.modules` has ours"
-            raise ValueError(f"`{cls.__name__}.forward` of transformers was replaced, and ours is another class; {ours}")
+def _functions() -> Iterator[tuple[tuple[object, str], object]]:
+    """Methods and functions of transformers' two modules for this model, each with where it stands."""
+    for module in (theirs, their_generation):
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", None) == module.__name__:
+                if isinstance(value, type):
+                    yield from (
+                        ((value, each), member) for each, member in vars(value).items() if callable(member) or hasattr(member, "__func__")
+                    )
+                else:
+                    yield (module, name), value
+
+
+THEIRS = dict(_functions())  # before anybody replaces one: nothing here would call what is put there
+
+
+def check_unpatched(encoder: torch.nn.Module, decoder: torch.nn.Module) -> None:
+    """Raises ValueError where a function of transformers for this model was replaced, in its classes or modules, or one that makes masks
+    on the model's own modules: nothing here would call it."""
+    found = dict(_functions())
+    for holder, name in THEIRS | found:
+        if found.get((holder, name)) is not THEIRS.get((holder, name)):
+            ours = "the modules of `modeling_diffusiongemma.drop_in` are classes of their own, and docs/drop_in.md says what to use instead"
+            raise ValueError(f"`{holder.__name__}.{name}` of transformers was replaced, which nothing here calls: {ours}")
+    for module, name in ((encoder, "create_masks_for_generate"), (decoder, "create_diffusion_decoder_attention_mask")):
+        if name in vars(module):
+            raise ValueError(
+                f"`{name}` is replaced on the model, and generation calls no such method; instead, `attention_mask` says what is seen"
+            )
 
 
 def dress(tree: torch.nn.Module, classes: dict[type, type]) -> None:
