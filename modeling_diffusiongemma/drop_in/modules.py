@@ -153,15 +153,10 @@ THEIR_CLASSES = [value for module in THEIR_MODULES for value in vars(module).val
 
 def _functions() -> Iterator[tuple[tuple[object, str], object]]:
     """Methods and functions of transformers' two modules for this model, each with where it stands."""
-    for module in (theirs, their_generation):
-        for name, value in vars(module).items():
-            if getattr(value, "__module__", None) == module.__name__:
-                if isinstance(value, type):
-                    yield from (
-                        ((value, each), member) for each, member in vars(value).items() if callable(member) or hasattr(member, "__func__")
-                    )
-                else:
-                    yield (module, name), value
+    for module, names in FUNCTIONS.items():
+        yield from (((module, name), vars(module).get(name)) for name in names)
+    for cls in THEIR_CLASSES:
+        yield from (((cls, name), member) for name, member in vars(cls).items() if callable(member) or hasattr(member, "__func__"))
 
 
 THEIRS = dict(_functions())  # before anybody replaces one: nothing here would call what is put there
@@ -177,9 +172,7 @@ def check_unpatched(encoder: torch.nn.Module, decoder: torch.nn.Module) -> None:
             raise ValueError(f"`{holder.__name__}.{name}` of transformers was replaced, which nothing here calls: {ours}")
     for module, name in ((encoder, "create_masks_for_generate"), (decoder, "create_diffusion_decoder_attention_mask")):
         if name in vars(module):
-            raise ValueError(
-                f"`{name}` is replaced on the model, and generation calls no such method; instead, `attention_mask` says what is seen"
-            )
+            raise ValueError(f"`{name}` is replaced on the model, and generation calls no such method; instead, pass `attention_mask`")
 
 
 def dress(tree: torch.nn.Module, classes: dict[type, type]) -> None:
