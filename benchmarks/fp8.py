@@ -4,6 +4,7 @@
     python benchmarks/fp8.py memory                  # loading and quantising a shrunk model, each in a process of its own
     python benchmarks/fp8.py accuracy --cases 100    # the shipped text checkpoint: float32, bfloat16, FP8, and what else was tried
     python benchmarks/fp8.py time                    # a canvas pass, random weights: full size on a GPU, shrunk on a CPU
+    python benchmarks/fp8.py cpu                     # one layer at full size on a CPU, with torch's conversion and with the table (1 GB)
 
 Every part prints its table with hardware and versions, to be pasted into RESULTS.md.
 """
@@ -27,7 +28,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from measure import heading, machine
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint
+from modeling_diffusiongemma.layers.experts import Experts
 from modeling_diffusiongemma.quantize import quantize_checkpoint
+from modeling_diffusiongemma.weights import fp8_numbers
+from modeling_diffusiongemma.weights.fp8 import FP8Experts, FP8Linear
 from modeling_diffusiongemma.weights.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout
 from modeling_diffusiongemma.weights.fp8_math import E4M3, dequantize, quantize_rows, quantize_weight
 
@@ -43,11 +47,11 @@ SHRUNK = {"hidden_size": 704, "num_hidden_layers": 6, "num_experts": 32, "moe_in
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["bytes", "memory", "accuracy", "time"])
+    parser.add_argument("part", choices=["bytes", "memory", "accuracy", "time", "cpu"])
     parser.add_argument("--cases", type=int, default=50, help="accuracy: unseen inputs of each job")
     parser.add_argument("--canvas-length", type=int, default=64, help="accuracy: 256 is the checkpoint's own")
     parser.add_argument("--prompt", type=int, default=1024, help="time: prompt tokens")
-    parser.add_argument("--repeats", type=int, default=20, help="time: canvas passes")
+    parser.add_argument("--repeats", type=int, default=20, help="time: canvas passes; cpu: runs of each line, at most 5")
     parser.add_argument("--compile", action="store_true", help="time: torch.compile, with CUDA graphs on a GPU")
     parser.add_argument("--load", nargs=3, metavar=("KIND", "SRC", "DST"), help=argparse.SUPPRESS)  # `memory` calls itself
     return parser.parse_args(arguments)
@@ -221,21 +225,26 @@ def random_model(config: DiffusionGemmaConfig, device: torch.device, fp8: bool) 
     model.to_empty(device=device)
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if name.endswith("_scale") and tensor.dtype == torch.float32 and tensor.dim() > 1:
-                tensor.fill_(2e-4)  # e4m3 numbers have a deviation of 100 below
-            elif tensor.dtype == E4M3:
-                for part in tensor.view(-1, tensor.shape[-1]).split(2**16):
-                    numbers = torch.randn(part.shape, generator=generator, device=device, dtype=torch.bfloat16)
-                    part.copy_((numbers * 100).clamp(-448, 448))
-            elif tensor.dim() == 1:
-                tensor.fill_(1.0)
-            else:
-                tensor.normal_(0, 0.02, generator=generator)
-        for _, buffer in model.named_buffers():
-            buffer.fill_(1.0)
+    fill(model, generator)
     return model.eval()
+
+
+@torch.no_grad()
+def fill(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Random weights."""
+    for name, tensor in module.named_parameters():
+        if name.endswith("_scale") and tensor.dtype == torch.float32 and tensor.dim() > 1:
+            tensor.fill_(2e-4)  # e4m3 numbers have a deviation of 100 below
+        elif tensor.dtype == E4M3:
+            for part in tensor.view(-1, tensor.shape[-1]).split(2**16):
+                numbers = torch.randn(part.shape, generator=generator, device=tensor.device, dtype=torch.bfloat16)
+                part.copy_((numbers * 100).clamp(-448, 448))
+        elif tensor.dim() == 1:
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0, 0.02, generator=generator)
+    for _, buffer in module.named_buffers():
+        buffer.fill_(1.0)
 
 
 def pass_bytes(model: DiffusionGemmaForMaskedBlockLM, cache: DynamicCache) -> int:
@@ -277,6 +286,49 @@ def print_time(args: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
 
 
+@contextlib.contextmanager
+def torchs_conversion():
+    """Without the table of e4m3 numbers."""
+    original, fp8_numbers.has_table = fp8_numbers.has_table, lambda *_: False
+    try:
+        yield
+    finally:
+        fp8_numbers.has_table = original
+
+
+@torch.no_grad()
+def print_cpu(args: argparse.Namespace) -> None:
+    """Experts and a linear layer of the released widths; the two ways in turn, and whether they agree to the last bit."""
+    config = AutoConfig.from_pretrained(RELEASED).text_config
+    with torch.device("meta"):
+        layers = {"experts": FP8Experts(Experts(config)), "linear layer": FP8Linear(config.hidden_size, config.intermediate_size)}
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        fill(layer.to_empty(device="cpu"), generator)
+    print(f"{config.num_experts} experts of {config.hidden_size} and {config.moe_intermediate_size}, {config.top_k_experts} a token; linear")
+    print(f"layer of {config.hidden_size} and {config.intermediate_size}; {torch.get_num_threads()} threads; median (fastest)\n")
+    print("| layer, activations | tokens | experts hit | torch's conversion, ms | table, ms | ratio | same bits |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype, tokens in [(dtype, tokens) for dtype in (torch.bfloat16, torch.float32) for tokens in (256, 20)]:
+        hidden = torch.randn(tokens, config.hidden_size, generator=generator).to(dtype)
+        chosen = torch.rand(tokens, config.num_experts, generator=generator).topk(config.top_k_experts).indices
+        weights = torch.rand(tokens, config.top_k_experts, generator=generator)
+        for name, inputs in {"experts": (hidden, chosen, weights), "linear layer": (hidden,)}.items():
+            milliseconds, outputs = {}, []
+            for _ in range(1 + min(args.repeats, 5)):  # the first is not counted
+                for way, context in {"torch": torchs_conversion, "table": contextlib.nullcontext}.items():
+                    with context():
+                        started = time.perf_counter()
+                        outputs.append(layers[name](*inputs))
+                        milliseconds.setdefault(way, []).append(1e3 * (time.perf_counter() - started))
+            middle = {way: statistics.median(values[1:]) for way, values in milliseconds.items()}
+            columns = " | ".join(f"{middle[way]:,.1f} ({min(values[1:]):,.1f})" for way, values in milliseconds.items())
+            same = all(torch.equal(output.view(torch.uint8), outputs[0].view(torch.uint8)) for output in outputs)
+            hit = len(chosen.unique()) if name == "experts" else ""
+            ratio = middle["torch"] / middle["table"]
+            print(f"| {name}, {str(dtype)[6:]} | {tokens} | {hit} | {columns} | {ratio:.1f} | {'yes' if same else 'NO'} |", flush=True)
+
+
 def main() -> None:
     args = parse()
     if args.load:
@@ -290,6 +342,8 @@ def main() -> None:
         print_memory()
     elif args.part == "accuracy":
         print_accuracy(args)
+    elif args.part == "cpu":
+        print_cpu(args)
     else:
         print_time(args)
 
