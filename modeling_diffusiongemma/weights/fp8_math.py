@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from generation.fast.proofs import FastPath, numbers, works
 
+from .fp8_apart import matrices_of
 from .fp8_numbers import E4M3, widen
 
 try:
@@ -132,14 +133,12 @@ def scaled_grouped_product(
 
 
 def dequantized_product(
-    quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype,
-    workspace: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """`scaled_product` on any device, in `dtype`: e4m3 numbers are exact in float32 and bfloat16, so only the scales wait. `workspace`: to
-    hold the weight, in `exact_dtype`."""
+    quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`scaled_product` on any device, in `dtype`: e4m3 numbers are exact in float32 and bfloat16, so only the scales wait. `weight` may be
+    in `exact_dtype` already."""
     exact = exact_dtype(dtype)
-    product = widen(quantized, exact) @ widen(weight, exact, workspace).T
-    return (product.float() * input_scale * scale.T).to(dtype)
+    return ((widen(quantized, exact) @ widen(weight, exact).T).float() * input_scale * scale.T).to(dtype)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -153,9 +152,12 @@ def dequantized_grouped_product(
 ) -> torch.Tensor:
     """`scaled_grouped_product` on any device, in `dtype`, with one dequantised weight at a time."""
     output = torch.empty(len(quantized), weight.shape[1], dtype=dtype, device=quantized.device)
-    workspace = torch.empty(weight.shape[1:], dtype=exact_dtype(dtype), device=weight.device)
+    plain = torch.empty(weight.shape[1:], dtype=exact_dtype(dtype), device=weight.device)
     for expert, rows in groups(ends):
-        output[rows] = dequantized_product(quantized[rows], input_scale[rows], weight[expert], scale[expert], dtype, workspace)
+        matrices = matrices_of(weight, expert)
+        for place, matrix in zip(plain.split([len(matrix) for matrix in matrices]), matrices, strict=True):
+            widen(matrix, plain.dtype, place)
+        output[rows] = dequantized_product(quantized[rows], input_scale[rows], plain, scale[expert], dtype)
     return output
 
 

@@ -22,10 +22,10 @@ LOOKED_UP = 2**18  # pairs at a time: the numbers to look them up by, twice as m
 def widen(quantized: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """`quantized.to(dtype)`, by the fastest way the device has.
 
-    Args: e4m3 of any shape; a floating dtype; a tensor of this shape and dtype in one piece, to be written to and returned in place of a
-    new one: on a CPU the pages of a large new tensor take as long as the numbers.
+    Args: e4m3 of any shape; a floating dtype; a tensor of this shape and dtype, to be written to and returned in place of a new one: on a
+    CPU the pages of a large new tensor take as long as the numbers.
     """
-    if has_table(quantized, dtype):
+    if has_table(quantized, dtype) and (out is None or out.is_contiguous() and out.storage_offset() % 2 == 0):
         return looked_up(quantized, dtype, out)
     return quantized.to(dtype) if out is None else out.copy_(quantized)
 
