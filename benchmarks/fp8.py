@@ -4,6 +4,8 @@
     python benchmarks/fp8.py memory                  # loading and quantising a shrunk model, each in a process of its own
     python benchmarks/fp8.py accuracy --cases 100    # the shipped text checkpoint: float32, bfloat16, FP8, and what else was tried
     python benchmarks/fp8.py time                    # a canvas pass, random weights: full size on a GPU, shrunk on a CPU
+    python benchmarks/fp8.py load                    # on a CPU: two layers at full size from a file (3.3 GB of disk and memory)
+    python benchmarks/fp8.py cpu                     # one layer at full size on a CPU, with torch's conversion and with the table (1 GB)
 
 Every part prints its table with hardware and versions, to be pasted into RESULTS.md.
 """
@@ -11,6 +13,7 @@ Every part prints its table with hardware and versions, to be pasted into RESULT
 import argparse
 import collections
 import contextlib
+import hashlib
 import json
 import statistics
 import subprocess
@@ -22,13 +25,17 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DiffusionGemmaConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from measure import heading, machine
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint
+from modeling_diffusiongemma.layers.experts import Experts
 from modeling_diffusiongemma.quantize import quantize_checkpoint
-from modeling_diffusiongemma.weights.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout
+from modeling_diffusiongemma.weights import fp8_numbers
+from modeling_diffusiongemma.weights.fp8 import FP8Experts, FP8Linear
+from modeling_diffusiongemma.weights.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout, published_quantization
 from modeling_diffusiongemma.weights.fp8_math import E4M3, dequantize, quantize_rows, quantize_weight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -43,13 +50,13 @@ SHRUNK = {"hidden_size": 704, "num_hidden_layers": 6, "num_experts": 32, "moe_in
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["bytes", "memory", "accuracy", "time"])
+    parser.add_argument("part", choices=["bytes", "memory", "accuracy", "time", "cpu", "load"])
     parser.add_argument("--cases", type=int, default=50, help="accuracy: unseen inputs of each job")
     parser.add_argument("--canvas-length", type=int, default=64, help="accuracy: 256 is the checkpoint's own")
     parser.add_argument("--prompt", type=int, default=1024, help="time: prompt tokens")
-    parser.add_argument("--repeats", type=int, default=20, help="time: canvas passes")
+    parser.add_argument("--repeats", type=int, default=20, help="time: canvas passes; cpu: runs of each line, at most 5")
     parser.add_argument("--compile", action="store_true", help="time: torch.compile, with CUDA graphs on a GPU")
-    parser.add_argument("--load", nargs=3, metavar=("KIND", "SRC", "DST"), help=argparse.SUPPRESS)  # `memory` calls itself
+    parser.add_argument("--load", nargs=3, metavar=("KIND", "SRC", "DST"), help=argparse.SUPPRESS)  # `memory` and `load` call themselves
     return parser.parse_args(arguments)
 
 
@@ -121,6 +128,61 @@ class PeakMemory:
         self.done.set()
         self.thread.join()
         self.end = self.now()
+
+
+def write_layers(folder: Path, layers: int) -> None:
+    """The last layers of the released architecture, and one of its vision tower, random, in the published FP8 layout: one file."""
+    stored = json.loads((RELEASED / "config.json").read_text())
+    stored["text_config"] |= {"num_hidden_layers": layers, "layer_types": stored["text_config"]["layer_types"][-layers:]}
+    stored["vision_config"]["num_hidden_layers"] = 1
+    with torch.device("meta"):
+        model = DiffusionGemmaForMaskedBlockLM(DiffusionGemmaConfig.from_dict(stored)).to(torch.bfloat16)
+    ignore, generator, tensors = default_ignore(model), torch.Generator().manual_seed(0), {}
+    make_fp8(model, ignore)
+    for name, (dtype, shape) in published_layout(model).items():
+        if dtype == "F8_E4M3":
+            tensors[name] = torch.randint(0, 127, shape, dtype=torch.uint8, generator=generator).view(E4M3)
+        elif name.endswith("weight_scale") or len(shape) < 2:
+            tensors[name] = torch.full(shape, 2e-4 if name.endswith("weight_scale") else 1.0, dtype=torch.bfloat16)
+        else:
+            tensors[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    stored |= {"quantization_config": published_quantization(ignore), "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(stored))
+
+
+@torch.no_grad()
+def load_layers(kind: str, source: str) -> None:
+    """`write_layers`' checkpoint loaded, and canvas passes, in a process of its own; prints a line of JSON."""
+    AutoModelForCausalLM.from_pretrained(default_checkpoint(), quantization_config=FP8Config())
+    started, before = time.perf_counter(), PeakMemory.now()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    if kind == "stacked":
+        for module in fp8_modules(model).values():
+            if isinstance(module, FP8Experts):
+                module.stack()
+    measured = {"load": time.perf_counter() - started, "loaded": PeakMemory.now() - before}
+    canvas = torch.randint(200, 250_000, (1, 256), generator=torch.Generator().manual_seed(0))
+    cache, passes = model.prefill(canvas[:, :20]).cache, []
+    for _ in range(3):
+        started = time.perf_counter()
+        states = model.denoise(canvas, cache).last_hidden_state
+        passes.append(time.perf_counter() - started)
+    bits = hashlib.sha256(states.view(torch.uint8).numpy().tobytes()).hexdigest()
+    print(json.dumps(measured | {"pass": statistics.median(passes), "run": PeakMemory.now() - before, "bits": bits}))
+
+
+def print_load() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_layers(Path(folder), 2)
+        print(f"{(Path(folder) / 'model.safetensors').stat().st_size / 1e9:.2f} GB in one file, 2 layers, 256 tokens a canvas\n")
+        print("| experts | load, s | private memory, GB | after 3 canvas passes, GB | canvas pass, s (median) | bits |")
+        print("|---|---|---|---|---|---|")
+        for kind, name in {"mapped": "in the file", "stacked": "stacked in memory, by `stack()`"}.items():
+            command = [sys.executable, __file__, "load", "--load", kind, folder, "-"]
+            done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+            memory = f"{done['loaded'] / 1e9:.2f} | {done['run'] / 1e9:.2f}"
+            print(f"| {name} | {done['load']:.1f} | {memory} | {done['pass']:.2f} | {done['bits'][:8]} |", flush=True)
 
 
 def load(kind: str, source: str, destination: str) -> None:
@@ -221,21 +283,26 @@ def random_model(config: DiffusionGemmaConfig, device: torch.device, fp8: bool) 
     model.to_empty(device=device)
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if name.endswith("_scale") and tensor.dtype == torch.float32 and tensor.dim() > 1:
-                tensor.fill_(2e-4)  # e4m3 numbers have a deviation of 100 below
-            elif tensor.dtype == E4M3:
-                for part in tensor.view(-1, tensor.shape[-1]).split(2**16):
-                    numbers = torch.randn(part.shape, generator=generator, device=device, dtype=torch.bfloat16)
-                    part.copy_((numbers * 100).clamp(-448, 448))
-            elif tensor.dim() == 1:
-                tensor.fill_(1.0)
-            else:
-                tensor.normal_(0, 0.02, generator=generator)
-        for _, buffer in model.named_buffers():
-            buffer.fill_(1.0)
+    fill(model, generator)
     return model.eval()
+
+
+@torch.no_grad()
+def fill(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Random weights."""
+    for name, tensor in module.named_parameters():
+        if name.endswith("_scale") and tensor.dtype == torch.float32 and tensor.dim() > 1:
+            tensor.fill_(2e-4)  # e4m3 numbers have a deviation of 100 below
+        elif tensor.dtype == E4M3:
+            for part in tensor.view(-1, tensor.shape[-1]).split(2**16):
+                numbers = torch.randn(part.shape, generator=generator, device=tensor.device, dtype=torch.bfloat16)
+                part.copy_((numbers * 100).clamp(-448, 448))
+        elif tensor.dim() == 1:
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0, 0.02, generator=generator)
+    for _, buffer in module.named_buffers():
+        buffer.fill_(1.0)
 
 
 def pass_bytes(model: DiffusionGemmaForMaskedBlockLM, cache: DynamicCache) -> int:
@@ -277,10 +344,53 @@ def print_time(args: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
 
 
+@contextlib.contextmanager
+def torchs_conversion():
+    """Without the table of e4m3 numbers."""
+    original, fp8_numbers.has_table = fp8_numbers.has_table, lambda *_: False
+    try:
+        yield
+    finally:
+        fp8_numbers.has_table = original
+
+
+@torch.no_grad()
+def print_cpu(args: argparse.Namespace) -> None:
+    """Experts and a linear layer of the released widths; the two ways in turn, and whether they agree to the last bit."""
+    config = AutoConfig.from_pretrained(RELEASED).text_config
+    with torch.device("meta"):
+        layers = {"experts": FP8Experts(Experts(config)), "linear layer": FP8Linear(config.hidden_size, config.intermediate_size)}
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        fill(layer.to_empty(device="cpu"), generator)
+    print(f"{config.num_experts} experts of {config.hidden_size} and {config.moe_intermediate_size}, {config.top_k_experts} a token;")
+    print(f"linear layer of {config.hidden_size} and {config.intermediate_size}; {torch.get_num_threads()} threads; median (fastest)\n")
+    print("| layer, activations | tokens | experts hit | torch's conversion, ms | table, ms | ratio | same bits |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype, tokens in [(dtype, tokens) for dtype in (torch.bfloat16, torch.float32) for tokens in (256, 20)]:
+        hidden = torch.randn(tokens, config.hidden_size, generator=generator).to(dtype)
+        chosen = torch.rand(tokens, config.num_experts, generator=generator).topk(config.top_k_experts).indices
+        weights = torch.rand(tokens, config.top_k_experts, generator=generator)
+        for name, inputs in {"experts": (hidden, chosen, weights), "linear layer": (hidden,)}.items():
+            milliseconds, outputs = {}, []
+            for _ in range(1 + min(args.repeats, 5)):  # the first is not counted
+                for way, context in {"torch": torchs_conversion, "table": contextlib.nullcontext}.items():
+                    with context():
+                        started = time.perf_counter()
+                        outputs.append(layers[name](*inputs))
+                        milliseconds.setdefault(way, []).append(1e3 * (time.perf_counter() - started))
+            middle = {way: statistics.median(values[1:]) for way, values in milliseconds.items()}
+            columns = " | ".join(f"{middle[way]:,.1f} ({min(values[1:]):,.1f})" for way, values in milliseconds.items())
+            same = all(torch.equal(output.view(torch.uint8), outputs[0].view(torch.uint8)) for output in outputs)
+            hit = len(chosen.unique()) if name == "experts" else ""
+            ratio = middle["torch"] / middle["table"]
+            print(f"| {name}, {str(dtype)[6:]} | {tokens} | {hit} | {columns} | {ratio:.1f} | {'yes' if same else 'NO'} |", flush=True)
+
+
 def main() -> None:
     args = parse()
     if args.load:
-        load(*args.load)
+        load(*args.load) if args.part == "memory" else load_layers(*args.load[:2])
         return
     transformers.utils.logging.disable_progress_bar()
     print(f"{heading(__file__, sys.argv[1:], machine('cuda' if torch.cuda.is_available() else 'cpu'))}\n")
@@ -290,6 +400,10 @@ def main() -> None:
         print_memory()
     elif args.part == "accuracy":
         print_accuracy(args)
+    elif args.part == "cpu":
+        print_cpu(args)
+    elif args.part == "load":
+        print_load()
     else:
         print_time(args)
 

@@ -9,10 +9,14 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+from transformers.utils import logging
 
 from ..layers.experts import Experts, eager_experts
+from .fp8_apart import MatricesApart
 from .fp8_math import E4M3, dequantize, fp8_grouped_product, fp8_product
 from .registry import stack_experts
+
+logger = logging.get_logger(__name__)
 
 
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -27,13 +31,19 @@ def scale_name(weight: str) -> str:
     return f"{weight}_scale" if weight.endswith("weight") else f"{weight.removesuffix('_proj')}_scale"
 
 
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """No numbers, of a tensor's dtype and on its device."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
 class FixedDtypes:
     """Moves with its model, but keeps its dtypes: `model.to(torch.bfloat16)` must cast neither FP8 weights nor their scales."""
 
     def _apply(self, fn, recurse: bool = True):
         def moved(tensor):
-            changed = fn(tensor)
-            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+            small = stand_in(tensor)  # whose cast costs nothing
+            changed = fn(small)
+            return fn(tensor) if changed.dtype == small.dtype else tensor.to(changed.device)
 
         return super()._apply(moved, recurse)
 
@@ -97,13 +107,18 @@ class FP8Experts(FixedDtypes, nn.Module):
             # One after the other: indexing would give each expert a gradient as large as all of them.
             plain = {name: self._parametrized(name).to(dtype).unbind() for name in self.WEIGHTS}
             return eager_experts(SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **plain), hidden_states, chosen, weights)
+        return self._routed(hidden_states, chosen, weights, self.gate_up_proj, self.down_proj)
+
+    def _routed(
+        self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
+    ) -> torch.Tensor:
         tokens, active = chosen.shape
         experts, order = chosen.flatten().sort(stable=True)  # (N * A)
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True).to(torch.int32)
-        gate_up = fp8_grouped_product(hidden_states, order // active, self.gate_up_proj, self.gate_up_scale, ends)
+        gate_up = fp8_grouped_product(hidden_states, order // active, gate_up_proj, self.gate_up_scale, ends)
         gate, up = gate_up.chunk(2, dim=-1)
         places = torch.arange(tokens * active, device=order.device)
-        partial = fp8_grouped_product(self.act_fn(gate) * up, places, self.down_proj, self.down_scale, ends)
+        partial = fp8_grouped_product(self.act_fn(gate) * up, places, down_proj, self.down_scale, ends)
         partial = partial[torch.empty_like(order).scatter(0, order, places)].view(tokens, active, -1)
         return torch.bmm(weights.to(partial.dtype).unsqueeze(1), partial).squeeze(1)
 
@@ -115,13 +130,77 @@ class FP8Experts(FixedDtypes, nn.Module):
             weight = step(weight)
         return weight
 
+    def stack(self) -> None:
+        """Puts weights that lie in a checkpoint's files into memory, stacked: there are none here (see `CheckpointFP8Experts`)."""
+
     def dequantized(self, dtype: torch.dtype, like: Experts) -> Experts:
         """`like` with these weights in `dtype`, dequantised expert by expert."""
         for name in self.WEIGHTS:
-            stored = list(zip(getattr(self, name), getattr(self, scale_name(name)), strict=True))
-            plain = stack_experts(self.num_experts, [stored], lambda pairs, expert: dequantize(*pairs[expert], dtype))
+            weight = self._parameters[name] if name in self._parameters else getattr(self, name)
+            pair = (weight, getattr(self, scale_name(name)))
+            plain = stack_experts(self.num_experts, [pair], lambda pair, expert: dequantize(*(one[expert] for one in pair), dtype))
             setattr(like, name, nn.Parameter(plain))
         return like
 
 
-__all__ = ["FP8Experts", "FP8Linear", "FixedDtypes", "frozen", "scale_name"]
+class CheckpointFP8Experts(FP8Experts):
+    """`FP8Experts` on a CPU whose weights are `MatricesApart`: the matrices of a checkpoint, one by one, which stay in its mapped files
+    until they are read. Names, shapes, dtypes and results are those of `FP8Experts`.
+
+    It becomes `FP8Experts`, with stacked weights in memory of their own, by `stack()`; and by itself when it is moved to another device,
+    when a state dict is loaded into it, and when somebody reads its `gate_up_proj` or `down_proj`, as peft does for `target_parameters`:
+    what is then done to them lasts. Reading makes a warning, since it takes as much memory as the weights have bytes.
+    """
+
+    def stack(self) -> None:
+        """Makes `FP8Experts` of this, in place."""
+        for name, weight in self._apart().items():
+            self._parameters[name] = nn.Parameter(weight.stacked(), requires_grad=False)
+        if type(self) is CheckpointFP8Experts:  # and no class that torch made of it for parametrisations
+            self.__class__ = FP8Experts
+
+    def _apart(self) -> dict[str, MatricesApart]:
+        return {name: weight for name, weight in self._parameters.items() if isinstance(weight, MatricesApart)}
+
+    def __getattr__(self, name: str):
+        if name in self.WEIGHTS and name in self._apart():
+            logger.warning_once(
+                f"`{name}` of FP8 experts was read, so the experts of its layer, which lay in the checkpoint's files, are now in memory."
+            )
+            self.stack()
+        return FP8Experts.__getattr__(self, name)
+
+    def _apply(self, fn, recurse: bool = True):
+        if not (apart := self._apart()) or not self._stays(fn, stand_in(next(iter(apart.values())))):
+            self.stack()
+            return FP8Experts._apply(self, fn, recurse)
+        order = list(self._parameters)
+        for name in apart:
+            del self._parameters[name]
+        super()._apply(fn, recurse)
+        others = dict(self._parameters)
+        self._parameters.clear()
+        self._parameters.update({name: (others | apart)[name] for name in order})
+        return self
+
+    @staticmethod
+    def _stays(fn, small: torch.Tensor) -> bool:
+        """Whether `fn` of `_apply` leaves e4m3 weights where they are: it casts, or does nothing."""
+        changed = fn(small)
+        cast = changed.device == small.device and changed.dtype != small.dtype
+        return cast or changed is small and not changed.is_shared()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
+        if not local_metadata.get("assign_to_params_buffers") and any(prefix + name in state_dict for name in self.WEIGHTS):
+            self.stack()
+        FP8Experts._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
+
+    @torch.compiler.disable  # nothing of this is for a graph: a loop over files
+    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `FP8Experts.forward`."""
+        if is_parametrized(self):
+            return super().forward(hidden_states, chosen, weights)
+        return self._routed(hidden_states, chosen, weights, *(self._parameters[name] for name in self.WEIGHTS))
+
+
+__all__ = ["CheckpointFP8Experts", "FP8Experts", "FP8Linear", "FixedDtypes", "frozen", "scale_name"]

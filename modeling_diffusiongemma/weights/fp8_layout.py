@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..layers.experts import Experts
-from .fp8 import FP8Experts, FP8Linear
+from .fp8 import CheckpointFP8Experts, FP8Experts, FP8Linear
 from .fp8_math import E4M3
 from .safetensors_files import StoredTensor, published_tensors, read_tensors
 
@@ -94,12 +94,13 @@ def expert_shapes(experts: str, projection: str, stacked: torch.Size) -> dict[st
     return dict.fromkeys(expert_names(experts, count, projection), (rows // len(PROJECTIONS[projection]), columns))
 
 
-def make_fp8(model: nn.Module, ignore: list[str], dtype: torch.dtype = E4M3) -> list[str]:
+def make_fp8(model: nn.Module, ignore: list[str], dtype: torch.dtype = E4M3, apart: bool = False) -> list[str]:
     """Puts FP8 modules into `model`, with or without its head, in place, on the meta device.
 
     Args:
         ignore: published names, or patterns `re:...`, of linear layers to leave alone.
         dtype: of the weights until they are loaded.
+        apart: experts are for `CheckpointFP8Experts` weights, else for stacked ones.
 
     Returns:
         The published names of what was replaced. ValueError: a layer with a bias, which the format does not know; an `ignore` that
@@ -115,7 +116,7 @@ def make_fp8(model: nn.Module, ignore: list[str], dtype: torch.dtype = E4M3) -> 
                 if left and left != names:
                     raise ValueError(f"`ignore` names {left[0]} and not every expert of its layer; expected all of a layer or none")
                 if not left:
-                    replaced[name] = FP8Experts(module, dtype)
+                    replaced[name] = (CheckpointFP8Experts if apart else FP8Experts)(module, dtype)
             elif isinstance(module, nn.Linear) and not is_ignored(published, ignore) and published != "lm_head":
                 if module.bias is not None:
                     raise ValueError(f"{published} has a bias; expected it among `ignore`: FP8 layers have none")
@@ -139,7 +140,7 @@ def fp8_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
             shapes[name] = tuple(module.weight.shape)
         else:
             for projection in PROJECTIONS:
-                shapes |= expert_shapes(name, projection, getattr(module, projection).shape)
+                shapes |= expert_shapes(name, projection, module._parameters[projection].shape)
     return shapes
 
 

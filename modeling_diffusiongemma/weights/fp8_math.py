@@ -21,6 +21,9 @@ from transformers.utils import logging
 
 from generation.fast.proofs import FastPath, numbers, works
 
+from .fp8_apart import matrices_of
+from .fp8_numbers import E4M3, widen
+
 try:
     from torch.nn.functional import ScalingType, scaled_grouped_mm, scaled_mm
 except ImportError:  # an older torch
@@ -28,7 +31,6 @@ except ImportError:  # an older torch
 
 logger = logging.get_logger(__name__)
 
-E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 MULTIPLE = 16  # of both sizes of a weight, for torch's scaled products
 _DEQUANTISED = "FP8 weights are dequantised for every product, one at a time: same numbers, less speed"
@@ -68,7 +70,7 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`quantized * scale` in `dtype`; the product itself is taken in float32."""
-    return (quantized.float() * scale).to(dtype)
+    return (widen(quantized, torch.float32) * scale).to(dtype)
 
 
 def reference_product(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -133,9 +135,15 @@ def scaled_grouped_product(
 def dequantized_product(
     quantized: torch.Tensor, input_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`scaled_product` on any device, in `dtype`: e4m3 numbers are exact in float32 and bfloat16, so only the scales wait."""
-    exact = dtype if dtype in EXACT else torch.float32  # a sum of products overflows float16
-    return ((quantized.to(exact) @ weight.to(exact).T).float() * input_scale * scale.T).to(dtype)
+    """`scaled_product` on any device, in `dtype`: e4m3 numbers are exact in float32 and bfloat16, so only the scales wait. `weight` may be
+    in `exact_dtype` already."""
+    exact = exact_dtype(dtype)
+    return ((widen(quantized, exact) @ widen(weight, exact).T).float() * input_scale * scale.T).to(dtype)
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the operands of a product in `dtype` are multiplied in: a sum of products overflows float16."""
+    return dtype if dtype in EXACT else torch.float32
 
 
 @torch.compiler.disable  # a loop over numbers on the host: one break in a compiled graph instead of many
@@ -144,8 +152,12 @@ def dequantized_grouped_product(
 ) -> torch.Tensor:
     """`scaled_grouped_product` on any device, in `dtype`, with one dequantised weight at a time."""
     output = torch.empty(len(quantized), weight.shape[1], dtype=dtype, device=quantized.device)
+    plain = torch.empty(weight.shape[1:], dtype=exact_dtype(dtype), device=weight.device)
     for expert, rows in groups(ends):
-        output[rows] = dequantized_product(quantized[rows], input_scale[rows], weight[expert], scale[expert], dtype)
+        matrices = matrices_of(weight, expert)
+        for place, matrix in zip(plain.split([len(matrix) for matrix in matrices]), matrices, strict=True):
+            widen(matrix, plain.dtype, place)
+        output[rows] = dequantized_product(quantized[rows], input_scale[rows], plain, scale[expert], dtype)
     return output
 
 

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.experts import Experts
 from .fp8 import FP8Experts, FP8Linear, scale_name
+from .fp8_apart import MatricesApart
 from .fp8_layout import PROJECTIONS, check_files, check_quantization, default_ignore, fp8_modules, make_fp8, published_quantization
 from .fp8_math import E4M3, quantize_weight
 from .registry import BlockQuantizer, only, register, stack_experts
@@ -59,18 +60,20 @@ class FP8Config(QuantizationConfigMixin):
 
 class StoredExperts(ConversionOps):
     """Experts stored one by one, `(rows, K)` each, into a stacked tensor `(E, rows of all parts, K)`; scales become float32, which the
-    scaled products take. `storing`: backwards, without copying weights."""
+    scaled products take. `apart`: weights become `MatricesApart`. `storing`: backwards, without copying weights."""
 
-    def __init__(self, parts: int, scales: bool, storing: bool = False):
-        self.parts, self.scales, self.storing = parts, scales, storing
+    def __init__(self, parts: int, scales: bool, apart: bool = False, storing: bool = False):
+        self.parts, self.scales, self.apart, self.storing = parts, scales, apart, storing
 
     @torch.no_grad()
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
         if self.storing:
+            stacked = only(input_dict)
+            experts = stacked.experts if isinstance(stacked, MatricesApart) else [one.chunk(self.parts) for one in stacked]
             return {
                 pattern.replace("*", str(expert)): stored_scale(rows) if self.scales else separately_stored(rows)
-                for expert, stacked in enumerate(only(input_dict))
-                for pattern, rows in zip(target_patterns, stacked.chunk(self.parts), strict=True)
+                for expert, matrices in enumerate(experts)
+                for pattern, rows in zip(target_patterns, matrices, strict=True)
             }
 
         def matrix(part, expert):  # each is freed: the stack and its parts are never there twice
@@ -78,11 +81,13 @@ class StoredExperts(ConversionOps):
             return rows.float() if self.scales else rows
 
         parts = [input_dict.pop(pattern) for pattern in source_patterns]
+        if self.apart and all(type(matrix) is torch.Tensor and matrix.device.type == "cpu" for part in parts for matrix in part):
+            return {target_patterns[0]: MatricesApart([list(matrices) for matrices in zip(*parts, strict=True)])}
         return {target_patterns[0]: stack_experts(len(parts[0]), parts, matrix)}
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return StoredExperts(self.parts, self.scales, not self.storing)
+        return StoredExperts(self.parts, self.scales, self.apart, not self.storing)
 
 
 class ConvertScale(ConversionOps):
@@ -111,14 +116,14 @@ def separately_stored(view: torch.Tensor) -> torch.Tensor:
     return torch.from_dlpack(view.view(torch.uint8)).view(view.dtype)
 
 
-def conversions() -> list[WeightConverter]:
-    """From the stored names to the model's."""
+def conversions(apart: bool = False) -> list[WeightConverter]:
+    """From the stored names to the model's; with `apart` experts' weights become `MatricesApart`."""
     converters = []
     for stacked, parts in PROJECTIONS.items():
         # Scales first: for transformers before 5.23 their names match the weights' patterns too.
         for suffix, target in (("weight_scale", scale_name(f"experts.{stacked}")), ("weight", f"experts.{stacked}")):
-            sources = [f"experts.*.{part}.{suffix}" for part in parts]
-            converters.append(WeightConverter(sources, target, [StoredExperts(len(parts), suffix == "weight_scale")]))
+            sources, is_scale = [f"experts.*.{part}.{suffix}" for part in parts], suffix == "weight_scale"
+            converters.append(WeightConverter(sources, target, [StoredExperts(len(parts), is_scale, apart and not is_scale)]))
     return [*converters, WeightConverter("weight_scale", "weight_scale", [ConvertScale()])]
 
 
@@ -150,14 +155,17 @@ class FP8Quantizer(BlockQuantizer):
     def __init__(self, quantization_config: FP8Config, **kwargs):
         super().__init__(quantization_config, **kwargs)
         self.unquantizable: list[str] = []  # and why; an exception during a conversion would be swallowed
+        self.apart = False  # experts stay in the checkpoint's files
 
-    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, device_map=None, checkpoint_files=None, **kwargs) -> None:
         if not any(isinstance(module, Experts) for module in model.modules()):
             raise ValueError(f"`quantization_config` is FP8Config and the model {type(model).__name__}; expected a DiffusionGemma")
         if self.quantization_config.ignore is None:
             self.quantization_config.ignore = default_ignore(model)
         # Until it is quantised a weight keeps the dtype it is loaded in, or it would be cast to e4m3 without a scale.
-        make_fp8(model, self.quantization_config.ignore, E4M3 if self.pre_quantized else model.config.dtype)
+        places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+        self.apart = self.pre_quantized and all(str(place) == "cpu" for place in places)
+        make_fp8(model, self.quantization_config.ignore, E4M3 if self.pre_quantized else model.config.dtype, self.apart)
         if self.pre_quantized and checkpoint_files:
             check_files(model, checkpoint_files)
 
@@ -166,7 +174,7 @@ class FP8Quantizer(BlockQuantizer):
             raise ValueError(f"cannot quantise {model.name_or_path}: {'; '.join(sorted(self.unquantizable))}")
         for name, module in fp8_modules(model).items():
             for weight in module.WEIGHTS:
-                if getattr(module, weight).dtype != E4M3 and not getattr(module, weight).is_meta:
+                if module._parameters[weight].dtype != E4M3 and not module._parameters[weight].is_meta:
                     raise ValueError(f"the checkpoint has no {name}.{weight}; expected one: FP8 weights are not made up")
             module.requires_grad_(False)
         if not self.pre_quantized:
@@ -176,7 +184,7 @@ class FP8Quantizer(BlockQuantizer):
         return QuantizeWeight(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        return conversions() if self.pre_quantized else []
+        return conversions(self.apart) if self.pre_quantized else []
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, module in list(model.named_modules()):

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.experts import Experts
 from .fp8_layout import PROJECTIONS, expert_shapes, prefix_of
+from .fp8_numbers import widen
 from .registry import BlockQuantizer, register, stack_experts
 from .safetensors_files import published_tensors, read_tensors
 
@@ -40,7 +41,7 @@ def dequantize_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: to
     """
     table = torch.tensor([*CODES, *(-code for code in CODES)], dtype=torch.float32, device=packed.device)
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)  # (rows, K)
-    scales = (scale.float() * global_scale.float().reshape(())).repeat_interleave(GROUP, dim=-1)
+    scales = (widen(scale, torch.float32) * global_scale.float().reshape(())).repeat_interleave(GROUP, dim=-1)
     return (table[codes.int()] * scales).to(dtype)
 
 
