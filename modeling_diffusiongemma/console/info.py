@@ -17,7 +17,8 @@ from ..weights.loading import damaged_files
 from ..weights.safetensors_files import INDEX, SINGLE
 from .arguments import UsageError, json_line
 from .device_report import FAILED, describe_device, device_table, prove_all
-from .session import checked_device, read_config
+from .placement import checked_device
+from .session import read_config
 
 HIDDEN = ("transformers_version", "do_sample")  # of a generation config
 
