@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -102,6 +103,8 @@ def check_fits(model: nn.Module, files: list[str] | None, load_config) -> None:
     distributed = getattr(load_config, "device_mesh", None) is not None
     if distributed or not files or not all(file.endswith(".safetensors") and Path(file).is_file() for file in files):
         return
+    if sys.platform == "linux" and not load_config.disable_mmap:
+        check_mapping(files)
     memory, disk = bytes_needed(model, files, load_config)
     what, folder = f"cannot load {load_config.pretrained_model_name_or_path}", load_config.disk_offload_folder
     if disk["quantised"]:
@@ -115,6 +118,17 @@ def check_fits(model: nn.Module, files: list[str] | None, load_config) -> None:
             )
     if disk["written"]:
         check_folder(folder, disk["written"], what)
+
+
+def check_mapping(files: list[str]) -> None:
+    """OSError where Linux does not map a file: by default none that is larger than memory and swap together."""
+    for file in files:
+        try:
+            with contextlib.suppress(SafetensorError), safe_open(file, "pt"):
+                pass
+        except RuntimeError as error:
+            size, remedy = gigabytes(Path(file).stat().st_size), "shards that fit, more swap, or `sysctl vm.overcommit_memory=1`"
+            raise OSError(f"cannot load {file}: its {size} cannot be mapped into memory; expected {remedy}") from error
 
 
 def check_folder(folder: str | None, size: int, what: str) -> None:
