@@ -537,6 +537,7 @@ def test_info_of_the_released_model_reads_no_weight(answers, tmp_path):
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     (about,) = answers("info", "--model", str(tmp_path))
+    assert about["special_ids"]["bos_token_id"] == 2, "its generation config does not say it"
     assert about["parameters"] == 25_823_778_864 and about["weights"]["tensors"] == 1047
     assert about["weights"]["bytes_by_dtype"] == {"BF16": 51_647_562_456} and 3.5e9 < about["active_parameters"] < 4.5e9
 

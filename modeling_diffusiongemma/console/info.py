@@ -72,7 +72,7 @@ def describe(path: str) -> dict[str, Any]:
         "sliding_window": text.sliding_window, "attention_heads": text.num_attention_heads,
         "experts": text.num_experts, "experts_per_token": text.top_k_experts, "vision_layers": config.vision_config.num_hidden_layers,
         "special_ids": {
-            **{name: settings.get(name) for name in SPECIAL_TOKENS},
+            **{name: settings.get(name, getattr(text, name, None)) for name in SPECIAL_TOKENS},
             **{name: getattr(config, name) for name in ("image_token_id", "boi_token_id", "eoi_token_id")},
         },
         "generation": {name: value for name, value in settings.items() if name not in SPECIAL_TOKENS},
