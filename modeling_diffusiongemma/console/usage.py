@@ -104,6 +104,15 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", nargs="?", const="", metavar="NAME",
         help="instead of a checkpoint: prove every fast path on this device (default: cuda if there is one, else cpu)",
     )  # fmt: skip
+    parser.add_argument(
+        "--plan", action="store_true",
+        help="where it would go on machines of several sizes in bf16, FP8 and NF4: GiB by place; and, of those, how many move in each step",
+    )  # fmt: skip
+
+
+def info_check(args: argparse.Namespace) -> None:
+    if args.plan and args.device is not None:
+        raise UsageError("`--plan` and `--device` are both given; expected one: a plan is a checkpoint's")
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -141,10 +150,11 @@ the folder then loads anywhere, with this code, by
   AutoModelForCausalLM.from_pretrained("./my-repository", trust_remote_code=True)
 and without trust_remote_code in transformers' own class. Upload it with: hf upload OWNER/NAME ./my-repository
 """),
-    Command("info", "say what a checkpoint is without loading it", info_arguments, None, """\
+    Command("info", "say what a checkpoint is without loading it", info_arguments, info_check, """\
   diffusiongemma info
   diffusiongemma info --model sudoku --json
   diffusiongemma info --model google/diffusiongemma-26B-A4B-it
+  diffusiongemma info --model google/diffusiongemma-26B-A4B-it --plan
   diffusiongemma info --device
   diffusiongemma info --device cuda:1 --json
 """),

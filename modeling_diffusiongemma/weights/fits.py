@@ -84,7 +84,9 @@ def free_memory(place: object) -> int | None:
             import psutil  # which accelerate requires
         except ImportError:
             return None
-        return psutil.virtual_memory().available + psutil.swap_memory().free
+        memory = psutil.virtual_memory()
+        # Other systems grow their swap, and make room: what is free at the moment says little there.
+        return memory.available + psutil.swap_memory().free if sys.platform == "linux" else memory.total
     # Windows lends a GPU the machine's memory, and an integrated one has no other.
     if device.type != "cuda" or not torch.cuda.is_available() or sys.platform == "win32":
         return None
