@@ -49,8 +49,8 @@ def stored_dtypes(model: nn.Module, files: list[str], mapping: list) -> tuple[di
 
 def place_of(name: str, device_map: dict) -> object:
     """The device of a weight: that of the innermost module in the map."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+    path = name.split(".")
+    prefixes = (".".join(path[:end]) for end in range(len(path), -1, -1))
     return next((device_map[prefix] for prefix in prefixes if prefix in device_map), "cpu")
 
 
@@ -137,8 +137,8 @@ def check_folder(folder: str | None, size: int, what: str) -> None:
     """ValueError unless `size` bytes can be written into an offload folder."""
     why = f"{gigabytes(size)} of weights go to the disk in another form than the checkpoint's"
     if folder is None:
-        room = "a folder with as much room, or a `max_memory` that keeps them off the disk"
-        raise ValueError(f"{what}: `offload_folder` is None, and {why}; expected {room}")
+        expected = "a folder with as much room, or a `max_memory` that keeps them off the disk"
+        raise ValueError(f"{what}: `offload_folder` is None, and {why}; expected {expected}")
     path = Path(folder).absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
     try:
@@ -150,8 +150,8 @@ def check_folder(folder: str | None, size: int, what: str) -> None:
     with contextlib.suppress(OSError):  # an earlier load's are written over
         free += sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if size > free:
-        room = f"{gigabytes(free)} are free there"
-        raise ValueError(f"{what}: `offload_folder` is {str(folder)!r}, {why}, and {room}; expected a folder with as much room")
+        there_are = f"{gigabytes(free)} are free there"
+        raise ValueError(f"{what}: `offload_folder` is {str(folder)!r}, {why}, and {there_are}; expected a folder with as much room")
 
 
 def gigabytes(size: int) -> str:
