@@ -27,12 +27,17 @@ SMALLER = (
 )
 
 
-def stored_dtypes(model: nn.Module, files: list[str], mapping: list) -> tuple[dict[str, str], set[str]]:
+def stored_dtypes(model: nn.Module, files: list[str], mapping: list) -> tuple[dict[str, str], dict[str, bool]]:
     """By the headers of a checkpoint's files: the weights of `model` that are taken as they lie there, with safetensors' words for their
-    dtypes; and those that transformers converts, by its `mapping` of names."""
+    dtypes; and those that transformers converts, by its `mapping` of names, with whether what comes out takes memory: operations that are
+    `apart` keep to the tensors of the files."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state, as_they_are, converted = model.state_dict(), {}, set()
+    copies = {
+        pattern: not any(getattr(operation, "apart", False) for operation in converter.operations)
+        for converter in converters for pattern in converter.source_patterns
+    }  # fmt: skip
+    state, as_they_are, converted = model.state_dict(), {}, {}
     for file in files:
         for name, entry in inspect_header(Path(file))[0].items():
             if name == "__metadata__":
@@ -41,7 +46,7 @@ def stored_dtypes(model: nn.Module, files: list[str], mapping: list) -> tuple[di
             if target not in state and name in state:
                 target, pattern = name, None
             if pattern is not None:
-                converted.add(target)
+                converted[target] = copies[pattern]
             elif target in state:
                 as_they_are[target] = entry["dtype"]
     return as_they_are, converted
@@ -59,19 +64,22 @@ def bytes_needed(model: nn.Module, files: list[str], load_config) -> tuple[Count
     be there. `load_config` is transformers', with the final device map."""
     as_they_are, converted = stored_dtypes(model, files, load_config.weight_mapping or [])
     quantizer, mapped = load_config.hf_quantizer, sys.platform != "win32" and not load_config.disable_mmap
-    quantising = quantizer is not None and not quantizer.pre_quantized
     memory, disk, seen = Counter(), Counter(), set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen or name not in as_they_are and name not in converted:
             continue
         seen.add(id(tensor))  # tied
-        quantised = quantising and quantizer.param_needs_quantization(model, name)
-        each = quantizer.param_element_size(model, name, tensor) if quantised else tensor.element_size()
+        each = tensor.element_size() if quantizer is None else quantizer.param_element_size(model, name, tensor)
         size, place = int(each * tensor.numel()), place_of(name, load_config.device_map or {})
-        unchanged = name in as_they_are and not quantised
+        quantised = quantizer is not None and quantizer.param_needs_quantization(model, name)
+        quantising = quantised and not quantizer.pre_quantized
+        if name in converted:
+            unchanged = not converted[name]
+        else:  # what is stored quantised is not cast
+            unchanged = not quantising and (quantised or as_they_are[name] == STORED.get(tensor.dtype))
         if place == "disk" and isinstance(tensor, nn.Parameter):
-            disk["quantised" if quantised else "written"] += 0 if unchanged else size
-        elif str(place) not in ("cpu", "disk") or not (mapped and unchanged and as_they_are[name] == STORED.get(tensor.dtype)):
+            disk["quantised" if quantising and name in as_they_are else "written"] += size if quantising or name in converted else 0
+        elif str(place) not in ("cpu", "disk") or not (mapped and unchanged):
             memory["cpu" if place == "disk" else place] += size
     return memory, disk
 
