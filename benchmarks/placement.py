@@ -1,12 +1,13 @@
-"""Where Accelerate puts the released model: the plan of `device_map="auto"` for several machines. Loads no weights, needs no GPU.
+"""Where Accelerate puts the released model in bf16, FP8 and NF4: plans of `device_map="auto"`. Loads no weights, needs no GPU.
 
-    python benchmarks/placement.py                                  # one 24 GB, one 80 GB and two 24 GB GPUs, bf16
-    python benchmarks/placement.py --gpus 48 24 --cpu 64 --map      # another machine, and its map, ready for `device_map=`
+    python benchmarks/placement.py                                  # CPUs of 16 to 64 GB, GPUs of 16 to 80, and pairs of them
+    python benchmarks/placement.py --gpus 48 24 --cpu 64 --map      # another machine, layer by layer, and its maps for `device_map=`
+    python benchmarks/placement.py --cpu 24                         # one without a GPU
 
-The model is built on the meta device from the released config.json, and `accelerate.infer_auto_device_map` places it under the
-rule that no layer is split. GPUs are filled in order and the rest goes to the CPU, then to the disk. While it computes, an
-offloaded layer is copied to GPU 0, where Accelerate keeps room for it; so what is offloaded crosses the bus once in every
-denoising step and once in every prefill and commit (the vision tower only where there are images).
+The model is built on the meta device from the released config.json and placed under the rule that no layer is split. In a cell stand GiB
+by place, and behind the semicolon those that move in every denoising step, prefill and commit: what no GPU holds is copied to GPU 0, where
+Accelerate keeps room for it; without a GPU what is on the disk is read from there (the vision tower only where there are images). How it is
+computed: `modeling_diffusiongemma/weights/plans.py`; `diffusiongemma info --plan` prints the same table of any checkpoint.
 """
 
 import argparse
@@ -15,102 +16,60 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-from accelerate import infer_auto_device_map
 from transformers import AutoConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM  # noqa: E402
-
-MACHINES = ([24], [80], [24, 24])
-LAYERS = "model.decoder.layers."
+from modeling_diffusiongemma.weights.plans import CPU_RESERVE, GIB, GPU_RESERVE, MACHINES, Machine, Plan, layers_on, table  # noqa: E402
 
 
-def build(config_folder: str) -> DiffusionGemmaForMaskedBlockLM:
-    """The model on the meta device."""
-    with torch.device("meta"):
-        return DiffusionGemmaForMaskedBlockLM(AutoConfig.from_pretrained(config_folder))
-
-
-def plan(model, gpus: list[float], cpu: float, reserve: float, dtype: torch.dtype) -> dict[str, int | str]:
-    """Module name to GPU index, "cpu" or "disk". Memory in GiB; `reserve` of every GPU is kept for cache and activations."""
-    memory = {index: int((size - reserve) * 2**30) for index, size in enumerate(gpus)} | {"cpu": int(cpu * 2**30)}
-    return infer_auto_device_map(model, memory, model._no_split_modules, dtype=dtype)
-
-
-def bytes_on(model, placed: dict[str, int | str], dtype: torch.dtype, within: str = "") -> dict[int | str, int]:
-    """Bytes of weights and buffers on each device, a tied weight counted once; of those whose name begins with `within`."""
-    found = dict.fromkeys(placed.values(), 0)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith(within):
-            continue
-        parts = name.split(".")
-        home = next(prefix for end in range(len(parts), -1, -1) if (prefix := ".".join(parts[:end])) in placed)
-        found[placed[home]] += tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
-    return found
-
-
-def layers_on(model, placed: dict[str, int | str]) -> dict[int | str, list[int]]:
-    """Indices of the layers on each device."""
-    found = {device: [] for device in placed.values()}
-    for index in range(model.config.text_config.num_hidden_layers):
-        name = f"{LAYERS}{index}"
-        home = next(prefix for prefix in (name, LAYERS[:-1], "model.decoder", "model", "") if prefix in placed)
-        found[placed[home]].append(index)
-    return found
-
-
-def describe(device: int | str, size: int, layers: list[int]) -> str:
-    where = f"GPU {device}" if isinstance(device, int) else device
-    which = "no layer" if not layers else f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    return f"{where}: {size / 2**30:.1f} GiB ({which})"
-
-
-def row(model, gpus: list[float], args: argparse.Namespace) -> tuple[str, dict[str, int | str]]:
-    """One machine's line of the table, and its map."""
-    dtype = getattr(torch, args.dtype)
-    placed = plan(model, gpus, args.cpu, args.reserve, dtype)
-    sizes, layers = bytes_on(model, placed, dtype), layers_on(model, placed)
-    places = "; ".join(describe(device, size, layers[device]) for device, size in sizes.items())
-    moved = sum(size for device, size in bytes_on(model, placed, dtype, "model.decoder").items() if device in ("cpu", "disk"))
-    return f"| {' + '.join(f'{size:g}' for size in gpus)} | {places} | {moved / 2**30:.1f} |", placed
+def layers_in_words(plan: Plan, layers: int) -> str:
+    """`GPU 0 layers 0 to 11, cpu layers 12 to 29`."""
+    found = []
+    for place, indices in layers_on(plan, layers).items():
+        which = "no layer" if not indices else f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]} to {indices[-1]}"
+        found.append(f"{f'GPU {place}' if isinstance(place, int) else place} {which}")
+    return ", ".join(found)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--gpus", nargs="+", type=float, metavar="GIB", help="memory of each GPU of one machine (default: the three above)")
-    add("--cpu", type=float, default=64, metavar="GIB", help="memory of the CPU that may hold weights (default: 64)")
-    add("--reserve", type=float, default=2, metavar="GIB", help="kept free on every GPU for context, cache, activations (default: 2)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--gpus", nargs="+", type=float, default=[], metavar="GIB", help="memory of each GPU of one machine")
+    add("--cpu", type=float, metavar="GIB", help="memory of one machine's CPU: beside GPUs all of it for weights (default: 64)")
+    add("--reserve", type=float, metavar="GIB", help="kept free on every GPU, or on a CPU without one (default: "
+        f"{GPU_RESERVE / GIB:g} or {CPU_RESERVE / GIB:g})")  # fmt: skip
     add("--config", default=str(ROOT / "tests" / "data" / "released"), help="folder with a config.json (default: the released one)")
-    add("--map", action="store_true", help="also print each device map as JSON")
+    add("--map", action="store_true", help="also print one machine's device maps as JSON")
     args = parser.parse_args(arguments)
-    if args.reserve < 0 or args.cpu < 0:
+    if min(args.reserve or 0, args.cpu or 0) < 0:
         parser.error(f"`--reserve` is {args.reserve} and `--cpu` is {args.cpu}; expected neither below 0")
-    if args.gpus and min(args.gpus) <= args.reserve:
-        parser.error(f"`--gpus` is {args.gpus}; expected more than `--reserve`, {args.reserve}, each")
+    reserve = GPU_RESERVE / GIB if args.reserve is None else args.reserve
+    if args.gpus and min(args.gpus) <= reserve:
+        parser.error(f"`--gpus` is {args.gpus}; expected more than `--reserve`, {reserve:g}, each")
     if not (Path(args.config) / "config.json").is_file():
         parser.error(f"`--config` is {args.config!r}; expected a folder with a config.json")
+    if args.map and not args.gpus and args.cpu is None:
+        parser.error("`--map` is given; expected `--gpus` or `--cpu`, which say of what machine")
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of every GPU that is not here
-    model = build(args.config)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters in {args.dtype}; "
-          f"{args.reserve:g} GiB of every GPU kept free, {args.cpu:g} GiB of CPU memory\n")  # fmt: skip
-    print("| GPUs, GiB | where the weights go | GiB that cross the bus in a step |\n|---|---|---|")
-    maps = []
-    for gpus in [args.gpus] if args.gpus else MACHINES:
-        line, placed = row(model, gpus, args)
-        print(line)
-        maps.append(placed)
-    for placed in maps if args.map else ():
-        print(f"\n{json.dumps(placed, indent=2)}")
+    one = bool(args.gpus) or args.cpu is not None
+    machines = [Machine.gib(*args.gpus, cpu=64 if args.cpu is None else args.cpu)] if one else MACHINES
+    reserves = (GPU_RESERVE, CPU_RESERVE) if args.reserve is None else (int(args.reserve * GIB),) * 2
+    config = AutoConfig.from_pretrained(args.config)
+    lines, plans = table(config, DiffusionGemmaForMaskedBlockLM, machines, *reserves)
+    print(f"{reserves[0] / GIB:g} GiB of every GPU kept free, {reserves[1] / GIB:g} GiB of a CPU without one\n")
+    print("\n".join(lines))
+    for precision, plan in plans[machines[0]].items() if one else ():
+        print(f"\n{precision}: {layers_in_words(plan, config.text_config.num_hidden_layers)}")
+        if args.map:
+            print(json.dumps(plan.device_map, indent=2))
 
 
 if __name__ == "__main__":

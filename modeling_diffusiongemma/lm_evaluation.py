@@ -2,17 +2,20 @@
 
     python -m modeling_diffusiongemma.lm_evaluation --tasks gsm8k --apply_chat_template \\
         --model diffusiongemma --model_args pretrained=FOLDER,max_denoising_steps=24 --batch_size 8
+    ... --model_args pretrained=FOLDER,quantize=4bit,max_memory=0=20GB+cpu=12GB
 
 or `import modeling_diffusiongemma.lm_evaluation`, then `lm_eval.simple_evaluate(model="diffusiongemma", ...)`. The command line
 is lm-eval's own; its `lm-eval` never imports this file. `generate_until` is block diffusion. Log-likelihoods are the causal pass's,
 exact, or with `mode=diffusion` the canvas pass's Monte-Carlo estimate (`training/score.py`).
 """
 
+import argparse
 import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from generation.call.configuration import DiffusionGenerationConfig
 
 from .checkpoints import default_checkpoint
+from .console.placement import loading_arguments, memory, quantization_name, writable_folder
 from .model.head import DiffusionGemmaForMaskedBlockLM
 from .training.collator import BlockDiffusionCollator
 from .training.score import MODES
@@ -46,7 +50,10 @@ class DiffusionGemmaEvaluation(TemplateLM):
         pretrained: a folder or Hub repository, or a loaded `DiffusionGemmaForMaskedBlockLM`. Default: the shipped text checkpoint.
         tokenizer (*optional*): its name, or itself. Default: the checkpoint's.
         batch_size: rows a batch; `max_batch_size`, which lm-eval passes for its own search, must be unset or equal to it.
-        device, dtype: of the model; default: cuda where there is one, and the checkpoint's.
+        device, dtype: of the model; default: cuda where there is one, and the checkpoint's. "auto" spreads it over all devices.
+        quantize, max_memory, offload_folder: how it is loaded, as for `diffusiongemma generate`: `"fp8"` or `"4bit"`; `"12GB"`, or
+            `"0=20GB,cpu=40GB"`, where `+` may stand for the comma that lm-eval's command line cuts at; and the name of a folder. With
+            the last two `device` says which GPU is used beside the CPU.
         max_length: tokens of context and continuation; default: the config's `max_position_embeddings`. Longer contexts lose
             their beginning.
         max_gen_toks: tokens to generate where a task does not say (256: lm-eval).
@@ -60,7 +67,8 @@ class DiffusionGemmaEvaluation(TemplateLM):
     def __init__(
         self, pretrained=None, tokenizer=None, batch_size: int | str = 1, max_batch_size: int | str | None = None,
         device: str | None = None, dtype: str = "auto", max_length: int | None = None, max_gen_toks: int = 256, seed: int = 0,
-        mode: str = "autoregressive", samples: int = 16, **settings,
+        mode: str = "autoregressive", samples: int = 16, quantize: str | None = None, max_memory: str | None = None,
+        offload_folder: str | None = None, **settings,
     ):  # fmt: skip
         super().__init__()
         self.batch_size = _integer("batch_size", batch_size)
@@ -73,17 +81,22 @@ class DiffusionGemmaEvaluation(TemplateLM):
         DiffusionGenerationConfig(**settings)  # refuses what it does not know before anything is loaded
         if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f"`dtype` is {dtype!r}; expected 'auto' or the name of a torch dtype")
+        loading = {
+            "quantize": _read("quantize", quantization_name, quantize), "max_memory": _read("max_memory", memory, max_memory),
+            "offload_folder": _read("offload_folder", writable_folder, offload_folder),
+        }  # fmt: skip
         if pretrained is None or isinstance(pretrained, str):
             pretrained = default_checkpoint() if pretrained is None else pretrained
             cuda = torch.cuda.is_available()
             if str(device).startswith("cuda") and not cuda:  # lm-eval's command line says cuda:0 where nobody said anything
                 logger.warning("`device` is %s and there is no CUDA: the model is evaluated on the CPU", device)
                 device = "cpu"
-            device = device or ("cuda" if cuda else "cpu")
-            self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype).to(device).eval()
+            self.model = AutoModelForCausalLM.from_pretrained(pretrained, **loading_arguments(device, dtype, **loading)).eval()
             tokenizer = pretrained if tokenizer is None else tokenizer
-        elif dtype != "auto":
-            raise ValueError(f"`dtype` is {dtype!r}; expected 'auto', since `pretrained` is a model and not its name")
+        elif given := {name: value for name, value in {"dtype": dtype, **loading}.items() if value not in (None, "auto")}:
+            name, value = next(iter(given.items()))
+            default = "'auto'" if name == "dtype" else None
+            raise ValueError(f"`{name}` is {value!r}; expected {default}, since `pretrained` is a model and not its name")
         else:
             self.model = pretrained.eval() if device is None else pretrained.to(device).eval()
         if not isinstance(self.model, DiffusionGemmaForMaskedBlockLM):
@@ -208,6 +221,14 @@ class DiffusionGemmaEvaluation(TemplateLM):
         given = {**self.settings, **settings, "return_dict_in_generate": True}
         output = self.model.generate(ids, attention_mask=real, seed=seeds, **given)
         return [row[:length] for row, length in zip(output.sequences[:, longest:].tolist(), output.lengths.tolist(), strict=True)]
+
+
+def _read(name: str, parse: Callable[[str], Any], value: str | None) -> Any:
+    """What the console's option of this name would be."""
+    try:
+        return None if value is None else parse(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"`{name}`: {error}") from None
 
 
 def _integer(name: str, value, smallest: int = 1) -> int:

@@ -3,11 +3,13 @@
     python -m modeling_diffusiongemma.serve                      # the shipped checkpoints, loaded when a request names one
     python -m modeling_diffusiongemma.serve FOLDER --port 8001   # loads one and serves it alone
     python -m modeling_diffusiongemma.serve --allow FOLDER --allow OWNER/NAME
+    python -m modeling_diffusiongemma.serve FOLDER --quantize 4bit --max-memory 0=20GB,cpu=12GB
 
 Options and endpoints are those of `transformers serve`. That command never imports this package, and so serves transformers'
 class; here the Auto classes are registered first. Added are: images where the checkpoint has a processor; models that are
-served by name and no others; limits on the size of a request (status 413, `--max-characters`); a reason, in OpenAI's form and with
-status 400, 404 or 501, for what is not answered; and a chat that the model cannot read is refused instead of read in part.
+served by name and no others; FP8, 4 bit and placement (`--quantize`, `--max-memory`, `--offload-folder`), as in the console; limits
+on the size of a request (status 413, `--max-characters`); a reason, in OpenAI's form and with status 400, 404 or 501, for what is
+not answered; and a chat that the model cannot read is refused instead of read in part.
 
 **For clients you trust, on this machine or a network of your own.** There is neither a key nor a quota: one request is generated
 at a time, a client may ask for as many tokens as it likes, may unload the models (`/reset`), and may have the server fetch an
@@ -22,20 +24,24 @@ at once only `temperature=0` is reproducible.
 """
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import MethodType
+from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForMultimodalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import Modality
 
 from generation.watch.watcher import Watcher
 
 from .checkpoints import shipped
-from .console.arguments import checkpoint_name, integer
+from .console.arguments import UsageError, checkpoint_name, integer
+from .console.placement import add_placement, loading_arguments
 from .console.serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
 from .model.head import DiffusionGemmaForMaskedBlockLM
 
@@ -45,6 +51,9 @@ PROGRAM = "python -m modeling_diffusiongemma.serve"
 OUR_OPTIONS = """
 Of this package: --allow NAME, a folder or Hub repository that may be asked for (repeatable; by default the shipped
 checkpoints, or FORCE_MODEL alone); --max-characters N, of text in a request (default: {max_characters}).
+
+How they are loaded: --quantize fp8 or 4bit; --max-memory SIZES, such as 12GB or 0=20GB,cpu=40GB; --offload-folder FOLDER, for
+weights that fit into no memory. `diffusiongemma generate --help` says more of them.
 
 For clients you trust: there is neither a key nor a quota.
 """
@@ -83,6 +92,41 @@ def read_checked(read: Callable, messages, modality: Modality):
     return read([{k: v for k, v in message.items() if k != "tool_calls" or v} for message in messages], modality)
 
 
+def placed(manager, ours: argparse.Namespace) -> dict[str, Any]:
+    """The server's options and ours as arguments of `from_pretrained`."""
+    if ours.quantize is not None and manager.quantization is not None:
+        raise UsageError(f"`--quantize` is {ours.quantize!r} and `--quantization` {manager.quantization!r}; expected one of them")
+    device = f"cuda:{manager.device}" if isinstance(manager.device, int) else manager.device
+    found = loading_arguments(device, manager.dtype, ours.quantize, ours.max_memory, ours.offload_folder)
+    if manager.quantization is not None:
+        found["quantization_config"] = manager.get_quantization_config()
+    return found
+
+
+@contextlib.contextmanager
+def loading_as(ours: argparse.Namespace) -> Iterator[None]:
+    """A context in which transformers' model managers, which have no such options, load what they are asked for by `placed`. One loads its
+    first model while it is made."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    theirs = ModelManager._load_model
+
+    def load(manager, name, tqdm_class=None, progress_callback=None, gguf_file=None):
+        if gguf_file is not None:
+            raise ValueError(f"the model is the GGUF file {gguf_file!r}; expected safetensors, which can be quantised and placed")
+        path, _, revision = (name, "", None) if os.path.exists(name) else name.rpartition("@")
+        settings = {"attn_implementation": manager.attn_implementation, "trust_remote_code": manager.trust_remote_code}
+        settings |= {"tqdm_class": tqdm_class, **placed(manager, ours)}
+        return AutoModelForMultimodalLM.from_pretrained(path, revision=revision, **settings)
+
+    if (ours.quantize, ours.max_memory, ours.offload_folder) != (None, None, None):
+        ModelManager._load_model = load
+    try:
+        yield
+    finally:
+        ModelManager._load_model = theirs
+
+
 def complete(server: Serve, ours: argparse.Namespace) -> None:
     """Puts what is ours into a server that is built and does not run yet."""
     from fastapi.exceptions import RequestValidationError
@@ -99,6 +143,7 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
         return JSONResponse(error_body(status, reason), status_code=status)
 
     app, manager = server.server.config.app, server._model_manager
+    placed(manager, ours)  # refused now, not when a request comes
     for kind in (*refused, Exception):
         app.add_exception_handler(kind, refuse)
     manager.get_model_modality = partial(modality_of, manager.get_model_modality)
@@ -119,6 +164,7 @@ def make_server(arguments: Sequence[str]):
     parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--allow", type=checkpoint_name, action="append", default=[])
     parser.add_argument("--max-characters", type=integer(1), default=MAX_CHARACTERS)
+    add_placement(parser)
     ours, rest = parser.parse_known_args(arguments)
 
     class Server(Serve):
@@ -131,7 +177,12 @@ def make_server(arguments: Sequence[str]):
 
     command = typer.Typer(add_completion=False)
     command.command()(Server)
-    return lambda: command(args=[*rest, "--non-blocking"], prog_name=PROGRAM)
+
+    def run() -> None:
+        with loading_as(ours):
+            command(args=[*rest, "--non-blocking"], prog_name=PROGRAM)
+
+    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

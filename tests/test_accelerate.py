@@ -183,30 +183,6 @@ def test_dispatching_with_a_map_that_leaves_modules_out_is_the_usual_error(tmp_p
         accelerate.dispatch_model(load(), {name: place for name, place in HALF.items() if not name.endswith("5")}, offload_dir=tmp_path)
 
 
-@pytest.fixture(scope="module")
-def placement():
-    return runpy.run_path(str(ROOT / "benchmarks" / "placement.py"))
-
-
-def test_card_of_the_released_model_has_the_plans(placement):
-    model, arguments = placement["build"](str(RELEASED)), placement["parse"]([])
-    card = (ROOT / "model_cards" / "released.md").read_text()
-    for gpus in placement["MACHINES"]:
-        line, placed = placement["row"](model, gpus, arguments)
-        assert line in card
-        sizes, layers = placement["bytes_on"](model, placed, torch.bfloat16), placement["layers_on"](model, placed)
-        assert 0 <= sum(sizes.values()) - 51_647_562_456 < 100  # every stored byte once, and the vision tower's rotary frequencies
-        assert sum(layers.values(), []) == list(range(30))
-        assert all(sizes.get(index, 0) <= (size - arguments.reserve) * 2**30 for index, size in enumerate(gpus))
-
-
-@pytest.mark.parametrize(("arguments", "named"), [(["--gpus", "24", "1"], "--gpus"), (["--config", "no/such"], "--config")])
-def test_wrong_argument_of_the_plan_is_named(arguments, named, placement, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        placement["parse"](arguments)
-    assert f"error: `{named}`" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 def test_loading_is_measured_in_a_process_of_its_own(oracle_checkpoint):

@@ -22,10 +22,13 @@ from generation.call.configuration import PRESETS
 from generation.fast.proofs import FastPath, UnusableDevice
 from generation.watch.terminal import Cell, wrapped
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
-from modeling_diffusiongemma.console import device_report
+from modeling_diffusiongemma.console import device_report, session
 from modeling_diffusiongemma.console.main import RUNS, main
+from modeling_diffusiongemma.console.placement import loading_arguments, memory
 from modeling_diffusiongemma.console.usage import COMMANDS, answer_usage, build_parser
 from modeling_diffusiongemma.version import VERSION
+from modeling_diffusiongemma.weights.four_bit import FourBitExperts
+from modeling_diffusiongemma.weights.fp8 import FP8Experts
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "data" / "released"
@@ -82,7 +85,8 @@ def test_wrong_usage_exits_with_2_and_says_how():
 
 
 @pytest.mark.parametrize(
-    "line, code", [("--help", 0), ("--version", 0), ("chat --help", 0), ("", 2), ("info --model x", 2), ("export .", 2)]
+    "line, code",
+    [("--help", 0), ("--version", 0), ("chat --help", 0), ("", 2), ("info --model x", 2), ("export .", 2), ("chat --max-memory 1", 2)],
 )
 def test_help_and_wrong_usage_import_neither_torch_nor_transformers(line, code):
     """They take seconds."""
@@ -255,6 +259,15 @@ WRONG = {  # command line, with {} for the folders above: what standard error mu
     "chat --set num_return_sequences=2": "`num_return_sequences` is above 1",
     "bench --set decoding=autoregressive": "decoding",
     "bench --steps 1": "expected an integer >= 2",
+    "generate hello --quantize int8": "argument --quantize: got 'int8'; expected fp8 or 4bit",
+    "chat --max-memory 12": "argument --max-memory: got '12'; expected a size, such as 12GB or 12GiB, or DEVICE=SIZE",
+    "bench --max-memory 0=20GB,40GB": "got '0=20GB,40GB'; expected a size",
+    "bench --max-memory disk=20GB": "got 'disk=20GB'",
+    "generate hello --max-memory cpu=1GB,cpu=2GB": "expected each device once",
+    "generate hello --max-memory 99=1GB": "`--max-memory` names 99; expected some of [",
+    "generate hello --max-memory 0=1GB --device cpu": "`--max-memory` names 0; expected some of ['cpu']",
+    "generate hello --offload-folder {}/no_weights/config.json": "argument --offload-folder: got",
+    "generate hello --offload-folder {}/no_weights/config.json/new": "expected a folder that can be written (Not a directory)",
     "export {}/no_weights": "is not empty; expected a new or empty one, or `--overwrite`",
     "export {}/no_weights/config.json": "which is a file",
     "export {}/new --max-shard-size lots": "'lots'; expected a number and KB, MB, GB or TB",
@@ -347,6 +360,52 @@ def test_reference_backend_takes_the_seed(answers):
 def test_placement_and_dtype(answers):
     (row,) = answers("generate", DATE, "--device", "auto", "--dtype", "bfloat16", *NARROW)
     assert row["text"] == DATES[DATE]
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The models that the console loads."""
+    models, load = [], session.load_model
+    monkeypatch.setattr(session, "load_model", lambda *args, **kwargs: models.append(load(*args, **kwargs)) or models[-1])
+    return models
+
+
+@pytest.mark.parametrize("name, kind", [("fp8", FP8Experts), ("4bit", FourBitExperts)])
+def test_quantize_loads_the_quantised_model(answers, loaded, name, kind):
+    if name == "4bit":
+        pytest.importorskip("bitsandbytes")
+    (row,) = answers("generate", DATE, "--quantize", name, *NARROW)
+    assert row["text"] == DATES[DATE] and type(loaded[0].model.decoder.layers[0].experts) is kind
+
+
+@pytest.mark.parametrize("line, places", [
+    ("--max-memory 5MB", {"cpu", "disk"}), ("--max-memory cpu=100KB --device cpu", {"disk"}), ("--max-memory 1GB --device auto", {"cpu"}),
+    ("--offload-folder {}", {"cpu"}), ("--max-memory cpu=5MB --offload-folder {} --dtype bfloat16", {"cpu", "disk"}),
+    ("--quantize fp8 --max-memory 1GiB", {"cpu"}),
+])  # fmt: skip
+def test_memory_that_weights_may_take_is_kept_to(answers, loaded, tmp_path, line, places):
+    """Where everything is on the disk inputs used to be put on the meta device, too."""
+    (row,) = answers("generate", DATE, *line.format(tmp_path / "new").split(), *NARROW)
+    assert row["text"] == DATES[DATE] and set(getattr(loaded[0], "hf_device_map", {"": "cpu"}).values()) == places
+
+
+def test_every_command_that_loads_takes_the_placement(answers, loaded):
+    given = ["--quantize", "fp8", "--max-memory", "1GB", *NARROW]
+    assert [row["text"] for row in answers("chat", *given, stdin=f"{DATE}\n")] == [DATES[DATE]]
+    assert answers("bench", *given, "--rounds", "1", "--steps", "2")[0]["ms_per_step"] > 0
+    assert [type(model.model.decoder.layers[0].experts) for model in loaded] == [FP8Experts] * 2
+
+
+def test_weights_that_would_be_quantised_onto_the_disk_are_refused(console):
+    """They used to be read from there as they are in the checkpoint, without their scales: nonsense, and no word of it."""
+    code, _, err = console("generate", DATE, "--quantize", "fp8", "--max-memory", "2MB", *NARROW)
+    assert code == 1 and "quantised while they are loaded would go to the disk; expected memory for them (`max_memory=`)" in err
+
+
+def test_sizes_are_those_of_devices_in_bytes():
+    assert memory("0=20GB, cpu=1.5 GiB+mps=3kb") == {0: 20_000_000_000, "cpu": 3 * 2**29, "mps": 3000}
+    assert memory("12gb") == {"gpu": 12_000_000_000}
+    assert loading_arguments("cpu", max_memory=memory("12GB")) == {"dtype": "auto", "device_map": "auto", "max_memory": {"cpu": 12 * 10**9}}
 
 
 def test_progress_is_shown_in_a_terminal_alone(console, monkeypatch):
@@ -478,6 +537,7 @@ def test_info_of_the_released_model_reads_no_weight(answers, tmp_path):
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     (about,) = answers("info", "--model", str(tmp_path))
+    assert about["special_ids"]["bos_token_id"] == 2, "its generation config does not say it"
     assert about["parameters"] == 25_823_778_864 and about["weights"]["tensors"] == 1047
     assert about["weights"]["bytes_by_dtype"] == {"BF16": 51_647_562_456} and 3.5e9 < about["active_parameters"] < 4.5e9
 

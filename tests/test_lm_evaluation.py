@@ -232,9 +232,21 @@ def test_chat_template_is_the_tokenizers_and_begins_once(small):
     assert "/" not in lm.tokenizer_name and lm.tokenizer_name
 
 
+def test_placement_and_precision_are_the_consoles(adapter, tmp_path):
+    """lm-eval's command line cuts at commas."""
+    fp8 = adapter(quantize="fp8", max_memory="cpu=1GB", offload_folder=str(tmp_path / "new"), device="cpu")
+    assert fp8.model.model.decoder.layers[0].experts.gate_up_proj.dtype == torch.float8_e4m3fn
+    on_disk = adapter(max_memory="cpu=100KB")
+    assert set(on_disk.model.hf_device_map.values()) == {"disk"} and on_disk.device.type == "cpu"
+    assert on_disk._loglikelihood_tokens([(None, [2], [300])], disable_tqdm=True) == adapter()._loglikelihood_tokens(
+        [(None, [2], [300])], disable_tqdm=True
+    )
+
+
 BAD_ARGUMENTS = {
     "batch_size": "auto", "max_batch_size": 64, "mode": "bound", "samples": 0, "seed": -1, "max_length": 0, "max_gen_toks": "many",
-    "canvas": 16, "sampler": "beam", "dtype": "float99", "pretrained": str(ROOT),
+    "canvas": 16, "sampler": "beam", "dtype": "float99", "pretrained": str(ROOT), "quantize": "8bit", "max_memory": 12,
+    "offload_folder": f"{__file__}/new",
 }  # fmt: skip
 
 
@@ -250,6 +262,8 @@ def test_model_without_its_tokenizer_or_of_another_kind_is_refused(adapter):
         adapter(pretrained=small_model())
     with pytest.raises(ValueError, match="`dtype`"):
         adapter(pretrained=small_model(), dtype="bfloat16")
+    with pytest.raises(ValueError, match="`quantize` is 'fp8'; expected None, since `pretrained` is a model"):
+        adapter(pretrained=small_model(), quantize="fp8")
     with pytest.raises(ValueError, match="`pretrained` is a Linear"):
         adapter(pretrained=torch.nn.Linear(2, 2), tokenizer=default_checkpoint())
 

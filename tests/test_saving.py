@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, DiffusionGemmaForBlockDiffusion
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
+from modeling_diffusiongemma.quantize import quantize_checkpoint
 from modeling_diffusiongemma.weights.saving import FINISHED, finish, put_in_place, replacing, staging
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +147,22 @@ def test_nothing_of_the_old_weights_remains_to_be_loaded(model, tmp_path):
     assert len({name.split("-of-")[1] for name in shards}) == 1
     model.save_pretrained(tmp_path)
     assert names(tmp_path) == ONE_FILE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no such modes there")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_every_file_is_for_those_whom_the_process_lets_read(model, tmp_path, umask):
+    """safetensors writes files that nobody but their owner reads."""
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "shards", max_shard_size="60KB", remote_code=True)
+        model.save_pretrained(tmp_path / "one")
+        model.save_pretrained(tmp_path / "one")  # one file, which takes the other's place
+        quantize_checkpoint(tmp_path / "one", tmp_path / "fp8")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask} and len(names(tmp_path / "shards")) > 20
 
 
 def test_shards_of_other_names_that_the_old_index_lists_go(model, tmp_path):

@@ -5,6 +5,8 @@ client = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="-")
 client.chat.completions.create(model=default_checkpoint(), messages=[{"role": "user", "content": "..."}])
 """
 
+import argparse
+import contextlib
 import json
 import os
 import re
@@ -21,7 +23,8 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.console.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
-from modeling_diffusiongemma.serve import main
+from modeling_diffusiongemma.serve import loading_as, main
+from modeling_diffusiongemma.weights.fp8 import FP8Experts
 
 NEEDS = 'needs pip install -e ".[serve]"'
 MODEL = default_checkpoint()
@@ -34,13 +37,19 @@ ENDLESS = {"canvas_length": 16, "max_new_tokens": 500_000, "max_denoising_steps"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Base address of a server on a free port of this machine, where nothing was ever downloaded."""
+    with served(tmp_path_factory.mktemp("home")) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def served(home, *options):
     for name in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(name, reason=NEEDS)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "modeling_diffusiongemma.serve", "--host", "127.0.0.1", "--port", str(port), "--enable-cors"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("home") / "none")}
+    command = [sys.executable, "-m", "modeling_diffusiongemma.serve", "--host", "127.0.0.1", "--port", str(port), "--enable-cors", *options]
+    environment = {**os.environ, "HF_HOME": str(home / "none")}
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     with ThreadPoolExecutor(1) as reader:
         log = reader.submit(server.stderr.read)
@@ -292,6 +301,47 @@ def test_image_at_a_path_is_refused():
     """transformers would open any file of the server's."""
     with pytest.raises(ValueError, match="'/etc/passwd'"):
         check_chat([{"role": "user", "content": [PATH_PART]}], images=True)
+
+
+@pytest.mark.parametrize("pinned", [(MODEL,), ()])
+def test_model_is_served_as_it_is_asked_to_be_loaded(pinned, tmp_path):
+    """The first model is loaded while the server is made, others when a request names them."""
+    openai = pytest.importorskip("openai", reason=NEEDS)
+    options = ("--quantize", "fp8", "--max-memory", "1GB", "--offload-folder", str(tmp_path / "new"), *pinned)
+    with served(tmp_path, *options) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=120)
+        assert ask(client, temperature=0, max_tokens=20) == ("2052-10-02", 11, "stop")
+
+
+def test_models_are_loaded_quantised_and_placed():
+    """What the model manager loads in the context in which the server is made and runs."""
+    pytest.importorskip("fastapi", reason=NEEDS)
+    from transformers.cli.serving.model_manager import ModelManager
+
+    before, ours = ModelManager._load_model, argparse.Namespace(quantize="fp8", max_memory={"cpu": 10**9}, offload_folder=None)
+    with loading_as(ours):
+        model = ModelManager(device="cpu", force_model=MODEL).loaded_models.popitem()[1].model
+        assert type(model.model.decoder.layers[0].experts) is FP8Experts
+        with pytest.raises(ValueError, match="`--quantize` is 'fp8' and `--quantization` 'bnb-4bit'; expected one"):
+            ModelManager(device="cpu", force_model=MODEL, quantization="bnb-4bit")
+    assert ModelManager._load_model is before
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--quantize", "8bit"], "argument --quantize: got '8bit'; expected fp8 or 4bit"),
+        (["--max-memory", "12"], "argument --max-memory: got '12'; expected a size"),
+        (["--max-memory", "99=1GB"], "`--max-memory` names 99; expected some of"),
+        (["--offload-folder", f"{__file__}/new"], "expected a folder that can be written (Not a directory)"),
+        (["--quantize", "fp8", "--quantization", "bnb-4bit"], "expected one of them"),
+    ],
+)
+def test_wrong_placement_is_named_before_the_server_runs(options, said, capsys):
+    pytest.importorskip("fastapi", reason=NEEDS)
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert said in f"{stop.value} {capsys.readouterr().err}"
 
 
 def test_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path):

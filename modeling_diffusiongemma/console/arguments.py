@@ -20,7 +20,6 @@ PROGRAM = "diffusiongemma"
 PIPE_CLOSED = 141  # the exit code 128 + SIGPIPE, as shells count it
 MODEL_TYPE = "diffusion_gemma"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Run by itself: `from generation.call.presets` would first import the package, and torch with it.
 PRESETS = runpy.run_path(str(Path(importlib.util.find_spec("generation").origin).parent / "call/presets.py"))["PRESETS"]
 
@@ -99,9 +98,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """What a command that generates takes."""
-    where = "cpu, cuda, cuda:1, mps, or auto to spread over all (default: cuda if there is one)"
-    parser.add_argument("--device", metavar="NAME", help=where)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the checkpoint's)")
     parser.add_argument("--seed", type=integer(0), metavar="N", help="same seed, same prompt: same answer (default: a new one)")
     parser.add_argument("--max-new-tokens", type=integer(1), metavar="N", help="longest answer (default: the checkpoint's)")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="whole settings, from fast to thorough (default: the checkpoint's)")
@@ -148,6 +144,6 @@ def json_line(about: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "CheckpointName", "DTYPES", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
-    "checkpoint_name", "integer", "json_line", "read_line", "say", "setting", "size", "with_reader", "words",
+    "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
+    "checkpoint_name", "fitting", "integer", "json_line", "read_line", "say", "setting", "size", "with_reader", "words",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 def run(args: argparse.Namespace) -> int:
     folder, path = Path(args.folder), args.model.path
-    model, tokenizer = load_model(path, args.dtype), load_tokenizer(path)
+    model, tokenizer = load_model(path, dtype=args.dtype), load_tokenizer(path)
     with replacing(folder) as fresh:
         model.save_pretrained(fresh, remote_code=True, max_shard_size=args.max_shard_size)
         tokenizer.save_pretrained(fresh)

@@ -1,7 +1,9 @@
 """`diffusiongemma info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read. With `--device`
-instead: which of the fast paths work on this machine, each run there on a few values against its reference."""
+instead: which of the fast paths work on this machine, each run there on a few values against its reference. With `--plan`: where the
+model would go on several machines in bf16, FP8 and NF4."""
 
 import argparse
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,16 @@ from transformers.utils import cached_file
 
 from generation.call.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
 
+from ..model.head import DiffusionGemmaForMaskedBlockLM
 from ..weights.loading import damaged_files
+from ..weights.plans import CPU_RESERVE, GIB, GPU_RESERVE, table
 from ..weights.safetensors_files import INDEX, SINGLE
 from .arguments import UsageError, json_line
 from .device_report import FAILED, describe_device, device_table, prove_all
-from .session import checked_device, read_config
+from .placement import checked_device
+from .session import read_config
 
+ON_DISK = "What is on the disk is of a checkpoint in that precision: weights that are quantised while they are loaded do not go there"
 HIDDEN = ("transformers_version", "do_sample")  # of a generation config
 
 
@@ -71,7 +77,7 @@ def describe(path: str) -> dict[str, Any]:
         "sliding_window": text.sliding_window, "attention_heads": text.num_attention_heads,
         "experts": text.num_experts, "experts_per_token": text.top_k_experts, "vision_layers": config.vision_config.num_hidden_layers,
         "special_ids": {
-            **{name: settings.get(name) for name in SPECIAL_TOKENS},
+            **{name: settings.get(name, getattr(text, name, None)) for name in SPECIAL_TOKENS},
             **{name: getattr(config, name) for name in ("image_token_id", "boi_token_id", "eoi_token_id")},
         },
         "generation": {name: value for name, value in settings.items() if name not in SPECIAL_TOKENS},
@@ -112,9 +118,26 @@ def report_device(name: str, as_json: bool) -> int:
     return int(any(row["state"] == FAILED for row in rows))
 
 
+def report_plan(path: str, as_json: bool) -> int:
+    """Prints where a checkpoint's model would go, by its config alone."""
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of every GPU that is not here
+    lines, plans = table(read_config(path), DiffusionGemmaForMaskedBlockLM)
+    if as_json:
+        for machine, by_precision in plans.items():
+            for precision, plan in by_precision.items():
+                about = {"gpus": machine.gpus, "cpu": machine.cpu, "precision": precision, "bytes": plan.bytes, "moved": plan.moved}
+                print(json_line(about))
+        return 0
+    kept = f"{GPU_RESERVE / GIB:g} GiB of each GPU stay free, and {CPU_RESERVE / GIB:g} GiB of a CPU without one"
+    print("\n".join(lines) + f"\n\nGiB by place; and, of those, how many move in each denoising step. {kept}. {ON_DISK}.")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     if args.device is not None:
         return report_device(args.device, args.json)
+    if args.plan:
+        return report_plan(args.model.path, args.json)
     about = describe(args.model.path)
     print(json_line(about) if args.json else report(about))
     return 0

@@ -15,6 +15,7 @@ from generation.call.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGe
 from generation.call.settings import resolve_config
 
 from .arguments import MODEL_TYPE, UsageError
+from .placement import loading_arguments
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,31 +47,12 @@ def load_tokenizer(path: str):
     return AutoTokenizer.from_pretrained(path, padding_side="left")
 
 
-def load_model(path: str, dtype: str = "auto", device: str | None = "cpu"):
-    """The model in evaluation mode. `device` None: CUDA if there is one; "auto": spread by accelerate."""
+def load_model(path: str, **arguments):
+    """The model in evaluation mode; `arguments` are those of `from_pretrained`."""
     read_config(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    place = checked_device(device)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=None if place == "cpu" else place).eval()
-
-
-def checked_device(device: str | None) -> str:
-    """A device that is there, or "auto". Raises `UsageError`."""
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None:
-        return "cuda" if there is not None and there.type == "cuda" else "cpu"
-    if device == "auto":
-        return device
-    try:
-        asked = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"`--device` is {device!r}; expected cpu, cuda, cuda:1, mps or auto") from None
-    if asked.type != "cpu":
-        count = torch.accelerator.device_count() if there is not None and there.type == asked.type else 0
-        if (asked.index or 0) >= count:
-            raise UsageError(f"`--device` is {device!r}, and torch finds {count} {asked.type} devices; expected one that is there, or cpu")
-    return device
+    return AutoModelForCausalLM.from_pretrained(path, **arguments).eval()
 
 
 class Session:
@@ -83,7 +65,8 @@ class Session:
         self.settings = generation_settings(args)
         self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
         self.tokenizer = load_tokenizer(args.model.path)
-        self.model = load_model(args.model.path, args.dtype, args.device)
+        loading = {name: getattr(args, name) for name in ("device", "dtype", "quantize", "max_memory", "offload_folder")}
+        self.model = load_model(args.model.path, **loading_arguments(**loading))
         ends = self.settings.get("eos_token_id", self.model.generation_config.eos_token_id)
         ends = [ends] if isinstance(ends, int) else ends or []
         self.hidden_ids = {*ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}
@@ -124,4 +107,4 @@ class Session:
         ]  # fmt: skip
 
 
-__all__ = ["Session", "checked_device", "generation_settings", "load_model", "load_tokenizer", "read_config"]
+__all__ = ["Session", "generation_settings", "load_model", "load_tokenizer", "read_config"]

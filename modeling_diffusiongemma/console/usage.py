@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..version import VERSION
-from .arguments import DTYPES, PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
+from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
+from .placement import DTYPES, add_loading
 
 DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
 EXAMPLES = """\
@@ -48,6 +49,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before each prompt")
     parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="prompts at a time (default: 1)")
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
+    add_loading(parser)
     add_generation(parser)
 
 
@@ -67,6 +69,7 @@ def generate_check(args: argparse.Namespace) -> None:
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
+    add_loading(parser)
     add_generation(parser)
 
 
@@ -77,6 +80,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="copies of the prompt at a time (default: 1)")
     parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
     parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
+    add_loading(parser)
     add_generation(parser)
 
 
@@ -100,6 +104,15 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", nargs="?", const="", metavar="NAME",
         help="instead of a checkpoint: prove every fast path on this device (default: cuda if there is one, else cpu)",
     )  # fmt: skip
+    parser.add_argument(
+        "--plan", action="store_true",
+        help="where it would go on machines of several sizes in bf16, FP8 and NF4: GiB by place; and, of those, how many move in each step",
+    )  # fmt: skip
+
+
+def info_check(args: argparse.Namespace) -> None:
+    if args.plan and args.device is not None:
+        raise UsageError("`--plan` and `--device` are both given; expected one: a plan is a checkpoint's")
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -110,11 +123,14 @@ COMMANDS: tuple[Command, ...] = (
   cat prompts.txt | diffusiongemma generate --seed 0        # a line, a prompt; empty lines are passed over
   cat letter.txt | diffusiongemma generate --whole          # all of it, one prompt
   diffusiongemma generate "..." --preset fast --set max_time=2.5
+  diffusiongemma generate "..." --model google/diffusiongemma-26B-A4B-it --quantize 4bit --max-memory 0=20GB,cpu=12GB
+  diffusiongemma generate "..." --model ./my-checkpoint --max-memory 12GB --offload-folder ./offload     # the rest from the disk
   diffusiongemma generate --model sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
 """),
     Command("chat", "talk to the model and watch its canvas", chat_arguments, None, """\
   diffusiongemma chat
   diffusiongemma chat --model ./my-checkpoint --device cuda --preset fast
+  diffusiongemma chat --model google/diffusiongemma-26B-A4B-it --quantize fp8 --device cuda
   diffusiongemma chat --system "Answer in one word."
   printf 'Write 3 March 1998 as an ISO date.\\n/exit\\n' | diffusiongemma chat --json
 
@@ -134,10 +150,11 @@ the folder then loads anywhere, with this code, by
   AutoModelForCausalLM.from_pretrained("./my-repository", trust_remote_code=True)
 and without trust_remote_code in transformers' own class. Upload it with: hf upload OWNER/NAME ./my-repository
 """),
-    Command("info", "say what a checkpoint is without loading it", info_arguments, None, """\
+    Command("info", "say what a checkpoint is without loading it", info_arguments, info_check, """\
   diffusiongemma info
   diffusiongemma info --model sudoku --json
   diffusiongemma info --model google/diffusiongemma-26B-A4B-it
+  diffusiongemma info --model google/diffusiongemma-26B-A4B-it --plan
   diffusiongemma info --device
   diffusiongemma info --device cuda:1 --json
 """),

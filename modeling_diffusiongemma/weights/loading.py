@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
@@ -21,6 +22,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .auto import REGISTERED, forget
+from .fits import check_fits
 from .fp8_quantizer import FP8Config
 from .nvfp4 import StoredNVFP4Config
 from .remote_code import auto_map, write_card, write_code
@@ -132,6 +134,14 @@ class LoadingMixin:
         """Names in the state dict that are not saved, since what they name has another one."""
         return {}
 
+    @property
+    def device(self) -> torch.device:
+        """As in transformers: where inputs go. Weights that Accelerate keeps elsewhere have their shapes on the meta device; then it is the
+        device they are fetched to."""
+        device = super().device
+        fetched_to = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        return device if device.type != "meta" or fetched_to is None else torch.device(fetched_to)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `PreTrainedModel.from_pretrained`. A folder that a save was killed in is loaded as the checkpoint before or after that save.
@@ -139,7 +149,8 @@ class LoadingMixin:
         Raises:
             OSError: a weight file is missing, truncated or not a safetensors file; or the folder was saved over at the same time.
             ValueError: a tensor's shape is not the config's, or the config holds impossible values; or, where the checkpoint is
-                quantised, a scheme that is not read here, or a scale that is missing or no positive number.
+                quantised, a scheme that is not read here, or a scale that is missing or no positive number. Before anything is read:
+                weights take more memory than is free, or have no room in `offload_folder` (`fits`).
         """
         path = pretrained_model_name_or_path
         with unchanging(path, kwargs.get("config"), kwargs.get("subfolder")):
@@ -148,6 +159,13 @@ class LoadingMixin:
             except (SafetensorError, FileNotFoundError) as error:
                 problems = damaged_files(path) if os.path.isdir(path) else []
                 raise OSError(f"cannot load {path}: {'; '.join(problems) or error}") from error
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """As in transformers, which finds out that weights do not fit when it has read most of them."""
+        if state_dict is None:
+            check_fits(model, checkpoint_files, load_config)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):

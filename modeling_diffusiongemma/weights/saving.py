@@ -16,6 +16,7 @@ import filecmp
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,10 @@ def put_in_place(staged: Path, plan: BinaryIO, folder: Path, variant: str | None
             if settings and (folder / name).is_file() and filecmp.cmp(staged / name, folder / name, shallow=False):
                 (staged / name).unlink()
         new, old = files(staged), set()
+        mode = stat.S_IMODE(os.fstat(plan.fileno()).st_mode)  # what this process gives files; safetensors lets nobody else read its own
+        for path in (staged / name for name in new):
+            if stat.S_IMODE(path.stat().st_mode) != mode:
+                path.chmod(mode)
         if not set(new).isdisjoint(weights_names(variant)):
             old = weight_files(folder, variant).difference(new, indexed_files(staged, variant) or ())
         for path in {staged, *(staged / name for name in new), *((staged / name).parent for name in new)}:
