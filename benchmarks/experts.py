@@ -3,6 +3,7 @@
     python benchmarks/experts.py                       # the table behind `choose_experts` in modeling_diffusiongemma/layers/experts.py
     python benchmarks/experts.py --cpu-time            # the same on a busy machine: CPU time of one thread
     python benchmarks/experts.py --device cuda --dtype bfloat16
+    python benchmarks/experts.py --four-bit --dtype bfloat16 --shape 128 8 2816 704 --tokens 20 256 --rounds 1  # a released layer in NF4
 
 Prints milliseconds of one call (the least of several rounds, the ways taking turns), and what is chosen when the user does not.
 A dash: the way would make a tensor of more than 128 MiB, as "batched_mm" does, which gathers the weights of every token.
@@ -21,7 +22,8 @@ from measure import heading, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from modeling_diffusiongemma.layers.experts import Experts, choose_experts
+from modeling_diffusiongemma.layers.experts import Experts, arithmetic, choose_experts
+from modeling_diffusiongemma.weights.four_bit_experts import PACKED, FourBitExperts
 
 WAYS = ("eager", "grouped_mm", "batched_mm", "dense_mm")
 SHAPES = ((4, 2, 128, 64), (4, 2, 192, 96), (16, 4, 512, 128), (128, 8, 256, 64))  # experts, active ones, hidden, intermediate size
@@ -40,8 +42,17 @@ def build(experts: int, active: int, hidden: int, intermediate: int, device: str
     return module
 
 
+def in_four_bits(module: Experts) -> FourBitExperts:
+    packed = FourBitExperts(module, arithmetic(module)[1], 64)
+    for name, place in PACKED.items():
+        for suffix, tensor in zip(("", "_scale"), packed.quantized(getattr(module, name)), strict=True):
+            packed.register_parameter(f"{place}{suffix}", torch.nn.Parameter(tensor, requires_grad=False))
+        delattr(module, name)
+    return packed
+
+
 def bytes_made(way: str, tokens: int, experts: int, active: int, hidden: int, intermediate: int, dtype: torch.dtype) -> int:
-    """Of the largest tensor that a way makes."""
+    """Of the largest tensor that a way makes, but for weights in fewer bits, which are dequantised."""
     rows = {"batched_mm": tokens * active * 2 * intermediate * hidden, "dense_mm": tokens * experts * 2 * intermediate}
     return rows.get(way, tokens * active * 2 * intermediate) * dtype.itemsize
 
@@ -49,9 +60,9 @@ def bytes_made(way: str, tokens: int, experts: int, active: int, hidden: int, in
 @torch.no_grad()
 def measure(module: Experts, tokens: int, active: int, ways: list[str], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Milliseconds of one call of each way."""
-    weight = module.gate_up_proj
-    hidden = torch.randn(tokens, module.hidden_dim, device=weight.device, dtype=weight.dtype)
-    weights, chosen = torch.randn(tokens, module.num_experts, device=weight.device).softmax(dim=-1).topk(active)
+    device, dtype = arithmetic(module)
+    hidden = torch.randn(tokens, module.hidden_dim, device=device, dtype=dtype)
+    weights, chosen = torch.randn(tokens, module.num_experts, device=device).softmax(dim=-1).topk(active)
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for way in ways:
@@ -60,7 +71,7 @@ def measure(module: Experts, tokens: int, active: int, ways: list[str], rounds: 
             while calls < 2 or (clock() - start < 0.03 and calls < 100):
                 begin = clock()
                 module(hidden, chosen, weights)
-                if weight.is_cuda:
+                if device.type == "cuda":
                     torch.cuda.synchronize()
                 best[way] = min(best[way], 1000 * (clock() - begin))
                 calls += 1
@@ -76,6 +87,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, instead of wall-clock time")
+    parser.add_argument("--four-bit", action="store_true", help="experts in NF4, which every way dequantises; needs bitsandbytes")
     args = parser.parse_args(arguments)
     if args.cpu_time and (args.device != "cpu" or args.threads not in (None, 1)):
         parser.error("`--cpu-time` counts one thread of a CPU; expected --device cpu, and --threads 1 or none")
@@ -91,6 +103,7 @@ def main(arguments: list[str]) -> None:
         print(f"\n| {name}: experts, active, hidden, intermediate | tokens | {' | '.join(WAYS)} | chosen |\n|{'---|' * (len(WAYS) + 3)}")
         for shape in args.shape or SHAPES:
             module = build(*shape, args.device, dtype)
+            module = in_four_bits(module) if args.four_bit else module
             for tokens in args.tokens:
                 ways = [way for way in WAYS if bytes_made(way, tokens, *shape, dtype) <= MOST_BYTES]
                 best = measure(module, tokens, shape[1], ways, args.rounds, time.thread_time if args.cpu_time else time.perf_counter)

@@ -138,11 +138,15 @@ def test_a_way_asked_for_holds_in_its_own_thread_and_block_alone():
     assert torch.equal(module(*inputs), found["dense_mm"])
 
 
-def test_the_benchmark_prints_a_table():
+@pytest.mark.parametrize("few_bits", [False, True])
+def test_the_benchmark_prints_a_table(few_bits):
+    if few_bits:
+        pytest.importorskip("bitsandbytes")
     command = [sys.executable, "benchmarks/experts.py", "--tokens", "3", "--shape", "4", "2", "16", "8", "--rounds", "1", "--threads", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command += ["--four-bit"] if few_bits else []
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| 4, 2, 16, 8")]
     assert len(rows) == 2 and all(float(cell) > 0 for row in rows for cell in row[2:-1])
-    assert [row[-1].strip() for row in rows] == ["eager", "dense_mm"]
+    assert [row[-1].strip() for row in rows] == (["eager", "eager"] if few_bits else ["eager", "dense_mm"])

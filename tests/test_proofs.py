@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,9 +243,9 @@ def test_experts_go_one_by_one_where_grouped_products_fail(told, monkeypatch):
     assert has_grouped_products(CPU, torch.bfloat16, 64, 48)
 
     class Elsewhere:
-        device, dtype, is_meta, shape = torch.device("xpu"), torch.bfloat16, False, (8, 96, 64)
+        device, dtype = torch.device("xpu"), torch.bfloat16
 
-    module = type("Module", (), {"gate_up_proj": Elsewhere})
+    module = SimpleNamespace(num_experts=8, hidden_dim=64, intermediate_dim=48, parameters=lambda: iter([Elsewhere]))
     monkeypatch.setattr(experts, "has_grouped_products", lambda device, *case: works(GROUPED_EXPERTS, CPU, *case))
     assert choose_experts(module) == "grouped_mm" and told == []
     verdict.cache_clear()

@@ -71,7 +71,9 @@ class Experts(nn.Module):
 
 
 def eager_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`Experts.forward`, one expert after the other. Waits for the device, to learn how many tokens each expert has."""
+    """`Experts.forward`, one expert after the other. Waits for the device, to learn how many tokens each expert has. Of experts that make
+    their weights at every use, and have `one_by_one` for it, those alone are made that have tokens."""
+    stacked = self.one_by_one() if hasattr(self, "one_by_one") else self
     order = chosen.flatten().argsort(stable=True)  # expert by expert
     counts = chosen.flatten().bincount(minlength=self.num_experts)[: self.num_experts].tolist()
     token, weight = order // chosen.shape[1], weights.flatten()[order, None]
@@ -81,18 +83,19 @@ def eager_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
         if count == 0:
             continue
         rows, end = token[end : end + count], end + count
-        gate, up = nn.functional.linear(hidden_states.index_select(0, rows), self.gate_up_proj[expert]).chunk(2, dim=-1)
-        partial = nn.functional.linear(self.act_fn(gate).mul_(up), self.down_proj[expert])
+        gate, up = nn.functional.linear(hidden_states.index_select(0, rows), stacked.gate_up_proj[expert]).chunk(2, dim=-1)
+        partial = nn.functional.linear(self.act_fn(gate).mul_(up), stacked.down_proj[expert])
         output.index_add_(0, rows, partial.to(dtype).mul_(weight[end - count : end]))
     return output.to(hidden_states.dtype)
 
 
 def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`Experts.forward` with every expert computed for every token; the experts not chosen get the weight 0."""
-    experts, double, _ = self.gate_up_proj.shape
+    stacked = self.gate_up_proj
+    experts, double, _ = stacked.shape
     routing = torch.zeros_like(hidden_states[:, :1]).repeat(1, experts)
     routing = routing.scatter(-1, chosen, weights.to(routing.dtype))  # (N, E)
-    gate_up = nn.functional.linear(hidden_states, self.gate_up_proj.reshape(experts * double, -1))
+    gate_up = nn.functional.linear(hidden_states, stacked.reshape(experts * double, -1))
     gate, up = gate_up.view(-1, experts, double).chunk(2, dim=-1)  # (N, E, I)
     weighted = self.act_fn(gate) * up * routing[..., None]
     return weighted.reshape(-1, experts * double // 2) @ self.down_proj.transpose(1, 2).reshape(experts * double // 2, -1)
@@ -128,17 +131,28 @@ def has_grouped_products(device: torch.device, dtype: torch.dtype, hidden_size: 
     return works(GROUPED_EXPERTS, device, dtype, hidden_size, size)
 
 
+def arithmetic(experts: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where experts are computed, and in which dtype. No stacked weight is asked, which may be made at every use: from fewer bits, or by
+    adding an adapter to it."""
+    weight = next(experts.parameters())
+    return weight.device, getattr(experts, "dtype", weight.dtype)
+
+
 def choose_experts(experts: nn.Module) -> str:
     """The implementation that is used when the caller names none: by the weights' shape, dtype and device, and not by the number of
     tokens, or a row's rounding would depend on its neighbours in the batch. On a CPU `"eager"` is for few experts in float32 a tenth
-    faster than `"grouped_mm"` at a canvas's 256 tokens, a fifth at 2,048, and the same but for rounding, which is the CPU's."""
-    weight = experts.gate_up_proj
-    if weight.device.type != "cpu":
-        proven = weight.is_meta or has_grouped_products(weight.device, weight.dtype, weight.shape[-1], weight.shape[1] // 2)
+    faster than `"grouped_mm"` at a canvas's 256 tokens, a fifth at 2,048, and the same but for rounding, which is the CPU's; and so it is
+    where each expert's weights are made at every use, of which there then is one at a time."""
+    device, dtype = arithmetic(experts)
+    count, hidden_size, size = experts.num_experts, experts.hidden_dim, experts.intermediate_dim
+    if device.type != "cpu":
+        proven = device.type == "meta" or has_grouped_products(device, dtype, hidden_size, size)
         return "grouped_mm" if proven else "eager"
-    if weight.dtype == torch.bfloat16 and weight.numel() <= DENSE_LIMIT:
+    if hasattr(experts, "one_by_one"):
+        return "eager"
+    if dtype == torch.bfloat16 and count * 2 * size * hidden_size <= DENSE_LIMIT:
         return "dense_mm"
-    return "eager" if len(weight) <= EAGER_LIMIT else "grouped_mm"
+    return "eager" if count <= EAGER_LIMIT else "grouped_mm"
 
 
 @contextlib.contextmanager
@@ -156,7 +170,7 @@ def chosen_experts(self: Experts, *args: torch.Tensor) -> torch.Tensor:
     graph whatever the tokens are, where it works."""
     way = choose_experts(self)
     if torch.compiler.is_compiling():
-        way = "grouped_mm" if self.gate_up_proj.device.type == "cpu" else way
+        way = "grouped_mm" if arithmetic(self)[0].type == "cpu" else way
     else:
         way = _asked.get() or way
     return EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)

@@ -75,7 +75,7 @@ class DiffusionGemmaBlockPreTrainedModel(AdapterMixin, LoadingMixin, PreTrainedM
             init.ones_(module.scale)
             init.ones_(module.per_expert_scale)
         elif isinstance(module, Experts):
-            for weight in (module.gate_up_proj, module.down_proj):
+            for weight in module.parameters(recurse=False):  # not by their names, behind which weights may be made at every use
                 init.normal_(weight, mean=0.0, std=self.config.initializer_range)
 
 

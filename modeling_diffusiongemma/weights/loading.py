@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .auto import REGISTERED, forget
 from .fits import check_fits
+from .four_bit import PUBLISHED, FourBitConfig, in_four_bits
 from .fp8_quantizer import FP8Config
 from .nvfp4 import StoredNVFP4Config
 from .remote_code import auto_map, write_card, write_code
@@ -103,6 +104,9 @@ def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.Path
     asked = arguments.get("quantization_config")
     if isinstance(asked, dict) and asked.get("format") == "float-quantized":
         arguments = arguments | {"quantization_config": FP8Config.from_argument(asked)}
+    elif isinstance(asked, dict) and asked.get("quant_method") == PUBLISHED:
+        asked = FourBitConfig.from_dict(asked)
+        arguments = arguments | {"quantization_config": asked}
     elif isinstance(asked, dict | QuantizationConfigMixin):
         arguments = arguments | {"quantization_config": without_routers(asked)}
     config, rest = arguments.get("config"), arguments
@@ -118,6 +122,9 @@ def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.Path
             return arguments
         rest = rest | {name: value for name, value in arguments.items() if name in (*KEPT, *DOWNLOAD)}
     quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and (in_four := in_four_bits(quantization, asked)):
+        config.quantization_config = in_four
+        return {name: value for name, value in rest.items() if name != "quantization_config"} | {"config": config}
     if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("compressed-tensors", "modelopt"):
         return arguments
     four_bits = quantization["quant_method"] == "modelopt" or str(quantization.get("format")).startswith("nvfp4")
