@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_oracle, tokens
 from transformers import AutoModelForMultimodalLM
 
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, drop_in
 from modeling_diffusiongemma.weights.fp8 import CheckpointFP8Experts, FP8Experts
 from modeling_diffusiongemma.weights.fp8_apart import MatricesApart, matrices_of
 from modeling_diffusiongemma.weights.fp8_math import E4M3
@@ -286,3 +286,24 @@ def test_what_would_be_lost_is_refused(tmp_path):
 def test_released_names_are_what_a_file_holds(published, tmp_path):
     load(published).save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(published / "model.safetensors").keys()
+
+
+def test_experts_that_a_copy_leaves_alone_are_plain_and_saved_so(tmp_path):
+    """Kept as matrices apart, they could be neither saved nor read as one tensor without a copy."""
+    build_oracle().to(torch.bfloat16).save_pretrained(tmp_path / "oracle")
+    kept = [r"re:model\.decoder\.layers\.1\.experts\.", r"re:.*(router|self_conditioning|vision).*", "lm_head"]
+    load(tmp_path / "oracle", quantization_config=FP8Config(ignore=kept)).save_pretrained(tmp_path / "copy")
+    model = load(tmp_path / "copy", dtype=torch.float32)
+    assert lie_apart(model) == [True] * 3
+    assert not any(isinstance(weight, MatricesApart) for weight in model.model.decoder.layers[1].experts.parameters())
+    model.dequantize().save_pretrained(tmp_path / "plain")
+    again = load(tmp_path / "plain")
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_dequantised_modules_of_both_passes_hold_the_same_weights(published):
+    model = drop_in.DiffusionGemmaForBlockDiffusion.from_pretrained(published)
+    assert torch.equal(logits(model.dequantize()), logits(load(published).dequantize()))
+    names = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "experts.down_proj")
+    for layer, twin in zip(model.model.decoder.layers, model.model.encoder.language_model.layers, strict=True):
+        assert all(layer.get_parameter(name) is twin.get_parameter(name) for name in names)

@@ -6,6 +6,8 @@ The quantiser is registered with transformers under this file's name, so that co
 config.json always has the published one.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -172,6 +174,11 @@ class FP8Quantizer(BlockQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if self.unquantizable:
             raise ValueError(f"cannot quantise {model.name_or_path}: {'; '.join(sorted(self.unquantizable))}")
+        for module in model.modules():
+            if isinstance(module, Experts):  # left alone by the copy: read as a whole, which matrices apart are not for
+                for name, weight in module._parameters.items():
+                    if isinstance(weight, MatricesApart):
+                        module._parameters[name] = nn.Parameter(weight.stacked())
         for name, module in fp8_modules(model).items():
             for weight in module.WEIGHTS:
                 if module._parameters[weight].dtype != E4M3 and not module._parameters[weight].is_meta:
@@ -187,13 +194,19 @@ class FP8Quantizer(BlockQuantizer):
         return conversions(self.apart) if self.pre_quantized else []
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, FP8Linear):
-                model.set_submodule(name, module.dequantized(dtype).train(module.training))
-            elif isinstance(module, FP8Experts):
+        made: dict[int, nn.Module] = {}  # by the parameters, which a module and its twin share
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if not isinstance(module, FP8Linear | FP8Experts):
+                continue
+            if (plain := made.get(id(module._parameters))) is not None:
+                plain = copy.copy(plain)  # which holds the same dictionary of parameters
+            elif isinstance(module, FP8Linear):
+                plain = made[id(module._parameters)] = module.dequantized(dtype)
+            else:
                 with torch.device("meta"):
-                    plain = Experts(model.config.get_text_config())
-                model.set_submodule(name, module.dequantized(dtype, plain).train(module.training))
+                    like = Experts(model.config.get_text_config())
+                plain = made[id(module._parameters)] = module.dequantized(dtype, like)
+            model.set_submodule(name, plain.train(module.training))
         model._weight_conversions = []
         return model
 
