@@ -18,6 +18,7 @@ cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 import tiny  # noqa: E402
+from make_fp8_checkpoint import write_fp8_checkpoint  # noqa: E402
 
 # How many threads share a sum changes its last bit, and a random model denoising a canvas makes ten times more of it each step.
 torch.set_num_threads(1)
@@ -47,6 +48,14 @@ def adapters_of_transformers():
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Folder of a checkpoint in the published FP8 layout; read only."""
+    folder = tmp_path_factory.mktemp("fp8")
+    write_fp8_checkpoint(tiny.build_oracle(), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

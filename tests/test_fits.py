@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_fp8_checkpoint import write_fp8_checkpoint
-from tiny import build_oracle, tiny_config, tokens
+from tiny import tiny_config, tokens
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FourBitConfig, FP8Config
 from modeling_diffusiongemma.weights.fits import check_folder, free_memory
@@ -54,13 +53,6 @@ def write_zeros(file, name, tensor):
     with file.open("wb") as opened:
         opened.write(struct.pack("<Q", len(header)) + header)
         opened.truncate(8 + len(header) + size)
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fp8")
-    write_fp8_checkpoint(build_oracle(), folder)
-    return folder
 
 
 def load(folder, **settings):

@@ -29,14 +29,6 @@ pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A checkpoint in the published FP8 layout; read only."""
-    folder = tmp_path_factory.mktemp("fp8")
-    write_fp8_checkpoint(build_oracle(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def model(published):
     """Loaded from it; not to be changed."""
     return DiffusionGemmaForMaskedBlockLM.from_pretrained(published)

@@ -21,13 +21,6 @@ from modeling_diffusiongemma.weights.fp8_math import E4M3
 WEIGHTS = FP8Experts.WEIGHTS
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fp8")
-    write_fp8_checkpoint(build_oracle(), folder)
-    return folder
-
-
 def load(folder, **settings):
     return DiffusionGemmaForMaskedBlockLM.from_pretrained(folder, **settings)
 
