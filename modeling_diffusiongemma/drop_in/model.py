@@ -20,7 +20,7 @@ from generation.checks import check_shape
 from ..layers.outputs import PassOutput
 from ..model.block_model import DiffusionGemmaBlockModel, PromptSide
 from ..model.head import DiffusionGemmaForMaskedBlockLM
-from ..model.plain import expected_embedding, has_hooks
+from ..model.plain import conditioning, expected_embedding, has_hooks
 from ..model.stack import BlockStack
 from .generation import OVERRIDES, BatchStreamer, DiffusionGemmaGenerationConfig, as_theirs
 from .modules import DRESSED, OF_THE_PROMPT_PASS, DressedStack, check_unpatched, dress
@@ -82,11 +82,13 @@ class DiffusionGemmaDecoderModel(Shown, DressedStack):
         """`DiffusionGemmaBlockModel.denoise`, with the self-conditioning as logits `(B, C, V)` or `(C, V)` and rows that get it."""
         soft_embeds = None
         if self_conditioning_logits is not None:
-            soft_embeds = expected_embedding(self.embed_tokens, self_conditioning_logits.softmax(dim=-1, dtype=torch.float32))
-            soft_embeds = soft_embeds.expand(*decoder_input_ids.shape, -1)
             if self_conditioning_mask is not None:
                 check_shape("self_conditioning_mask", self_conditioning_mask, decoder_input_ids.shape[:1])
-                soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
+
+            def soft_embed(logits: torch.Tensor) -> torch.Tensor:
+                return expected_embedding(self.embed_tokens, logits.softmax(dim=-1, dtype=torch.float32))
+
+            soft_embeds = conditioning(soft_embed, self_conditioning_logits, decoder_input_ids.shape[0], self_conditioning_mask)
         return with_probabilities(self.model_shown.denoise(
             decoder_input_ids, cache, soft_embeds, decoder_attention_mask, decoder_position_ids, **options
         ))  # fmt: skip
@@ -147,7 +149,8 @@ class DiffusionGemmaModel(DiffusionGemmaBlockModel):
         """`DiffusionGemmaBlockModel.prefill`, as a call of `encoder`."""
         names = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
         kwargs |= dict(zip(names, args, strict=False))
-        if has_hooks(self.encoder) and (last := kwargs.pop("last_states", None)) is not None:  # they see all states
+        if kwargs.get("last_states") is not None and has_hooks(self.encoder):  # they see all states
+            last = kwargs.pop("last_states")
             output = self.encoder(**kwargs)
             output.last_hidden_state = output.last_hidden_state[:, -last:]
             return output

@@ -25,7 +25,7 @@ from ..training.score import Score, score_responses
 from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
-from .plain import attached, brought_in, expected_embedding, has_hooks, runs_on, why_not_plain
+from .plain import attached, brought_in, conditioning, expected_embedding, has_hooks, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -256,11 +256,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             each = (size[1], self.config.text_config.vocab_size)
             check_shape("self_conditioning_logits", self_conditioning_logits, (size[0], *each), each)
             check_shape("self_conditioning_mask", self_conditioning_mask, size[:1])
-            if self_conditioning_logits is not None:
-                self_conditioning_logits = self_conditioning_logits.expand(size[0], *each)
-        soft_embeds = None if self_conditioning_logits is None else self.soft_embed(self_conditioning_logits)
-        if soft_embeds is not None and self_conditioning_mask is not None:
-            soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
+        soft_embeds = None
+        if self_conditioning_logits is not None:
+            rows = (self_conditioning_logits if batch is None else batch).shape[0]
+            soft_embeds = conditioning(self.soft_embed, self_conditioning_logits, rows, self_conditioning_mask)
         denoised = self.model(
             input_ids, attention_mask, cache, position_ids, decoder_input_ids, soft_embeds,
             decoder_attention_mask, decoder_position_ids, **images, inputs_embeds=inputs_embeds,

@@ -115,4 +115,13 @@ def expected_embedding(embedding: nn.Module, probabilities: torch.Tensor) -> tor
     return total.to(probabilities.device)
 
 
-__all__ = ["attached", "brought_in", "expected_embedding", "has_hooks", "runs_on", "why_not_plain"]
+def conditioning(
+    soft_embed: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, rows: int, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Soft embeddings `(B, C, D)` of self-conditioning logits `(B, C, V)`, or `(C, V)` for each of `rows`; zero where `mask` bool `(B,)` is
+    False."""
+    soft_embeds = soft_embed(logits if logits.dim() == 3 else logits[None]).expand(rows, -1, -1)
+    return soft_embeds if mask is None else soft_embeds * mask.to(soft_embeds)[:, None, None]
+
+
+__all__ = ["attached", "brought_in", "conditioning", "expected_embedding", "has_hooks", "runs_on", "why_not_plain"]
