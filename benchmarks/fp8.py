@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DiffusionGemmaConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from measure import heading, machine
+from measure import PeakMemory, heading, machine
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint
 from modeling_diffusiongemma.layers.experts import Experts
 from modeling_diffusiongemma.quantize import quantize_checkpoint
@@ -103,31 +102,6 @@ def print_bytes() -> None:
     make_fp8(model, ignore)
     kinds = collections.Counter(name.rpartition(".")[2] for name in fp8_modules(model))
     print(f"FP8: {', '.join(f'{count} {name}' for name, count in sorted(kinds.items()))}; {len(ignore)} names in `ignore`.")
-
-
-class PeakMemory:
-    """Peak of this process's anonymous memory (a mapped weight file is not counted), sampled every millisecond; Linux."""
-
-    @staticmethod
-    def now() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-    def __enter__(self):
-        self.start = self.peak = self.now()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.done.wait(0.001):
-            self.peak = max(self.peak, self.now())
-
-    def __exit__(self, *error) -> None:
-        self.done.set()
-        self.thread.join()
-        self.end = self.now()
 
 
 def write_layers(folder: Path, layers: int) -> None:

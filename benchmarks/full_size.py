@@ -1,162 +1,224 @@
-"""The full-size architecture with random weights, built on the device it is for, and the bytes that its passes must read.
+"""The released size on this machine: random checkpoints of it, and what each way of running them costs.
 
-The layout is the released checkpoint's (tests/data/released/config.json); what is computed does not depend on the values. A
-model is made on the meta device and filled layer by layer, each weight in its final dtype, so nothing is there twice and
-nothing of it passes through host memory. `share` gives transformers' own class the same tensors: both fit where one does.
+    python benchmarks/full_size.py                                  # 30 layers: FP8 (27 GB of disk), then NF4 made from it (14 GB more)
+    python benchmarks/full_size.py --ways bf16 theirs               # 52 GB of disk: mapped weights, and transformers' class with the same
+    python benchmarks/full_size.py --layers 2                       # 2 of 30 layers: 4 GB for FP8, 6 GB for bf16
+    python benchmarks/full_size.py --ways fp8 --device cuda         # on a GPU
+
+Ways: `bf16`, `theirs` (transformers' class, bf16), `fp8`, `nf4` (made from the FP8 copy, then saved), `nf4-saved` (what `nf4` saved).
+Each is a process of its own, under a watchdog that ends it when less than `--least-free` GiB of the machine's memory are left. It loads,
+generates one canvas in `--passes` steps behind a prompt of 20 tokens, runs a prompt past the sliding window, and, with `--check`, saves the
+model and compares the tensors of both, byte for byte. Weights are random, so text is noise; what is computed does not depend on the values.
+Checkpoints lie in `--folder` and stay there.
+
+Private memory is what the process cannot give back (RssAnon): pages of mapped files are not in it. The page cache is as the earlier
+ways left it; a model larger than memory is read from the disk in every pass.
 """
 
+import argparse
+import hashlib
 import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from torch import nn
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, PreTrainedModel
+import transformers
+from safetensors import safe_open
+from transformers import DiffusionGemmaForBlockDiffusion
 
-from measure import ROOT, fixed_steps
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.weights.fp8 import scale_name
-from modeling_diffusiongemma.weights.fp8_layout import default_ignore, make_fp8
-from modeling_diffusiongemma.weights.fp8_math import quantize_weight
+from measure import FIRST_TEXT_ID, PeakMemory, fixed_steps, heading, machine, markdown, memory_kib, now, say
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FourBitConfig
+from random_checkpoint import write_checkpoint
+from random_model import stored_config
 
-RELEASED = ROOT / "tests" / "data" / "released" / "config.json"
-STANDARD_DEVIATION = 0.02
-# Small in every direction, with more ids than one piece of the vocabulary pass, and both kinds of layers.
-SHRUNK_TEXT = {
-    "vocab_size": 8192, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_global_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32, "intermediate_size": 96, "num_experts": 8,
-    "top_k_experts": 2, "moe_intermediate_size": 32, "sliding_window": 64, "max_position_embeddings": 4096,
+WAYS = {"bf16": "bf16", "theirs": "bf16", "fp8": "fp8", "nf4": "fp8", "nf4-saved": "nf4"}  # and the checkpoint that each reads
+COLUMNS = {
+    "load": "load, s", "loaded": "private memory, GB", "peak": "at its peak", "short": "prompt of 20, s", "canvas": "canvas pass, s",
+    "long": "prompt of {long}, s", "generate": "whole call, s", "save": "save, s", "same": "saved bytes equal", "bits": "logits",
 }  # fmt: skip
-SHRUNK_VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-                 "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 64}  # fmt: skip
-SHRUNK = {"canvas_length": 32, "image_token_id": 107, "boi_token_id": 108, "eoi_token_id": 109}
+STOPPED = 3  # exit status of a process that the watchdog ended
 
 
-def full_size_config(shrink: bool = False) -> DiffusionGemmaConfig:
-    """The released configuration; with `shrink` one of the same form that a CPU runs in milliseconds."""
-    values = json.loads(RELEASED.read_text())
-    if shrink:
-        layers = values["text_config"]["layer_types"][: SHRUNK_TEXT["num_hidden_layers"]]
-        values["text_config"] |= SHRUNK_TEXT | {"layer_types": layers}
-        values |= {**SHRUNK, "vision_config": {**values["vision_config"], **SHRUNK_VISION}}
-    return DiffusionGemmaConfig.from_dict(values)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ways", nargs="+", choices=list(WAYS), default=["fp8", "nf4", "nf4-saved"], help="in this order (default: fp8 nf4 nf4-saved)")
+    add("--layers", type=int, default=30, help="the last ones of the released 30; the last one attends fully")
+    add("--folder", type=Path, default=Path(tempfile.gettempdir()) / "diffusiongemma-full-size", help="where checkpoints are, or are made")
+    add("--passes", type=int, default=3, help="denoising steps of the whole call; of their canvas passes the median is shown")
+    add("--long", type=int, default=1200, help="tokens of the long prompt; 0: none")
+    add("--device", default="cpu")
+    add(
+        "--check",
+        action="store_true",
+        help="also: a digest of a canvas's logits, and every way's model saved and compared (as much disk again)",
+    )
+    add("--shrink", action="store_true", help="a small model of the same form, of at most 6 layers: does it still run?")
+    add("--least-free", type=float, default=1.0, metavar="GIB")
+    add("--measure", choices=list(WAYS), help=argparse.SUPPRESS)  # this program calls itself
+    args = parser.parse_args(arguments)
+    most = 6 if args.shrink else 30
+    args.layers = min(args.layers, most)
+    if not 1 <= args.layers or args.passes < 1 or args.long < 0:
+        parser.error(
+            f"`--layers` is {args.layers}, `--passes` {args.passes}, `--long` {args.long}; expected 1 or more, 1 or more, 0 or more"
+        )
+    return args
 
 
-def build(config: DiffusionGemmaConfig, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> PreTrainedModel:
-    """Our model with random weights on `device`.
+def watch_memory(least: float) -> None:
+    """Ends this process as soon as the machine has less than `least` GiB left; Linux."""
 
-    Args:
-        dtype: of the weights; with `fp8` of those that FP8 leaves alone.
-        fp8: attention, dense MLP and experts in FP8, each weight quantised as soon as it is made.
-    """
-    torch.manual_seed(0)
-    with init_empty_weights(include_buffers=False):
-        model = DiffusionGemmaForMaskedBlockLM(config)
-    model.tie_weights()
-    if fp8:
-        make_fp8(model, default_ignore(model))
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    for part in (*model.model.decoder.layers, model):  # the largest first, then what they leave
-        _fill(part, device, dtype, made)
-    _place_buffers(model, device, dtype)
-    model.generation_config.eos_token_id = None
-    return model.eval()
+    def watch() -> None:
+        while memory_kib("/proc/meminfo", "MemAvailable") > least * 2**20:
+            time.sleep(0.05)
+        os._exit(STOPPED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-@torch.no_grad()
-def _fill(
-    part: nn.Module, device: torch.device, dtype: torch.dtype, made: dict[int, tuple[nn.Parameter, nn.Parameter]]
-) -> None:  # fmt: skip
-    """Gives every parameter of `part` that is still on the meta device a random value, its scale with it; tied ones stay tied."""
-    for module in part.modules():
-        for name, empty in list(module._parameters.items()):
-            if empty is None or not empty.is_meta or module._parameters[name] is not empty:
-                continue
-            if id(empty) not in made:  # which keeps `empty` alive, so that no other gets its id
-                values = torch.empty(empty.shape, dtype=dtype, device=device)
-                values.normal_(0, STANDARD_DEVIATION) if empty.dim() > 1 else values.fill_(1)
-                if empty.dtype.itemsize == 1:
-                    values, scale = quantize_weight(values)
-                    module._parameters[scale_name(name)] = nn.Parameter(scale, requires_grad=False)
-                made[id(empty)] = (empty, nn.Parameter(values, requires_grad=False))
-            module._parameters[name] = made[id(empty)][1]
+def load(way: str, path: Path, device: str):
+    """The model of a way, by plain `from_pretrained`."""
+    placed = {} if device == "cpu" else {"device_map": device}
+    if way == "theirs":
+        return DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype=torch.bfloat16, **placed)
+    quantised = {"quantization_config": FourBitConfig()} if way == "nf4" else {}
+    return DiffusionGemmaForMaskedBlockLM.from_pretrained(path, dtype=torch.bfloat16, **quantised, **placed)
 
 
-def _place_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Moves the buffers; only saved ones take the weights' dtype, since rotary frequencies must not be rounded."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            saved = name not in module._non_persistent_buffers_set and buffer.is_floating_point()
-            module._buffers[name] = buffer.to(device, dtype if saved else buffer.dtype)
+PASSES = {  # what runs a prompt and what runs a canvas, by owner and name
+    "ours": lambda model: ((model, "prefill"), (model, "denoise")),
+    "theirs": lambda model: ((model.encoder, "forward"), (model.decoder, "forward")),
+}
 
 
-def share(ours: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' own class over the very tensors of `ours`, which must not be quantised."""
-    with init_empty_weights(include_buffers=False):
-        model = DiffusionGemmaForBlockDiffusion(ours.config)
-    model.tie_weights()
-    weights, found = dict(ours.named_parameters(remove_duplicate=False)), {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in weights:
-            found[id(parameter)] = weights[name]
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = found[id(parameter)]
-    _place_buffers(model, ours.device, dtype)
-    model.generation_config.eos_token_id = None
-    return model.eval()
+def watch_calls(owner, name: str, device: torch.device) -> list[float]:
+    """Returns a list to which every call of a method will append its seconds."""
+    method, seconds = getattr(owner, name), []
+
+    def watched(*args, **kwargs):
+        started = now(device)
+        result = method(*args, **kwargs)
+        seconds.append(now(device) - started)
+        return result
+
+    setattr(owner, name, watched)
+    return seconds
 
 
-def cache_bytes(config: DiffusionGemmaConfig, batch_size: int, context: int, itemsize: int) -> int:
-    """Keys and values that a canvas pass reads after `context` tokens; sliding layers see the last `sliding_window - 1`."""
-    text, total = config.text_config, 0
-    for place, layer_type in enumerate(text.layer_types):
-        layer = text.per_layer_config[place]
-        visible = min(context, text.sliding_window - 1) if layer_type == "sliding_attention" else context
-        total += 2 * batch_size * visible * layer.num_key_value_heads * layer.head_dim * itemsize
-    return total
-
-
-def bytes_per_pass(model: PreTrainedModel, batch_size: int, prompt_length: int, canvases: int) -> dict[str, float]:
-    """What a canvas pass must read at least, by stage: every parameter of the canvas pass once, all experts among them (see
-    `experts_hit`), the embedding once for the head and once for the soft embedding, and the cache, as a mean over the canvases.
-    Activations are left out."""
-    decoder, config = model.model.decoder, model.config
-
-    def size(*modules: nn.Module) -> int:
-        return sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
-
-    contexts = [prompt_length + number * config.canvas_length for number in range(canvases)]
-    embedding = decoder.embed_tokens.weight
-    cache = sum(cache_bytes(config, batch_size, context, embedding.element_size()) for context in contexts) / canvases
-    attention = sum(size(layer.self_attn) for layer in decoder.layers)
-    mlp = sum(size(layer.mlp) for layer in decoder.layers)
-    experts = sum(size(layer.router, layer.experts) for layer in decoder.layers)
+def memory() -> dict[str, str]:
+    """The machine's, for the line above a table."""
     return {
-        "attention": attention + cache,
-        "dense MLP": mlp,
-        "router and experts": experts,
-        "norms and residuals": sum(map(size, decoder.layers)) - attention - mlp - experts,
-        "vocabulary pass": 2 * embedding.nbytes,
-        "rest": size(decoder.self_conditioning, decoder.norm),
+        "memory": f"{memory_kib('/proc/meminfo', 'MemTotal') / 2**20:.0f} GiB",
+        "swap": f"{memory_kib('/proc/meminfo', 'SwapTotal') / 2**20:.0f} GiB",
     }
 
 
-def experts_hit(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
-    """Of how many experts a layer of our `model` reads the weights in a canvas pass over one row: the fewest of any layer.
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:8]
 
-    Args:
-        input_ids (`int64 (1, P)`): a prompt that is not as long as the canvas.
-    """
-    hit, length = [], model.config.canvas_length
 
-    def note(router: nn.Module, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
-        _, _, chosen = output
-        if len(chosen) == length:  # a canvas; the prompt has another length
-            hit.append(chosen.unique().numel())
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same names, dtypes and bytes."""
 
-    hooks = [layer.router.register_forward_hook(note) for layer in model.model.decoder.layers]
-    model.generate(input_ids, max_new_tokens=length, disable_compile=True, **fixed_steps(2, endless=True))
-    for hook in hooks:
-        hook.remove()
-    return min(hit)
+    def files(folder: Path) -> dict[str, Path]:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return dict.fromkeys(file.keys(), folder / "model.safetensors")
+
+    ours, theirs = files(one), files(other)
+    if set(ours) != set(theirs):
+        return False
+    pairs: dict[tuple[Path, Path], list[str]] = {}
+    for name, file in ours.items():
+        pairs.setdefault((file, theirs[name]), []).append(name)
+    for (left, right), names in pairs.items():
+        with safe_open(left, "pt") as first, safe_open(right, "pt") as second:
+            for name in names:
+                a, b = first.get_tensor(name), second.get_tensor(name)
+                if a.dtype != b.dtype or not torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
+                    return False
+    return True
+
+
+@torch.no_grad()
+def measure(way: str, args: argparse.Namespace) -> dict:
+    """One way, in this process."""
+    watch_memory(args.least_free)
+    source, device = args.folder / f"{WAYS[way]}-{args.layers}", torch.device(args.device)
+    found = {}
+
+    def timed(name: str, action):
+        started = now(device)
+        result = action()
+        found[name] = now(device) - started
+        say(f"{way}: {name} {found[name]:.1f} s")
+        return result
+
+    with PeakMemory() as memory:
+        model = timed("load", lambda: load(way, source, args.device))
+        found["loaded"], vocabulary = (memory.now() - memory.start) / 1e9, model.config.text_config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        prompt, canvas, long_prompt = (
+            torch.randint(FIRST_TEXT_ID, vocabulary, (1, count), generator=generator).to(device)
+            for count in (20, model.config.canvas_length, max(args.long, 1))
+        )
+        prompts, canvases = (watch_calls(*owner, device) for owner in PASSES["theirs" if way == "theirs" else "ours"](model.model))
+        length = model.config.canvas_length
+        timed("generate", lambda: model.generate(prompt, max_new_tokens=length, **fixed_steps(args.passes, endless=True)))
+        found |= {"short": prompts[0], "canvas": statistics.median(canvases)}
+        if args.long:
+            prompts.clear()
+            timed("then", lambda: model.generate(long_prompt, max_new_tokens=length, **fixed_steps(1, endless=True)))
+            found["long"] = prompts[0]
+        if args.check:
+            logits = timed("forward", lambda: model(input_ids=prompt, decoder_input_ids=canvas).logits)
+            found["bits"] = digest(logits.float())
+        if args.check or way == "nf4":
+            target = args.folder / f"{'nf4' if way == 'nf4' else f'saved-{way}'}-{args.layers}"
+            timed("save", lambda: model.save_pretrained(target))
+            if way != "nf4":
+                found["same"] = "yes" if same_tensors(source, target) else "NO"
+                shutil.rmtree(target)
+    return found | {"peak": (memory.peak - memory.start) / 1e9}
+
+
+def main() -> None:
+    args = parse()
+    if args.measure:
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print is no answer
+        transformers.utils.logging.disable_progress_bar()
+        answers.write(json.dumps(measure(args.measure, args)))
+        answers.close()
+        return
+    for kind in dict.fromkeys(WAYS[way] for way in args.ways if WAYS[way] != "nf4"):
+        folder = args.folder / f"{kind}-{args.layers}"
+        if not (folder / "config.json").is_file():
+            size = write_checkpoint(folder, stored_config(args.shrink, args.layers), kind == "fp8")
+            say(f"{folder}: {size:,} bytes")
+    columns = {key: name.format(long=args.long) for key, name in COLUMNS.items() if args.check or key not in ("bits", "same")}
+    print(f"{heading(__file__, sys.argv[1:], machine(args.device.partition(':')[0]) | {'layers': args.layers} | memory())}\n")
+    print(markdown(["way", *columns.values()], []), flush=True)
+    for way in args.ways:
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--measure", way], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            why = f"stopped: less than {args.least_free} GiB were left" if done.returncode == STOPPED else f"failed ({done.returncode})"
+            print(f"| {way} | {why} |{' |' * (len(columns) - 1)}", flush=True)
+            continue
+        found = json.loads(done.stdout)
+        cells = (found.get(key, "") for key in columns)
+        print(f"| {way} | {' | '.join(cell if isinstance(cell, str) else f'{cell:,.2f}' for cell in cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,12 +5,12 @@
     python benchmarks/gpu.py --cache static static-compiled
     python benchmarks/gpu.py --device cpu --shrink      # does it still run? Its numbers mean nothing
 
-Weights are made on the device (`full_size.py`). Prompts are random; every canvas takes exactly `--steps` steps: adaptive
+Weights are made on the device (`random_model.py`). Prompts are random; every canvas takes exactly `--steps` steps: adaptive
 stopping is off by `stability_threshold` equal to the steps, which no canvas reaches within them, in transformers as in ours.
 
 - ms per canvas pass: whole calls with `--steps` steps against whole calls with one, by the passes between (`measure.py`).
 - ms in all per pass: the whole call by its canvas passes and commits, `canvases * (steps + 1)`: what published tokens/s give.
-- share of the roofline: the bytes that a pass must read (`full_size.bytes_per_pass`) at the bandwidth measured in this run, by
+- share of the roofline: the bytes that a pass must read (`random_model.bytes_per_pass`) at the bandwidth measured in this run, by
   the time it took. Bandwidth is the better of summing and of copying a large tensor.
 - stages: one canvas, without capture or compilation, marks in the stream (`stages.py`). Their sum is above the pass timed
   without marks where launching keeps the device waiting.
@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from full_size import build, bytes_per_pass, experts_hit, full_size_config, share
 from measure import FIRST_TEXT_ID, fixed_steps, heading, is_out_of_memory, machine, markdown, now, number, peak_mib, say, timed_call, turns
 from modeling_diffusiongemma.console.device_report import device_table, prove_all
+from random_model import build, bytes_per_pass, experts_hit, full_size_config, share
 from stages import STAGES, stage_times
 
 GOALS = {"bf16": 14.7, "fp8": 7.9}  # ms per canvas pass at batch 1 on an H200: 75 % of the roofline at 4.8 TB/s
@@ -162,7 +162,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def describe(args: argparse.Namespace, models: dict, rates: dict[str, float], seconds: float, hit: int) -> str:
-    """What was measured on what; `seconds`: to build our model, `hit`: `full_size.experts_hit`."""
+    """What was measured on what; `seconds`: to build our model, `hit`: `random_model.experts_hit`."""
     ours, text = models["ours"], args.config.text_config
     size = sum(tensor.nbytes for tensor in (*ours.parameters(), *ours.buffers()))
     used = {side: model.config.text_config for side, model in models.items()}

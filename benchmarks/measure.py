@@ -24,6 +24,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,18 +63,43 @@ def peak_mib(device: torch.device, forget: bool = False) -> float:
         if forget:
             ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed and malloc kept is not in use
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM becomes VmRSS
-        return _proc_kib("/proc/self/status", "VmHWM") / 1024
+        return memory_kib("/proc/self/status", "VmHWM") / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def _proc_kib(file: str, name: str) -> int:
+def memory_kib(file: str, name: str) -> int:
+    """A value of a file like /proc/meminfo."""
     return int(re.search(rf"^{name}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)[1])
+
+
+class PeakMemory:
+    """Peak of this process's anonymous memory (a mapped weight file is not counted), sampled every millisecond; Linux."""
+
+    @staticmethod
+    def now() -> int:
+        return 1024 * memory_kib("/proc/self/status", "RssAnon")
+
+    def __enter__(self):
+        self.start = self.peak = self.now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.done.wait(0.001):
+            self.peak = max(self.peak, self.now())
+
+    def __exit__(self, *error) -> None:
+        self.done.set()
+        self.thread.join()
+        self.end = self.now()
 
 
 def limit_memory() -> None:
     """Lets this process grow by `MEMORY_SHARE` of the memory that is free now. Only on Linux."""
     with contextlib.suppress(OSError):
-        limit = 1024 * (_proc_kib("/proc/self/status", "VmData") + int(MEMORY_SHARE * _proc_kib("/proc/meminfo", "MemAvailable")))
+        limit = 1024 * (memory_kib("/proc/self/status", "VmData") + int(MEMORY_SHARE * memory_kib("/proc/meminfo", "MemAvailable")))
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-import full_size
 import gpu
 import measure
+import random_checkpoint
+import random_model
 import scaling
 import stages
 from jobs.tokenizer import build_tokenizer
@@ -130,7 +131,7 @@ def test_gpu_runs_shrunk_on_a_cpu(capsys):
 def test_gpu_runs_in_fp8(capsys):
     gpu.main(["--device", "cpu", "--shrink", "--batch", "1", "--cache", "dynamic", "--steps", "2", "--rounds", "1", "--dtype", "fp8"])
     assert "### a shrunk architecture, random weights, fp8" in capsys.readouterr().out
-    model = full_size.build(full_size.full_size_config(shrink=True), CPU, torch.bfloat16, fp8=True)
+    model = random_model.build(random_model.full_size_config(shrink=True), CPU, torch.bfloat16, fp8=True)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     weights = {weight.dtype for layer in model.model.decoder.layers for weight in layer.experts.parameters() if weight.shape[-1] > 1}
     assert weights == {torch.float8_e4m3fn}
@@ -138,7 +139,7 @@ def test_gpu_runs_in_fp8(capsys):
 
 @pytest.fixture(scope="module")
 def shrunk():
-    return full_size.build(full_size.full_size_config(shrink=True), CPU, torch.float32)
+    return random_model.build(random_model.full_size_config(shrink=True), CPU, torch.float32)
 
 
 def test_gpu_judges_the_fastest_of_ours_at_batch_1():
@@ -150,7 +151,7 @@ def test_gpu_judges_the_fastest_of_ours_at_batch_1():
 
 
 def test_transformers_gets_the_very_same_weights(shrunk):
-    theirs = full_size.share(shrunk, torch.float32)
+    theirs = random_model.share(shrunk, torch.float32)
     assert {parameter.data_ptr() for parameter in theirs.parameters()} == {parameter.data_ptr() for parameter in shrunk.parameters()}
     ids = torch.randint(128, 8192, (2, 21), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -164,8 +165,8 @@ def test_bytes_of_a_pass_are_every_weight_once_and_the_embedding_twice(shrunk):
     weights -= sum(parameter.nbytes for module in images for parameter in module.parameters())
     scalars = 4 * len(shrunk.model.decoder.layers)
     embedding = shrunk.model.decoder.embed_tokens.weight.nbytes
-    cache = full_size.cache_bytes(shrunk.config, 3, 40, 4) + full_size.cache_bytes(shrunk.config, 3, 72, 4)
-    needed = full_size.bytes_per_pass(shrunk, 3, 40, 2)
+    cache = random_model.cache_bytes(shrunk.config, 3, 40, 4) + random_model.cache_bytes(shrunk.config, 3, 72, 4)
+    needed = random_model.bytes_per_pass(shrunk, 3, 40, 2)
     assert sum(needed.values()) == weights + scalars + embedding + cache / 2
     assert set(needed) | {"sampling"} == set(stages.STAGES)
 
@@ -176,11 +177,11 @@ def test_cache_bytes_are_those_of_a_cache(shrunk, context):
     with torch.no_grad():
         shrunk.model.prefill(torch.randint(128, 8192, (2, context)), past_key_values=cache)
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert full_size.cache_bytes(shrunk.config, 2, context, 4) == stored
+    assert random_model.cache_bytes(shrunk.config, 2, context, 4) == stored
 
 
 def test_shrunk_architecture_keeps_the_released_form():
-    full, small = full_size.full_size_config(), full_size.full_size_config(shrink=True)
+    full, small = random_model.full_size_config(), random_model.full_size_config(shrink=True)
     assert full.text_config.num_hidden_layers == 30 and full.text_config.vocab_size == 262_144
     assert set(small.text_config.layer_types) == set(full.text_config.layer_types)
     assert small.text_config.use_bidirectional_attention == full.text_config.use_bidirectional_attention
@@ -250,3 +251,30 @@ def test_a_wrong_argument_is_named(script, arguments, named, capsys):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(BENCHMARKS / f"{script}.py"))["parse"](arguments)
     assert f"error: `{named}`" in capsys.readouterr().err
+
+
+def test_random_checkpoints_have_the_published_sizes():
+    """Names and shapes of both layouts are held against the published ones in tests/test_checkpoint.py and tests/test_fp8.py."""
+    for fp8, tensors, size in ((False, 1_047, 51_647_562_456), (True, 24_232, 27_197_665_496)):
+        _, weights = random_checkpoint.layout_of(random_model.stored_config(), fp8)
+        assert len(weights) == tensors
+        assert sum(shape.numel() * dtype.itemsize for shape, dtype in weights.values()) == size
+
+
+@pytest.mark.slow
+def test_full_size_makes_checkpoints_and_runs_every_way(tmp_path):
+    """All ways but 4 bit, which tests/test_four_bit.py holds; `theirs` reads what was written for ours."""
+    options = ["--shrink", "--folder", tmp_path, "--passes", "2", "--long", "80", "--check", "--least-free", "0.1"]
+    printed = run("full_size.py", *options, "--ways", "bf16", "theirs", "fp8")
+    assert {file.name for file in tmp_path.iterdir()} == {"bf16-6", "fp8-6"}
+    lines = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")}
+    header = lines["| way"]
+    for way in ("bf16", "theirs", "fp8"):
+        found = dict(zip(header, lines[f"| {way}"], strict=True))
+        assert found["saved bytes equal"] == "yes" and re.fullmatch("[0-9a-f]{8}", found["logits"])
+        assert all(float(found[name]) >= 0 for name in header if name.endswith(", s"))
+
+
+def test_a_measurement_that_takes_the_last_memory_is_stopped(tmp_path):
+    options = ["--shrink", "--folder", tmp_path, "--ways", "bf16", "--least-free", "1000000"]
+    assert "| bf16 | stopped: less than 1000000.0 GiB were left |" in run("full_size.py", *options)

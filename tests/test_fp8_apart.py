@@ -76,6 +76,15 @@ def test_experts_on_a_cpu_are_views_of_the_files(stacked, tmp_path, device_map, 
             assert any(matrix.data_ptr() in addresses for addresses in mapped)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator a computed map uses it")
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_a_computed_map_without_a_gpu_leaves_experts_in_their_files(published, stacked, device_map):
+    """Accelerate counts what stays in the files as memory, and would send what it takes for too much to the disk, in another form."""
+    model = load(published, device_map=device_map)
+    assert lie_apart(model) == [True] * 4 and set(getattr(model, "hf_device_map", {"": "cpu"}).values()) == {"cpu"}
+    assert torch.equal(logits(model), logits(stacked))
+
+
 def test_models_of_other_checkpoints_and_places_are_stacked(published, oracle_checkpoint, tmp_path):
     model = load(oracle_checkpoint, quantization_config=FP8Config())
     assert all(type(module) is FP8Experts for module in experts_of(model))

@@ -35,6 +35,7 @@ DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token
 KEPT = ("config", "dtype", "quantization_config", "attn_implementation", "experts_implementation", "trust_remote_code", "gguf_file")
 
 SKIPPING = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # where a quantiser's config names what it leaves alone
+COMPUTED = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps: of FP8, which stays in its files, all is the CPU's without a GPU
 # Routers (hqq knows them by the second name), as in the released FP8 recipe; and what is left alone in any case where nothing is named.
 UNCONVERTED = ("router.proj", "decoder.router.proj", "lm_head", "model.decoder.embed_tokens")
 
@@ -129,6 +130,8 @@ def for_our_quantizers(config_class: type[PreTrainedConfig], path: str | os.Path
         return arguments
     four_bits = quantization["quant_method"] == "modelopt" or str(quantization.get("format")).startswith("nvfp4")
     config.quantization_config = quantization | {"quant_method": (StoredNVFP4Config if four_bits else FP8Config).quant_method}
+    if not four_bits and rest.get("device_map") in COMPUTED and rest.get("max_memory") is None and not torch.accelerator.is_available():
+        rest = rest | {"device_map": {"": "cpu"}}
     return rest | {"config": config}
 
 
