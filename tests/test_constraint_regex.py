@@ -58,7 +58,8 @@ def test_search_is_what_search_finds(seed):
 @pytest.mark.parametrize(
     "pattern",
     [
-        r"\d{3}-\w+", r"(?a)\d+\w\s", "[^a-z]{2,}", r"(?P<year>\d{4})-(?P<month>0[1-9]|1[0-2])", r"[\W\d]+", "(?i)straße|kelvin", "(?i)[^k]",
+        r"\d{3}-\w+", r"(?a)\d+\w\s", "[^a-z]{2,}", r"(?P<year>\d{4})-(?P<month>0[1-9]|1[0-2])", r"[\W\d]+", "(?i)[^k]",
+        "(?i)straße|kelvin",
         "é+|ß?", r"[\U0001F600-\U0001F64F]{1,3}", r"\x41\u00e9\t", "(?i:[à-ö])x", r"(?i)\w", "(?-i:a)B(?i:c)", r"[\]\\^-]+", "[^\\n]*",
     ],
 )  # fmt: skip
@@ -125,8 +126,8 @@ def test_pattern_that_matches_nothing_is_nothing():
 def test_searched_class_means_what_unicode_and_ascii_agree_on():
     """So that a validator which reads a pattern as ECMA-262 does accepts the same text."""
     for pattern, allowed, refused in [
-        (r"^\d$", "7", "٣"), (r"^\w$", "w", "é"), (r"^\W$", "-", "é"), (r"^\s$", " ", "\u2003"), (r"^[^\d]$", "x", "٣"), ("^.$", "é", "\u2028"),
-        ("^a$", "a", "a\n"),
+        (r"^\d$", "7", "٣"), (r"^\w$", "w", "é"), (r"^\W$", "-", "é"), (r"^\s$", " ", "\u2003"), (r"^[^\d]$", "x", "٣"),
+        ("^.$", "é", "\u2028"), ("^a$", "a", "a\n"),
     ]:  # fmt: skip
         language = parse_search(pattern)
         assert holds(language, allowed) and not holds(language, refused), pattern

@@ -1,5 +1,5 @@
-"""A regular expression as a language over characters: what it means is what `re.fullmatch` means, since `re` parses it, and since `re` is asked
-which characters a class holds.
+"""A regular expression as a language over characters: what it means is what `re.fullmatch` means, since `re` parses it, and since `re` is
+asked which characters a class holds.
 
 An anchor is a condition on what stands before or behind a match. A pattern becomes one language for each pair of conditions under which it
 matches; conditions that meet text of the pattern itself are resolved there. What is no regular language, or not read here, is refused by
@@ -17,9 +17,7 @@ from itertools import chain
 from re import _constants as codes
 from re import _parser as parser
 
-from .expression import (
-    ANY, EMPTY, LAST, NOTHING, SURROGATES, Both, Chars, Either, Except, Expression, Join, Repeat, chars, outside, text,
-)  # fmt: skip
+from .expression import ANY, EMPTY, LAST, NOTHING, SURROGATES, Both, Chars, Either, Except, Expression, Join, Repeat, chars, outside, text
 
 LARGEST = 10_000  # characters that a pattern may stand for, repetitions written out: beyond, its automaton is larger than any canvas needs
 
@@ -65,8 +63,8 @@ def parse_regex(pattern: str, name: str = "pattern") -> Expression:
 def parse_search(pattern: str, name: str = "pattern") -> Expression:
     r"""The strings in which the pattern is found, as JSON schema's `pattern` means it.
 
-    Its patterns are ECMA-262's. Validators in Python read them by `re.search`, which differs: a class means here what it means to `re` both in
-    Unicode and in ASCII (so `\d` are ten digits), `.` is no line terminator, and `$` is the end and not before a last line feed.
+    Its patterns are ECMA-262's. Validators in Python read them by `re.search`, which differs: a class means here what it means to `re` both
+    in Unicode and in ASCII (so `\d` are ten digits), `.` is no line terminator, and `$` is the end and not before a last line feed.
 
     Raises: as `parse_regex`.
     """
