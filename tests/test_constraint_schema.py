@@ -497,15 +497,12 @@ def test_what_stands_beside_a_reference_holds(valid):
         assert allows(schema, value) == valid(schema, value), value
 
 
-def tree():
-    node = {"type": "object", "properties": {"v": {"type": "null"}, "next": {"$ref": "#/$defs/Node"}}, "required": ["v"]}
-    return {"$defs": {"Node": node}, "$ref": "#/$defs/Node"}
+def node(reference):
+    return {"type": "object", "properties": {"v": {"type": "null"}, "next": {"$ref": reference}}, "required": ["v"]}
 
 
 @pytest.mark.parametrize("depth", range(5))
-@pytest.mark.parametrize(
-    "schema", [tree(), {"type": "object", "properties": {"v": {"type": "null"}, "next": {"$ref": "#"}}, "required": ["v"]}]
-)
+@pytest.mark.parametrize("schema", [node("#"), {"$defs": {"Node": node("#/$defs/Node")}, "$ref": "#/$defs/Node"}])
 def test_recursion_goes_to_the_depth(depth, schema):
     language, value = schema_expression(schema, depth=depth), {"v": None}
     for nested in range(7):
@@ -525,6 +522,38 @@ def test_recursion_goes_to_the_depth(depth, schema):
 def test_recursion_without_an_end_is_refused(schema, path):
     with pytest.raises(ValueError, match=f"demands itself without an end at {path}"):
         schema_expression(schema)
+
+
+def together(count):
+    """Definitions that all stand in all."""
+    properties = {str(place): {"$ref": f"#/$defs/{place}"} for place in range(count)}
+    return {"$defs": {str(place): {"type": "object", "properties": properties} for place in range(count)}, "$ref": "#/$defs/0"}
+
+
+def test_definitions_within_each_other_go_to_the_depth_together():
+    language = schema_expression(together(2), depth=2)
+    for way in ("", "0", "1", "01", "10", "110", "100", "000", "1010", "0110"):
+        value = {}
+        for name in reversed(way):
+            value = {name: value}
+        again = len(way) + 1 - len({"0", *way})
+        assert holds(language, written(value)) == (again <= 2), way
+
+
+def test_schema_that_grows_without_measure_is_refused_soon():
+    with pytest.raises(ValueError, match="holds more than 10,000 values, references followed; expected fewer: lower `depth`"):
+        schema_expression(together(5))
+    with pytest.raises(ValueError, match="is nested deeper than Python calls functions, with `depth` 100000"):
+        schema_expression(node("#"), depth=100_000)
+
+
+def test_a_reference_that_holds_with_others_counts():
+    """The way to a value that two schemas describe is the longer one: else this one would have no end."""
+    beside = {"allOf": [{"type": "object", "properties": {}}, {"$ref": "#"}]}
+    language, value = schema_expression({"type": "object", "properties": {"a": beside}}, depth=2), {}
+    for nested in range(5):
+        assert holds(language, written(value)) == (nested <= 2)
+        value = {"a": value}
 
 
 def test_a_list_of_itself_ends_with_none():
@@ -591,11 +620,14 @@ def test_keywords_that_say_nothing_of_the_value_are_passed_over():
         ({"type": "number", "exclusiveMinimum": 3, "maximum": 3}, r"no number at \$\.properties\.age"),
         ({"type": "number", "minimum": 1e300}, r"the bound 1E\+300 at \$\.properties\.age"),
         ({"type": "number", "exclusiveMinimum": 0.1234567890123456}, r"expected one of at most 15 digits"),
+        ({"type": "integer", "enum": [math.inf, math.nan]}, r"allows no value at \$\.properties\.age\.enum"),
+        ({"type": "integer", "minimum": 10**400}, r"no integer of up to 19 digits"),
+        ({"type": "number", "maximum": math.inf}, r"inf at \$\.properties\.age\.maximum; expected a number"),
         ({"type": "number", "minimum": "3"}, r"'3' at \$\.properties\.age\.minimum; expected a number"),
         ({"type": "number", "minimum": 3, "exclusiveMinimum": True}, r"True at \$\.properties\.age\.exclusiveMinimum; expected a number"),
         ({"type": "strin"}, r"'strin' at \$\.properties\.age\.type; expected one of string"),
         ({"type": []}, r"\[\] at \$\.properties\.age\.type"),
-        ({"type": "object"}, r"names no properties at \$\.properties\.age; expected `properties`, or `additionalProperties`: true"),
+        ({"type": "object"}, r"names no properties at \$\.properties\.age; expected them, or `additionalProperties`: true"),
         ({"type": "object", "properties": {}, "required": ["b"]}, r"demands 'b' at \$\.properties\.age\.required"),
         ({"anyOf": []}, r"\[\] at \$\.properties\.age\.anyOf; expected a list of schemas, not empty"),
         ({"anyOf": [{"type": "object", "properties": {}}, {"not": {}}]}, r"\$\.properties\.age\.anyOf\[1\]\.not, which is not supported"),

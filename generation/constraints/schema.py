@@ -41,8 +41,9 @@ def schema_expression(schema: Any, *, whitespace: str | None = None, depth: int 
         schema: a mapping, true or false, JSON, or a pydantic model.
         whitespace: None: one space or none behind each comma and colon, so that both of the usual compact forms may be written.
             "compact": no space; "spaced": one; "any": any number of spaces, tabs and line ends wherever JSON allows them inside the value.
-        depth: how often a definition may stand within itself, and how deep lists and objects may be nested where any value is allowed;
-            what is deeper is not written. 3: a text of a few hundred tokens holds hardly more, and the automaton grows with each level.
+        depth: how many definitions on the way to a value may stand within themselves, and how deep lists and objects may be nested where
+            any value is allowed; what is deeper is not written. 3: a text of a few hundred tokens holds hardly more, and the automaton
+            grows with each level.
 
     Returns:
         The language: where `additionalProperties` allows names, they stand behind the others and may be repeated. Readers of JSON take the
@@ -50,7 +51,7 @@ def schema_expression(schema: Any, *, whitespace: str | None = None, depth: int 
 
     Raises:
         ValueError: a keyword that is not supported, by its path; a schema that contradicts itself, that demands itself without an end, or
-            that stands for more than 200,000 characters; other values of `whitespace` and `depth`.
+            that is larger than `LARGEST` or `MOST_VALUES`; other values of `whitespace` and `depth`.
     """
     if whitespace not in GAPS:
         raise ValueError(f"`whitespace` is {whitespace!r}; expected None, 'compact', 'spaced' or 'any'")
@@ -58,7 +59,10 @@ def schema_expression(schema: Any, *, whitespace: str | None = None, depth: int 
         raise ValueError(f"`depth` is {depth!r}; expected an integer of at least 0")
     root = read_schema(schema)
     reading = Reading(root, depth)
-    found = _Writer(reading, *GAPS[whitespace]).value((Placed(root, "$"),), ("#",))
+    try:
+        found = _Writer(reading, *GAPS[whitespace]).value((Placed(root, "$"),), ("#",))
+    except RecursionError as error:
+        raise ValueError(f"`schema` is nested deeper than Python calls functions, with `depth` {depth}; expected less") from error
     if found == NOTHING:
         if reading.cut:
             raise ValueError(f"`schema` demands itself without an end at {reading.cut[0]}; expected a way out within `depth` {depth}")
@@ -155,9 +159,8 @@ class _Writer:
             if bound is None:
                 continue
             whole, _, fraction = format(abs(bound), "f").partition(".")
-            if len(whole) > FRACTION_DIGITS or len(fraction.rstrip("0")) > (
-                FRACTION_DIGITS - len(whole.lstrip("0")) if strict else 2 * FRACTION_DIGITS
-            ):
+            most_digits = FRACTION_DIGITS - len(whole.lstrip("0")) if strict else 2 * FRACTION_DIGITS
+            if len(whole) > FRACTION_DIGITS or len(fraction.rstrip("0")) > most_digits:
                 raise ValueError(f"`schema` holds the bound {bound} at {simple.path}; expected one of at most {FRACTION_DIGITS} digits")
         found = decimals(least, most, above, below)
         if found == NOTHING or least is not None and most is not None and (least > most or least == most and (above or below)):
@@ -188,9 +191,7 @@ class _Writer:
     def object(self, simple: Simple) -> Expression:
         properties, required = simple.get("properties", {}), simple.get("required", [])
         if "properties" not in simple.keywords and "additionalProperties" not in simple.keywords:
-            raise ValueError(
-                f"`schema` names no properties at {simple.path}; expected `properties`, or `additionalProperties`: true for any"
-            )
+            raise ValueError(f"`schema` names no properties at {simple.path}; expected them, or `additionalProperties`: true for any")
         for name in required:
             if name not in properties:
                 raise ValueError(f"`schema` demands {name!r} at {simple.path}.required, which is none of its `properties`")

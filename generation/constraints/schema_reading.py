@@ -8,6 +8,7 @@ Knows nothing of how a value is written.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -36,6 +37,7 @@ BY_TYPE = {
     "null": frozenset(),
 }  # fmt: skip
 OF_TYPES = frozenset().union(*BY_TYPE.values())
+MOST_VALUES = 10_000  # definitions that stand within each other multiply with the depth: a second to read, and no automaton small enough
 KNOWN = NOTES | COMBINED | OF_TYPES | {"type", "enum", "const"}
 
 
@@ -83,7 +85,7 @@ def is_of(value: Any, kind: str) -> bool:
     if isinstance(value, bool) or value is None:
         return kind == ("null" if value is None else "boolean")
     if isinstance(value, int | float):
-        return kind == "number" or kind == "integer" and value == math.floor(value)
+        return kind == "number" or kind == "integer" and value % 1 == 0
     return kind == {str: "string", list: "array", dict: "object"}.get(type(value))
 
 
@@ -98,14 +100,19 @@ def same_value(left: Any, right: Any) -> bool:
 
 @dataclass
 class Reading:
-    """Reads one schema. `cut`: the paths of references that were not followed, since they stood `depth` times within themselves."""
+    """Reads one schema. `depth`: how many references on the way to a value may stand within themselves; `cut`: the paths of those that were
+    not followed; `count`: the values that were asked for."""
 
     root: dict | bool
     depth: int
     cut: list[str] = field(default_factory=list)
+    count: int = 0
 
     def options(self, given: Sequence[Placed], entered: tuple[str, ...]) -> list[Simple]:
         """The alternatives of schemas that all hold; none where there is no such value, or none within the depth."""
+        self.count += 1
+        if self.count > MOST_VALUES:
+            raise ValueError(f"`schema` holds more than {MOST_VALUES:,} values, references followed; expected fewer: lower `depth`")
         return self.together([self.options_of(placed, entered) for placed in given], given[-1].path)
 
     def options_of(self, placed: Placed, entered: tuple[str, ...]) -> list[Simple]:
@@ -145,7 +152,7 @@ class Reading:
                 found, place = found[step], f"{place}.{step}"
             else:
                 raise ValueError(f"`schema` refers to {reference!r} at {path}.$ref, where it holds nothing; expected a place in the schema")
-        if entered.count(reference) > self.depth:
+        if reference in entered and len(entered) - len(set(entered)) >= self.depth:
             self.cut.append(f"{path}.$ref")
             return []
         return self.options_of(Placed(found, place), (*entered, reference))
@@ -208,7 +215,8 @@ class Reading:
         if keyword in COUNTS:
             expect(isinstance(value, int) and not isinstance(value, bool) and value >= 0, "an integer of at least 0")
         elif keyword in BOUNDS:
-            expect(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value), "a number")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            expect(whole or isinstance(value, float) and math.isfinite(value), "a number")
             value = Decimal(repr(value))
         elif keyword in ("pattern", "format"):
             expect(isinstance(value, str), "a string")
@@ -319,8 +327,8 @@ class Reading:
 
 
 def _entered(left: Simple, right: Simple) -> tuple[str, ...]:
-    shared = next((i for i, pair in enumerate(zip(left.entered, right.entered, strict=False)) if pair[0] != pair[1]), len(left.entered))
-    return left.entered + right.entered[shared:]
+    """The references on the way to both, each as often as on the way to one of them."""
+    return left.entered + tuple((Counter(right.entered) - Counter(left.entered)).elements())
 
 
 def _agreed(keyword: str, left: Placed, right: Placed) -> Placed:
