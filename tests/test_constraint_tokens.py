@@ -12,8 +12,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from generation.constraints.characters import MOST_BYTE_STATES, byte_automaton
 from generation.constraints.expression import (
-    ANY, EMPTY, NOTHING, Both, Either, Except, Expression, Join, Repeat, chars, outside, text,
-)  # fmt: skip
+    ANY,
+    EMPTY,
+    NOTHING,
+    Both,
+    Either,
+    Except,
+    Expression,
+    Join,
+    Repeat,
+    chars,
+    outside,
+    text,
+)
 from generation.constraints.tokens import make_vocabulary, token_automaton, token_bytes
 from modeling_diffusiongemma import default_checkpoint
 
