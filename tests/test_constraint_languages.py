@@ -140,6 +140,33 @@ def test_regex_and_schema_mean_what_their_readers_say():
     assert automaton.accepts([0, 2, 4, 2, 3, 9, 6, 5, 1]) and not automaton.accepts([0, 2, 4, 2, 3, 9, 1])
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[0-9]{4}-(0[1-9]|1[0-2])-[0-3][0-9]",
+        r"[a-z.]+@[a-z]{2,9}\.(com|org|é)",
+        r"(Dear|Hello) [A-Z]\w{0,9},\n(?:- .{0,30}\n){1,3}",
+        r"[^a-z]{3,8}",
+    ],
+)
+def test_walks_of_a_shipped_tokenizer_decode_to_what_the_pattern_accepts(pattern):
+    """Texts by uniform choices among edges: cuts that no tokenizer would make, half characters included."""
+    pytest.importorskip("generation.constraints.regex")
+    tokenizer = AutoTokenizer.from_pretrained(default_checkpoint("text"))
+    automaton = compile_constraint(Regex(pattern), tokenizer, len(tokenizer))
+    numbers = random.Random(1)
+    members = [(automaton.classes == kind).nonzero().flatten().tolist() for kind in range(automaton.kinds)]
+    edges = [(automaton.source == state).nonzero().flatten().tolist() for state in range(automaton.states)]
+    for _ in range(100):
+        ids, state = [], 0
+        while not (automaton.accepting[state] and (not edges[state] or len(ids) >= 60 or numbers.random() < 0.3)):
+            closer = [edge for edge in edges[state] if len(ids) < 60 or automaton.fewest[automaton.target[edge]] < automaton.fewest[state]]
+            edge = numbers.choice(closer)
+            ids.append(numbers.choice(members[automaton.kind[edge]]))
+            state = int(automaton.target[edge])
+        assert automaton.accepts(ids) and re.fullmatch(pattern, tokenizer.decode(ids)), tokenizer.decode(ids)
+
+
 def test_choice_is_one_of_its_options_in_any_cut():
     tokenizer = letters_tokenizer(more=("abc", "de"))
     automaton = compile_constraint(Choice(["abc", "ab", "cde"]), tokenizer, 13)

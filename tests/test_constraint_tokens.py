@@ -175,6 +175,13 @@ def check_form(automaton):
         columns.setdefault(kind, []).append((source, target))
     assert len({tuple(column) for column in columns.values()}) == len(columns) == automaton.kinds - 1
     assert set(columns) == set(range(1, automaton.kinds))
+    blocks = [0] * automaton.states  # the states that accept the same, the slow way
+    for _ in range(automaton.states + 1):
+        names = [(blocks[state], bool(automaton.accepting[state])) for state in range(automaton.states)]
+        for source, kind, target in zip(automaton.source.tolist(), automaton.kind.tolist(), automaton.target.tolist(), strict=True):
+            names[source] += (kind, blocks[target])
+        blocks = [names.index(name) for name in names]
+    assert len(set(blocks)) == automaton.states
     for state in range(automaton.states):
         states, steps = {state}, 0
         while not any(automaton.accepting[one] for one in states):

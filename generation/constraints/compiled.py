@@ -67,7 +67,7 @@ def compile_constraint(language: Language, tokenizer: PreTrainedTokenizerBase, v
             found = _compile(language, known.vocabulary)
             _write(path, name, found)
         while len(known.automata) >= KEPT:
-            known.automata.pop(next(iter(known.automata)))
+            known.automata.pop(next(iter(known.automata)), None)
         known.automata[name] = found
     return known.automata[name]
 
