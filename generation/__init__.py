@@ -1,6 +1,9 @@
 """Block-diffusion generation. Imports torch and transformers, never a model."""
 
 from .call.configuration import DiffusionGenerationConfig
+from .constraints.automaton import Automaton
+from .constraints.languages import Choice, JsonSchema, Pins, Regex, Template
+from .filling import Filled
 from .mixin import DiffusionGenerationMixin
 from .output import DiffusionGenerationOutput, TokenScores
 from .rules.constraint import Constraint
@@ -15,8 +18,9 @@ from .watch.terminal import CanvasStreamer
 from .watch.watcher import Watcher
 
 __all__ = [
-    "CanvasState", "CanvasStreamer", "CommitEvent", "ConfidenceSampler", "Constraint", "DiffusionGenerationConfig",
-    "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "FixedStepsSampler", "MaskNoise", "Never", "Noise",
-    "Prediction", "PredictorCorrectorSampler", "Proposal", "Sampler", "StableAndConfident", "StepEvent", "StoppingRule",
-    "TemperatureSchedule", "TokenScores", "UniformNoise", "Wanted", "Watcher", "stream_events", "stream_text",
+    "Automaton", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint", "DiffusionGenerationConfig",
+    "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema",
+    "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler", "Proposal", "Regex", "Sampler",
+    "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores", "UniformNoise", "Wanted",
+    "Watcher", "stream_events", "stream_text",
 ]  # fmt: skip

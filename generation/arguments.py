@@ -201,6 +201,12 @@ def _with_methods(*names: str) -> Callable[[Any], Any]:
     return read
 
 
+def _constraint(value: Any) -> Any:
+    """One of the caller's that sees predictions, or a language: which ones there are `call.constrained` knows."""
+    _demand(not isinstance(value, str | bytes | int | float | type | dict))
+    return value
+
+
 def _sampler(value: Any) -> Any:
     """A name, or one of the caller's: as `rules.samplers.Sampler` has it."""
     if isinstance(value, str):
@@ -280,7 +286,8 @@ ARGUMENTS: dict[str, Kind] = {
     "stopping_criteria": Kind("a list of functions `(input_ids, scores) -> bool (rows,)`", _callables),
     "streamer": Kind("an object with the methods `put` and `end`", _with_methods("put", "end")),
     "watcher": Kind("a `generation.watch.watcher.Watcher`", _with_methods("start", "step", "commit", "end")),
-    "constraint": Kind("a `generation.rules.constraint.Constraint`", _with_methods("constrain", "select")),
+    "constraint": Kind("a `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins` of `generation`, a list with one for each prompt, or a "
+                       "`generation.rules.constraint.Constraint`", _constraint),
     "first_step": integer(0),
     "self_conditioning_logits": floats("(batch, canvas_length, vocab_size), or (canvas_length, vocab_size) for every row", 2, 3),
     "stopping": Kind("a `generation.rules.stopping.StoppingRule`, an instance with the methods `start` and `update`",

@@ -12,11 +12,16 @@ from .arguments import reads_arguments, shown
 from .cache_names import FIELD, takes_cache
 from .call.caches import make_cache
 from .call.configuration import DiffusionGenerationConfig
+from .call.constrained import bind, compile_languages, is_constraint
 from .call.plan import Plan, make_plan
+from .call.progress import Progress
 from .call.prompt import IMAGES, Prompt, read_prompt
 from .call.settings import resolve_config, resolve_stopping
 from .call.together import allowed_tokens, check_arguments
+from .constraints.automaton import Automaton
+from .constraints.languages import Language, Template
 from .contract import check_contract
+from .filling import Filled, fill
 from .loop.autoregressive import decode_autoregressively
 from .loop.canvases import decode_canvases
 from .loop.rows import Rows
@@ -33,7 +38,10 @@ from .watch.watcher import StreamerWatcher, Watcher
 DECODERS = {"diffusion": decode_canvases, "autoregressive": decode_autoregressively, "verified": decode_verified}
 
 
-def start_rows(config: DiffusionGenerationConfig, plan: Plan, prompt: Prompt, model_config, seed, generator, constraint) -> Rows:
+def start_rows(
+    config: DiffusionGenerationConfig, plan: Plan, prompt: Prompt, model_config, seed, generator, constraint: Constraint | None,
+    progress: Progress | None,
+) -> Rows:  # fmt: skip
     """All rows of the batch, nothing being written yet; with the caller's cache, or one of their own."""
     cache, copies, device = prompt.cache, config.num_return_sequences or 1, prompt.real.device
     if config.decoding == "diffusion" and cache is None:
@@ -44,7 +52,7 @@ def start_rows(config: DiffusionGenerationConfig, plan: Plan, prompt: Prompt, mo
         fixed = plan.rules.greedy and seed is None and generator is None
         draws = row_draws(0 if fixed else seed, generator, len(prompt.ids) // copies, copies)
     places = torch.arange(len(prompt.ids), device=device)
-    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint)
+    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint, progress)
 
 
 @contextlib.contextmanager
@@ -115,7 +123,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         image_position_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         watcher: Watcher | None = None,
-        constraint: Constraint | None = None,
+        constraint: Language | Automaton | Constraint | Sequence[Language | Automaton | None] | None = None,
         first_step: int | None = None,
         self_conditioning_logits: torch.Tensor | None = None,
         stopping: StoppingRule | None = None,
@@ -160,10 +168,13 @@ class DiffusionGenerationMixin(GenerationMixin):
                 `(model, step, noise_proportion, state) -> dict or None`; what it gets and may change: `generation.watch.callback`.
             callback_on_step_end_tensor_inputs (*optional*): names of what `state` holds. Default: all but `logits`, which are whole ones.
             watcher (*optional*): a `generation.watch.watcher.Watcher`: is told of every step and every canvas, and may change the state.
-            constraint (*optional*): a `generation.rules.constraint.Constraint`: what it makes of each prediction is what counts.
+            constraint (*optional*): what is written must be a text of this language: one of `generation.constraints`, or a list with one,
+                or None, for each prompt. Exact in every step (generation/README.md); the text ends with an end-of-sequence token, or where
+                a row may get no more tokens. Or a `generation.rules.constraint.Constraint`: what it makes of each prediction is what
+                counts.
             seed (*optional*): one for every row, or one a prompt. A row's tokens depend on its prompt and its seed alone.
             generator (*optional*): source of the rows' seeds, or one generator a row. Default: torch's global one.
-            tokenizer (*optional*): needed for `stop_strings`.
+            tokenizer (*optional*): needed for `stop_strings`, and for a `constraint` on the text.
             pixel_values, image_position_ids, mm_token_type_ids (*optional*): images, from the processor.
             kwargs: any field of `DiffusionGenerationConfig`. `stability_threshold=None` or `confidence_threshold=None` here, and not in a
                 config, mean never to stop early: every canvas takes `max_denoising_steps`.
@@ -197,9 +208,16 @@ class DiffusionGenerationMixin(GenerationMixin):
         watchers += [] if streamer is None else [StreamerWatcher(streamer)]
         watchers += [] if watcher is None else [watcher]
         # 2. Plan.
+        automata, copies = [None], config.num_return_sequences or 1
+        if constraint is not None and not is_constraint(constraint):
+            size = self.config.get_text_config().vocab_size
+            automata, constraint = compile_languages(constraint, tokenizer, len(prompt.ids) // copies, copies, size), None
         new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
-        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping)
-        rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint)
+        plan = make_plan(
+            self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping, any(one is not None for one in automata)
+        )
+        progress = bind(automata, plan, prompt.real.device)
+        rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint, progress)
         # 3. Decode.
         transcript = Transcript(plan, prompt.ids, config.stop_strings, tokenizer, criteria, watchers)
         with arithmetic(self, config):
@@ -219,6 +237,25 @@ class DiffusionGenerationMixin(GenerationMixin):
             scores=transcript.scores() if config.output_scores else None,
             logits=transcript.logits(),
         )
+
+    def fill(self, template: str | Template, tokenizer, prompt: str | Sequence[dict[str, Any]] | None = None, **settings) -> Filled:
+        """Fills in the blanks of a text, each from what stands on both of its sides.
+
+        Args:
+            template: a string with blanks, as `generation.Template` reads it: `"Dear {name:1-8}, your order of {day:3} ..."`; or a
+                `Template`, whose fields may have languages of their own.
+            tokenizer: the model's.
+            prompt (*optional*): what comes before: a chat, by the chat template, or a text that the filled one goes on from. Default:
+                nothing but the beginning of a sequence.
+            settings: any argument of `generate` but the prompt and the constraint.
+
+        Returns:
+            `Filled`: text, the fields' values, and tokens.
+
+        Raises:
+            ValueError: as `generate`; an end by `max_time` or stop strings before the text was whole.
+        """
+        return fill(self, template, tokenizer, prompt, **settings)
 
     def compute_transition_scores(
         self, sequences: torch.Tensor, scores, beam_indices: torch.Tensor | None = None, normalize_logits: bool = False

@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
+# Compiled constraints are kept: where no other run, and nobody's work, finds them.
+os.environ.setdefault("DIFFUSIONGEMMA_CACHE", os.path.join(tempfile.gettempdir(), f"diffusiongemma_tests_{getpass.getuser()}"))
+
 import tiny  # noqa: E402
 from make_fp8_checkpoint import write_fp8_checkpoint  # noqa: E402
 

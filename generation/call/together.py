@@ -71,13 +71,13 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
         raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
     if config.backend == "reference" and (given["seed"] is not None or isinstance(given["generator"], Sequence)):
         raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
-    if given["constraint"] is not None and not hasattr(model, "get_input_embeddings"):
-        raise ValueError(f"`constraint` is given, and {type(model).__name__} has no method `get_input_embeddings`; expected None")
-    if given["constraint"] is not None and (config.backend == "reference" or config.decoding != "diffusion"):
-        raise ValueError(
-            f"`constraint` is given, `decoding` is {config.decoding!r} and `backend` {config.backend!r}; expected 'diffusion', and "
-            "another backend than 'reference'"
-        )
+    if given["constraint"] is not None and config.backend == "reference":
+        raise ValueError("`constraint` is given, and `backend` is 'reference', which does as transformers' class does; expected another")
+    if hasattr(given["constraint"], "constrain"):  # the caller's, which sees predictions
+        if not hasattr(model, "get_input_embeddings"):
+            raise ValueError(f"`constraint` is given, and {type(model).__name__} has no method `get_input_embeddings`; expected None")
+        if config.decoding != "diffusion":
+            raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with a `constraint` that sees predictions")
     first_step = given["first_step"]
     if first_step and (canvas is None or first_step >= config.max_denoising_steps):
         expected = f"a step before `max_denoising_steps`, {config.max_denoising_steps}, and a canvas as `decoder_input_ids`"

@@ -1,1 +1,4 @@
-"""What a canvas may become: a language over characters, the automaton over tokens it is compiled to, and exact inference with it."""
+"""What a canvas may become: languages over characters, the automata over tokens they are compiled to, and exact inference with those.
+
+The room knows tokenizers by the bytes of their ids, and nothing of models, canvases or steps.
+"""

@@ -45,6 +45,12 @@ class Automaton:
             state = int(self.target[found[0]])
         return state
 
+    def following(self, state: int, left: int) -> torch.Tensor:
+        """The ids that lead on from a state to one from which at most `left` tokens more are accepted: bool (V,)."""
+        taken = (self.source == state) & (self.fewest[self.target] <= left)
+        kinds = torch.zeros(self.kinds, dtype=torch.bool, device=self.kind.device).index_fill(0, self.kind[taken], True)
+        return kinds[self.classes]
+
     def accepts(self, ids: Sequence[int]) -> bool:
         """Whether ids are a whole string of the language."""
         state = self.run(ids)

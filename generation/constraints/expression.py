@@ -22,7 +22,7 @@ class Chars:
 class Join:
     """One of each, in this order; of none: the empty string."""
 
-    parts: tuple["Expression", ...]
+    members: tuple["Expression", ...]
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ ANY = chars((0, LAST))
 
 def text(string: str) -> Join:
     """Just this string. Raises ValueError for a surrogate, which no text holds."""
-    parts = tuple(chars((ord(character), ord(character))) for character in string)
-    if any(not part.ranges for part in parts):
+    found = tuple(chars((ord(character), ord(character))) for character in string)
+    if any(not each.ranges for each in found):
         raise ValueError(f"the text {string!r} holds a surrogate; expected characters")
-    return Join(parts)
+    return Join(found)
 
 
 __all__ = [

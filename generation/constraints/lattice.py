@@ -73,7 +73,7 @@ class Lattice:
 
     def select(self, rows: torch.Tensor) -> "Lattice":
         """The lattice of the rows that stay; `rows` int64 (n,). Waits for the device."""
-        return make_lattice([self.automata[row] for row in rows.tolist()], self.source.device)
+        return make_lattice([self.automata[row] for row in rows.tolist()], self.source.device, self.kinds)
 
     def solve(
         self, log_mass: torch.Tensor, best_log_prob: torch.Tensor, state: torch.Tensor, left: torch.Tensor | int,
@@ -100,9 +100,9 @@ class Lattice:
         return _solve(self, log_mass, best_log_prob, self.scan.first[:-1] + state, may_end, chance)
 
 
-def make_lattice(automata: Sequence[Automaton], device: torch.device) -> Lattice:
-    """The lattice of rows with these automata, on `device`."""
-    kinds, sizes = max(automaton.kinds for automaton in automata), [automaton.states for automaton in automata]
+def make_lattice(automata: Sequence[Automaton], device: torch.device, kinds: int = 0) -> Lattice:
+    """The lattice of rows with these automata, on `device`; of at least `kinds` classes, as rows had that have left."""
+    kinds, sizes = max(kinds, *(automaton.kinds for automaton in automata)), [automaton.states for automaton in automata]
     begins = [sum(sizes[:row]) for row in range(len(sizes))]
     source, target = (
         torch.cat([getattr(one, name).cpu() + begin for one, begin in zip(automata, begins, strict=True)]) for name in ("source", "target")

@@ -16,7 +16,9 @@ from .transcript import SCORE_FIELDS, Transcript
 def next_logits(model, plan: Plan, rows: Rows, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Shaped logits of the next token and the model's, (b, 1, V). There is no schedule here: `temperature` means what it always does."""
     raw = model.compute_logits(hidden[:, -1:])
-    return plan.rules.shaping(raw, rows.filters, rows.committed, None, plan.rules.temperature, 1), raw
+    left = plan.lengths.new_tokens - rows.generated - 1
+    possible = raw if rows.progress is None else rows.progress.restrict(raw, left)
+    return plan.rules.shaping(possible, rows.filters, rows.committed, None, plan.rules.temperature, 1), raw
 
 
 def decode_autoregressively(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: Transcript, watchers: Sequence[Watcher]) -> None:
@@ -27,11 +29,11 @@ def decode_autoregressively(model, plan: Plan, prompt: Prompt, rows: Rows, trans
         hidden = rows.prefill(model, inputs, length, plan.execution.count_padding, last_states=1)
         shaped, raw = next_logits(model, plan, rows, hidden)
         prediction = dense_prediction(shaped, rows.draws.at(rows.generated, 0), plan.rules.greedy)
-        check_finite(prediction.bad, rows.places)
+        check_finite(prediction.bad, rows.places, rows.progress is not None)
         zeros = torch.zeros_like(prediction.sample)
         scores = dict(zip(SCORE_FIELDS, (prediction.log_probs, prediction.entropy, zeros, zeros), strict=True))
         tokens = transcript.add(rows, prediction.sample, (~transcript.ended).long(), scores, raw)
-        rows, inputs, length = rows.commit(tokens), {"input_ids": tokens}, 1
+        rows, inputs, length = rows.commit(tokens, transcript.ended), {"input_ids": tokens}, 1
 
 
 __all__ = ["decode_autoregressively", "next_logits"]

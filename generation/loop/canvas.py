@@ -46,7 +46,7 @@ def denoise_canvas(
         # 4. over?
         known = flags.push(state.finished, prediction.bad)
         if known is not None:
-            check_finite(known.bad, rows.places)
+            check_finite(known.bad, rows.places, rows.progress is not None)
         if step == last_step or plan.out_of_time() or (known is not None and bool(known.finished.all())):
             break
         # 5. rows leave
@@ -57,7 +57,7 @@ def denoise_canvas(
             rows, state = rows.select(staying), state.select(staying.to(state.canvas.device))
             view = view_canvas(model, plan, rows)
     if (known := flags.last()) is not None:
-        check_finite(known.bad, rows.places)
+        check_finite(known.bad, rows.places, rows.progress is not None)
     return done.place(rows.within(everyone), state)
 
 

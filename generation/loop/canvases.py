@@ -28,7 +28,7 @@ def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: T
         ended = transcript.ended[rows.places]
         if bool(ended.all()):
             break
-        rows = rows.commit(tokens)
+        rows = rows.commit(tokens, ended)
         if plan.execution.compact and rows.can_leave() and bool(ended.any()):
             staying = (~ended).nonzero().flatten().cpu()
             rows, tokens, whole = rows.select(staying), tokens[staying.to(tokens.device)], False

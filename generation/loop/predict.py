@@ -9,19 +9,22 @@ from typing import Any, NamedTuple
 import torch
 
 from ..call.plan import Plan
+from ..call.progress import Progress
 from ..rules.constraint import Constraint
 from ..rules.draws import DrawnStep, Draws
 from ..rules.prediction import Prediction, dense_prediction
 from ..rules.state import CanvasState, advance
 from ..vocabulary.filters import Filters
 from ..vocabulary.walk import choose_way, streamed_prediction
+from .constrained import constrained_dense, constrained_streamed
 from .rows import Rows
 
 
 class StepInputs(NamedTuple):
     """What a step reads beside the canvas's view.
 
-    `step` int64 (), counted up from 0, and its `temperature` float32 (). `draws`: those of this step. For whole logits only: `committed`
+    `step` int64 (), counted up from 0, and its `temperature` float32 (). `draws`: those of this step. `progress`: what the rows must write,
+    and how far they are, with `left`, the tokens that each may still get. For whole logits only: `committed`
     int64 (B, L); `guess` int64 (B, C), the last argmax canvas, None at the first step; `remaining`, steps left with this one. Without
     these and a constraint, and with a `DrawnStep`, all of it are tensors.
     """
@@ -32,9 +35,20 @@ class StepInputs(NamedTuple):
     draws: Draws | DrawnStep
     filters: Filters
     constraint: Constraint | None = None
+    progress: Progress | None = None
+    left: int | None = None
     committed: torch.Tensor | None = None
     guess: torch.Tensor | None = None
     remaining: int | None = None
+
+    def of(self, rows: torch.Tensor) -> "StepInputs":
+        """Those of some of the rows, int64, whose numbers are drawn in the step."""
+        by_row = ((name, getattr(self, name)) for name in ("committed", "guess"))
+        progress = None if self.progress is None else self.progress.select(rows)
+        return self._replace(
+            state=self.state.select(rows), draws=self.draws.select(rows), filters=self.filters.select(rows), progress=progress,
+            **{name: None if value is None else value[rows] for name, value in by_row},
+        )  # fmt: skip
 
 
 def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Prediction, CanvasState]:
@@ -42,7 +56,6 @@ def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Predict
     read back from the device (tests/test_recording.py)."""
     rules, state, draws = plan.rules, inputs.state, inputs.draws
     hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
-    predict = predict_streamed if plan.execution.why_dense is None else predict_dense
     prediction = predict(model, plan, hidden, state.canvas if rules.sampler.informed else None, inputs)
     if inputs.constraint is not None:
         prediction = inputs.constraint.constrain(prediction, state, model.get_input_embeddings())
@@ -51,6 +64,22 @@ def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Predict
     return prediction, advance(
         state, prediction, inputs.step, rules.max_denoising_steps, noise, rules.sampler, rules.stopping, rules.sure_end, uniform
     )
+
+
+def predict(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs: StepInputs) -> Prediction:
+    """Of every row, in the plan's way, with or without a constraint. Args as `predict_dense`."""
+    dense, progress = plan.execution.why_dense is not None, inputs.progress
+    free, bound = (predict_dense, constrained_dense) if dense else (predict_streamed, constrained_streamed)
+    if progress is None or progress.everywhere:
+        return (free if progress is None else bound)(model, plan, hidden, current, inputs)
+    whole: list[torch.Tensor | None] = [None] * len(Prediction._fields)
+    for way, rows in ((free, progress.others()), (bound, progress.rows)):
+        found = way(model, plan, hidden[rows], None if current is None else current[rows], inputs.of(rows))
+        for place, value in enumerate(found):
+            if value is not None:
+                base = value.new_zeros((len(hidden), *value.shape[1:])) if whole[place] is None else whole[place]
+                whole[place] = base.index_copy(0, rows, value)
+    return Prediction(*whole)
 
 
 def predict_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs: StepInputs) -> Prediction:
@@ -87,9 +116,12 @@ def step_inputs(
 ) -> StepInputs:  # fmt: skip
     """What step `step` of a canvas reads; `clock`: of `Plan.steps`."""
     draws, (steps, temperatures) = rows.draws.at(canvas_index, step), clock
-    inputs = StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint)
-    if plan.execution.why_dense is None:
+    left = None if rows.progress is None else plan.lengths.new_tokens - rows.generated
+    inputs = StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint, rows.progress, left)
+    if plan.execution.why_dense is None and rows.progress is None:
         return inputs._replace(draws=draw_step(plan, draws, state, rows.filters))
+    if plan.execution.why_dense is None:
+        return inputs
     return inputs._replace(committed=rows.committed, guess=guess, remaining=plan.rules.max_denoising_steps - step)
 
 

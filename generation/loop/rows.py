@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache, DynamicCache
 
+from ..call.progress import Progress
 from ..rules.constraint import Constraint
 from ..rules.draws import Draws
 from ..vocabulary.filters import Filters
@@ -23,7 +24,8 @@ class Rows(NamedTuple):
         generated: N, how many tokens of each row are written.
         draws: where their random numbers come from.
         filters: which ids they may get; `hidden_before` counts from the next token.
-        constraint: what their canvases must become.
+        constraint: the caller's, which sees their predictions.
+        progress: what they must write, and how far they are.
     """
 
     places: torch.Tensor
@@ -34,6 +36,7 @@ class Rows(NamedTuple):
     draws: Draws
     filters: Filters
     constraint: Constraint | None = None
+    progress: Progress | None = None
 
     def select(self, rows: torch.Tensor) -> "Rows":
         """Those of `rows`, int64 on the host; these rows, their cache and their constraint stay as they are."""
@@ -42,6 +45,7 @@ class Rows(NamedTuple):
             places=self.places[here], cache=None if self.cache is None else select_cache(self.cache, here), real=self.real[here],
             committed=self.committed[here], draws=self.draws.select(rows), filters=self.filters.select(here),
             constraint=None if self.constraint is None else self.constraint.select(here),
+            progress=None if self.progress is None else self.progress.select(here),
         )  # fmt: skip
 
     def can_leave(self) -> bool:
@@ -52,13 +56,15 @@ class Rows(NamedTuple):
         """Where these rows stand among `earlier` ones, of which they are some: int64 (b,)."""
         return torch.searchsorted(earlier.places, self.places)
 
-    def commit(self, tokens: torch.Tensor) -> "Rows":
-        """With new tokens int64 (b, n) behind those so far."""
+    def commit(self, tokens: torch.Tensor, ended: torch.Tensor | None = None) -> "Rows":
+        """With new tokens int64 (b, n) behind those so far. `ended` bool (b,): rows that write nothing more; None: the tokens may still be
+        others, and no constraint takes them for written."""
+        progress = self.progress if self.progress is None or ended is None else self.progress.commit(tokens, ended)
         hidden_before = max(self.filters.hidden_before - tokens.shape[1], 0)
         return self._replace(
             filters=replace(self.filters, hidden_before=hidden_before),
             real=torch.cat((self.real, torch.ones_like(tokens, dtype=torch.bool)), dim=1),
-            committed=torch.cat((self.committed, tokens), dim=1), generated=self.generated + tokens.shape[1],
+            committed=torch.cat((self.committed, tokens), dim=1), generated=self.generated + tokens.shape[1], progress=progress,
         )  # fmt: skip
 
     def positions(self, length: int, count_padding: bool) -> torch.Tensor:

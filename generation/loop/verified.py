@@ -41,13 +41,15 @@ def decode_row(model, plan: Plan, inputs: dict[str, torch.Tensor], rows: Rows, t
         draft = torch.cat((chosen, state.argmax[:, 1:]), dim=1)
         drafted = rows.commit(draft)
         raw = model.compute_logits(drafted.prefill(model, {"input_ids": draft}, draft.shape[1], count_padding))  # (1, C, V), behind each
-        behind = rows.commit(chosen)
-        choices = plan.rules.shaping(raw, behind.filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1).argmax(dim=-1)
+        behind, left = rows.commit(chosen), plan.lengths.new_tokens - rows.generated - 2
+        possible = raw if rows.progress is None else rows.progress.restrict_along(raw, draft, left)
+        choices = plan.rules.shaping(possible, behind.filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1).argmax(dim=-1)
         kept = 1 + int((choices[:, :-1] == draft[:, 1:]).long().cumprod(dim=1).sum())
         if kept < draft.shape[1]:
             rows.cache.crop(-(draft.shape[1] - kept))
         logits = torch.cat((before, raw[:, : kept - 1]), dim=1) if plan.execution.keep_logits else None
-        rows = rows.commit(transcript.add(rows, draft[:, :kept], passes + state.passes, logits=logits))
+        tokens = transcript.add(rows, draft[:, :kept], passes + state.passes, logits=logits)
+        rows = rows.commit(tokens, transcript.ended[rows.places])
         chosen, before, passes = choices[:, kept - 1 : kept], raw[:, kept - 1 : kept], torch.ones_like(passes)
         round_index += 1
 

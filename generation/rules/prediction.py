@@ -93,12 +93,15 @@ def dense_prediction(
     return prediction
 
 
-def check_finite(bad: torch.Tensor, places: torch.Tensor | None = None) -> None:
+def check_finite(bad: torch.Tensor, places: torch.Tensor | None = None, constrained: bool = False) -> None:
     """Raises ValueError for the rows that `Prediction.bad` bool (B,) marks; `places` int64 (B,) are the rows' in the batch, where some have
-    left it. Waits for the device."""
+    left it; `constrained`: some of them must write a text of a language. Waits for the device."""
     if rows := bad.nonzero().flatten().tolist():
         rows = rows if places is None else places[rows].tolist()
-        raise ValueError(f"the model's logits are NaN, or -inf for every token, in batch rows {rows}; expected finite logits")
+        text, expected = (" that `constraint` accepts", ", and bans that leave a text") if constrained else ("", "")
+        raise ValueError(
+            f"the model's logits are NaN, or -inf for every token{text}, in batch rows {rows}; expected finite logits{expected}"
+        )
 
 
 __all__ = ["NOTHING_MORE", "Prediction", "Wanted", "check_finite", "dense_prediction"]

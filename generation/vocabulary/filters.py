@@ -70,6 +70,10 @@ class Filters:
         warpers = LogitsProcessorList(kind(value) for kind, value in kinds.items() if value is not None)
         return warpers(None, flat).view_as(logits)
 
+    def without_thresholds(self) -> "Filters":
+        """What hidden and allowed ids leave, alone."""
+        return replace(self, top_k=None, top_p=None, min_p=None)
+
     def narrow(self) -> bool:
         """Whether an id of any position may be left out."""
         given = self.allowed is not None or self.allowed_ids is not None or (self.hidden is not None and self.hidden_before > 0)

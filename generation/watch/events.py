@@ -99,9 +99,10 @@ def _relayed(model, args: tuple, kwargs: dict) -> Iterator[StepEvent | CommitEve
 
 
 def stream_text(model, tokenizer, *args, **kwargs) -> Iterator[str]:
-    """Yields the committed text of one prompt, canvas by canvas, without special tokens and never half a character."""
+    """Yields the committed text of one prompt, canvas by canvas, without special tokens and never half a character. `generate` gets the
+    tokenizer, too."""
     text = TextAssembler(tokenizer)
-    for event in stream_events(model, *args, **kwargs):
+    for event in stream_events(model, *args, tokenizer=tokenizer, **kwargs):
         if isinstance(event, CommitEvent):
             if event.tokens.shape[0] != 1:
                 raise ValueError(f"`stream_text` got {event.tokens.shape[0]} rows; expected one prompt")

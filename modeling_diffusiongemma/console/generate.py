@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from .arguments import UsageError, json_line, read_line
+from .constrained import constraint_of
 from .session import Session, generation_settings
 from .watch import Watch
 
@@ -37,13 +38,14 @@ def run(args: argparse.Namespace) -> int:
     prompts, total = read_prompts(args)
     if args.watch and (generation_settings(args).get("num_return_sequences") or 1) > 1:
         raise UsageError("`--watch` is given, and `num_return_sequences` is above 1; expected 1: one canvas is drawn at a time")
+    constraint = constraint_of(args)
     session = Session(args)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     unseen = args.watch or total == 1 or not sys.stderr.isatty()
     with tqdm(total=total, unit="prompt", file=sys.stderr, dynamic_ncols=True, disable=unseen) as bar:
         while batch := list(itertools.islice(prompts, args.batch_size)):
             asked = batch if args.raw else [[*system, {"role": "user", "content": prompt}] for prompt in batch]
-            answers = session.answer(asked, Watch(session.tokenizer, session.hidden_ids) if args.watch else None)
+            answers = session.answer(asked, Watch(session.tokenizer, session.hidden_ids) if args.watch else None, constraint)
             copies = len(answers) // len(batch)
             for place, answer in enumerate(answers):
                 bar.clear()

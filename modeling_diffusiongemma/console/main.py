@@ -10,11 +10,12 @@ from .arguments import PROGRAM, UsageError, say, with_reader
 from .bench import run as bench
 from .chat import run as chat
 from .export import run as export
+from .fill import run as fill
 from .generate import run as generate
 from .info import run as info
 from .usage import parse
 
-RUNS = {"generate": generate, "chat": chat, "bench": bench, "export": export, "info": info}
+RUNS = {"generate": generate, "fill": fill, "chat": chat, "bench": bench, "export": export, "info": info}
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 
 

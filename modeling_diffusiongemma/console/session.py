@@ -85,10 +85,13 @@ class Session:
                 raise ValueError(f"the checkpoint's chat template refuses the chat: {error}") from error
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def answer(self, prompts: Sequence[str | list[dict[str, str]]], streamer: BaseStreamer | None = None) -> list[dict[str, Any]]:
-        """Generates; `num_return_sequences` answers a prompt, those of the first prompt first."""
+    def answer(
+        self, prompts: Sequence[str | list[dict[str, str]]], streamer: BaseStreamer | None = None, constraint=None
+    ) -> list[dict[str, Any]]:
+        """Generates; `num_return_sequences` answers a prompt, those of the first prompt first. `constraint`: of every one."""
         inputs = self.encode(prompts)
         asked = {**inputs, **self.settings, "streamer": streamer, "tokenizer": self.tokenizer, "return_dict_in_generate": True}
+        asked |= {} if constraint is None else {"constraint": constraint}
         if self.settings.get("backend") == "reference":  # it draws from torch's global generator, as transformers does
             torch.manual_seed(self.seed)
         else:

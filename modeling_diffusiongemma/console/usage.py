@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..version import VERSION
 from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
+from .constrained import add_constraint, add_fields
 from .placement import DTYPES, add_loading
 
 DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
@@ -49,6 +50,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before each prompt")
     parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="prompts at a time (default: 1)")
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
+    add_constraint(parser)
     add_loading(parser)
     add_generation(parser)
 
@@ -64,6 +66,26 @@ def generate_check(args: argparse.Namespace) -> None:
         raise UsageError("no prompt; expected one as an argument, in `--file`, or on standard input")
     if args.file not in (None, "-") and (os.path.isdir(args.file) or not os.access(args.file, os.R_OK)):
         raise UsageError(f"`--file` is {args.file!r}; expected a text file that can be read")
+
+
+def fill_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "template",
+        type=words,
+        metavar="TEMPLATE",
+        help="text with blanks: {name:1-8} of 1 to 8 tokens, {name:3} of 3, {name} of any length",
+    )
+    parser.add_argument("--prompt", type=words, default="", metavar="TEXT", help="what is asked; the filled text is the answer")
+    parser.add_argument("--raw", action="store_true", help="the filled text goes on from the prompt itself, without the chat template")
+    parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
+    add_fields(parser)
+    add_loading(parser)
+    add_generation(parser)
+
+
+def fill_check(args: argparse.Namespace) -> None:
+    if args.raw and not args.prompt:
+        raise UsageError("`--raw` is given without `--prompt`; expected a text from which the filled one goes on")
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,10 +144,17 @@ COMMANDS: tuple[Command, ...] = (
   diffusiongemma generate --file prompts.txt --batch-size 16 --json > answers.jsonl
   cat prompts.txt | diffusiongemma generate --seed 0        # a line, a prompt; empty lines are passed over
   cat letter.txt | diffusiongemma generate --whole          # all of it, one prompt
+  diffusiongemma generate "Write 3 March 1998 as an ISO date." --regex "\\d{4}-\\d\\d-\\d\\d"
+  diffusiongemma generate "..." --schema order.json         # JSON that fits a schema; or --choices yes no
   diffusiongemma generate "..." --preset fast --set max_time=2.5
   diffusiongemma generate "..." --model google/diffusiongemma-26B-A4B-it --quantize 4bit --max-memory 0=20GB,cpu=12GB
   diffusiongemma generate "..." --model ./my-checkpoint --max-memory 12GB --offload-folder ./offload     # the rest from the disk
   diffusiongemma generate --model sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+"""),
+    Command("fill", "fill in the blanks of a text, from both sides", fill_arguments, fill_check, """\
+  diffusiongemma fill "1998-{month:1-2}-03" --prompt "Write 3 March 1998 as an ISO date."
+  diffusiongemma fill "{year}-03-{day}" --regex "year=\\d{4}" --regex "day=\\d\\d" --prompt "Write 3 March 1998 as an ISO date." --watch
+  diffusiongemma fill "It is a {kind}." --choices "kind=letter|invoice|complaint" --prompt "What is this? ..." --json
 """),
     Command("chat", "talk to the model and watch its canvas", chat_arguments, None, """\
   diffusiongemma chat

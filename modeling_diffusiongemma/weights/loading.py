@@ -35,7 +35,8 @@ DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token
 KEPT = ("config", "dtype", "quantization_config", "attn_implementation", "experts_implementation", "trust_remote_code", "gguf_file")
 
 SKIPPING = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # where a quantiser's config names what it leaves alone
-COMPUTED = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps: of FP8, which stays in its files, all is the CPU's without a GPU
+# Device maps that are computed: of FP8, which stays in its files, all is the CPU's where there is no GPU.
+COMPUTED = ("auto", "balanced", "balanced_low_0", "sequential")
 # Routers (hqq knows them by the second name), as in the released FP8 recipe; and what is left alone in any case where nothing is named.
 UNCONVERTED = ("router.proj", "decoder.router.proj", "lm_head", "model.decoder.embed_tokens")
 

@@ -1,0 +1,112 @@
+"""What the rows of a batch must write, and how far they are: an automaton and a state for each row that has a constraint.
+
+Made once a call, for languages that are closed (`automaton.closed`); a canvas that is committed moves the states on, and rows leave.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..constraints.automaton import Automaton
+from ..constraints.lattice import Lattice, make_lattice
+from ..vocabulary.segments import Orders, make_orders
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Of b rows that are still computed, m of which have a constraint.
+
+    Args:
+        rows: int64 (m,), which of the b rows; rising.
+        count: b.
+        lattice: their automata, on the rows' device.
+        orders: the vocabulary as each of them sees it.
+        states: int64 (m,), where in its automaton each is, behind all that is committed.
+    """
+
+    rows: torch.Tensor
+    count: int
+    lattice: Lattice
+    orders: Orders
+    states: torch.Tensor
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every row has one."""
+        return len(self.rows) == self.count
+
+    def others(self) -> torch.Tensor:
+        """The rows that have none, int64 (b - m,)."""
+        free = torch.ones(self.count, dtype=torch.bool, device=self.rows.device)
+        free[self.rows] = False
+        return free.nonzero().flatten()
+
+    def select(self, rows: torch.Tensor) -> "Progress | None":
+        """That of some of the rows, int64 rising; None where no one of them has a constraint."""
+        places = torch.full((self.count,), -1, dtype=torch.int64, device=self.rows.device)
+        places[self.rows] = torch.arange(len(self.rows), device=self.rows.device)
+        stay = places[rows.to(places.device)]
+        constrained = (stay >= 0).nonzero().flatten()
+        if not len(constrained):
+            return None
+        kept = stay[constrained]
+        lattice, orders = (
+            (self.lattice, self.orders) if len(kept) == len(self.rows) else (self.lattice.select(kept), self.orders.select(kept))
+        )
+        return Progress(constrained, len(rows), lattice, orders, self.states[kept])
+
+    def commit(self, tokens: torch.Tensor, ended: torch.Tensor) -> "Progress | None":
+        """Behind new tokens int64 (b, n); without the rows that have `ended`, bool (b,): they write nothing more. None where all have.
+
+        Raises:
+            ValueError: tokens that the constraint does not allow: something else than the step wrote them.
+        """
+        going = (~ended[self.rows]).nonzero().flatten()
+        if not len(going):
+            return None
+        rows, states, lattice, orders = self.rows[going], self.states[going], self.lattice, self.orders
+        if len(going) < len(self.rows):
+            lattice, orders = lattice.select(going), orders.select(going)
+        found = [
+            automaton.run(tokens[row].tolist(), state)
+            for automaton, row, state in zip(lattice.automata, rows.tolist(), states.tolist(), strict=True)
+        ]
+        if None in found:
+            raise ValueError(
+                f"`constraint` does not accept the tokens of row {int(rows[found.index(None)])} of those still computed; expected that "
+                "no watcher or callback changes its argmax canvas"
+            )
+        return Progress(rows, self.count, lattice, orders, torch.tensor(found, dtype=torch.int64, device=states.device))
+
+    def restrict(self, logits: torch.Tensor, left: int) -> torch.Tensor:
+        """Logits (b, 1, V) of the next token, -inf where it cannot be if `left` tokens may follow it; other rows' as they are."""
+        logits = logits.clone()
+        for automaton, row, state in zip(self.lattice.automata, self.rows.tolist(), self.states.tolist(), strict=True):
+            logits[row, 0].masked_fill_(~automaton.following(state, left).to(logits.device), -float("inf"))
+        return logits
+
+    def restrict_along(self, logits: torch.Tensor, tokens: torch.Tensor, left: int) -> torch.Tensor:
+        """Logits (1, n, V) of what stands behind each of `tokens` (1, n), as `restrict`; `left`: tokens that may follow behind the first
+        of the places. From the first token on that the constraint does not accept they are as they are."""
+        logits, (automaton,), state = logits.clone(), self.lattice.automata, int(self.states)
+        for place, token in enumerate(tokens[0].tolist()):
+            state = automaton.run([token], state)
+            if state is None:
+                break
+            logits[0, place].masked_fill_(~automaton.following(state, left - place).to(logits.device), -float("inf"))
+        return logits
+
+
+def start_progress(automata: Sequence[Automaton | None], device: torch.device) -> Progress | None:
+    """Before anything is written; `automata`: closed, one a row, None for a row without a constraint. None where there is none at all."""
+    rows = [row for row, automaton in enumerate(automata) if automaton is not None]
+    if not rows:
+        return None
+    given = torch.tensor(rows, dtype=torch.int64, device=device)
+    bound = [automata[row] for row in rows]
+    orders = make_orders([automaton.classes for automaton in bound], device)
+    return Progress(given, len(automata), make_lattice(bound, device), orders, torch.zeros_like(given))
+
+
+__all__ = ["Progress", "start_progress"]
