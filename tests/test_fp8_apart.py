@@ -17,6 +17,7 @@ from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, d
 from modeling_diffusiongemma.weights.fp8 import CheckpointFP8Experts, FP8Experts
 from modeling_diffusiongemma.weights.fp8_apart import MatricesApart, matrices_of
 from modeling_diffusiongemma.weights.fp8_math import E4M3
+from modeling_diffusiongemma.weights.safetensors_files import read_tensors, stored_tensors
 
 WEIGHTS = FP8Experts.WEIGHTS
 
@@ -83,6 +84,16 @@ def test_a_computed_map_without_a_gpu_leaves_experts_in_their_files(published, s
     model = load(published, device_map=device_map)
     assert lie_apart(model) == [True] * 4 and set(getattr(model, "hf_device_map", {"": "cpu"}).values()) == {"cpu"}
     assert torch.equal(logits(model), logits(stacked))
+
+
+def test_tensors_lie_at_the_bytes_where_they_are_read_ahead(tmp_path):
+    """Reading other bytes ahead would be slow, and nothing else would tell."""
+    write_fp8_checkpoint(build_oracle(), tmp_path, 3)
+    entries = stored_tensors(sorted(tmp_path.glob("*.safetensors")))
+    for name, tensor in read_tensors(entries):
+        entry = entries[name]
+        stored = entry.file.read_bytes()[entry.start : entry.start + entry.size]
+        assert stored == tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def test_models_of_other_checkpoints_and_places_are_stacked(published, oracle_checkpoint, tmp_path):
