@@ -266,6 +266,8 @@ def test_a_pipeline_takes_a_constraint(trained, tokenizer):
     chat = [{"role": "user", "content": "Write 3 March 1998 as an ISO date."}]
     (answer,) = generator(chat, constraint=Regex(r"\d{4}-\d\d-\d\d"), tokenizer=tokenizer, max_new_tokens=64, return_full_text=False)
     assert answer["generated_text"] == "1998-03-03"
+    with pytest.raises(ValueError, match="`tokenizer` is None; .*a pipeline is given it in its call"):
+        generator(chat, constraint=Regex("a"), max_new_tokens=64)
 
 
 def test_fill_gives_text_and_values(trained, tokenizer):

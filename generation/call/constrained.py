@@ -42,7 +42,10 @@ def compile_languages(given: Any, tokenizer, prompts: int, copies: int, vocab_si
         if isinstance(language, Automaton):
             made[language] = language
         elif tokenizer is None:
-            raise ValueError(f"`tokenizer` is None; expected the tokenizer, since `constraint` is {shown(language)}")
+            raise ValueError(
+                f"`tokenizer` is None; expected the tokenizer, since `constraint` is {shown(language)}; a pipeline is "
+                "given it in its call, and does not hand over the one it has"
+            )
         else:
             made[language] = compile_constraint(language, tokenizer, vocab_size)
         if len(made[language].classes) != vocab_size:

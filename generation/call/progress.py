@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..constraints.automaton import Automaton
+from ..constraints.freedom import possible_ids
 from ..constraints.lattice import Lattice, make_lattice
 from ..vocabulary.segments import Orders, make_orders
 
@@ -109,4 +110,19 @@ def start_progress(automata: Sequence[Automaton | None], device: torch.device) -
     return Progress(given, len(automata), make_lattice(bound, device), orders, torch.zeros_like(given))
 
 
-__all__ = ["Progress", "start_progress"]
+def count_possible(progress: Progress | None, tokens: torch.Tensor, left: int, vocab_size: int) -> torch.Tensor:
+    """How many ids could stand at each position of canvases `tokens` int64 (b, C), all others being as they are: int64 (b, C), all of the
+    vocabulary in rows without a constraint. `left`: tokens that each row may still get. Bans and thresholds take nothing away, and behind
+    what a row may get there is padding alone. Waits for the device (`freedom.possible_ids`)."""
+    found = torch.full_like(tokens, vocab_size)
+    if progress is None:
+        return found
+    count = min(left, tokens.shape[1])
+    found[progress.rows, count:] = 1
+    for automaton, row, state in zip(progress.lattice.automata, progress.rows.tolist(), progress.states.tolist(), strict=True):
+        possible = possible_ids(automaton, tokens[row, :count].tolist(), state, left - count)
+        found[row, :count] = found.new_tensor(possible)
+    return found
+
+
+__all__ = ["Progress", "count_possible", "start_progress"]

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from ..call.plan import Plan
+from ..call.progress import count_possible
 from ..fast.flags import FlagReader
 from ..fast.recording import Recording
 from ..rules.prediction import check_finite
@@ -42,7 +43,10 @@ def denoise_canvas(
     for step in range(first_step, last_step + 1):
         inputs = step_inputs(plan, rows, state, clock, canvas_index, step, None if step == first_step else state.argmax)
         prediction, state = step_once(view, inputs)  # 1. predict, 2. advance
-        state = watch(watchers, canvas_index, step, rows.places, state, prediction)  # 3. watch
+        # 3. watch
+        if watchers and everyone.progress is not None:
+            state = state._replace(possible=(count_possible(rows.progress, state.argmax, inputs.left, plan.lengths.vocab_size),))
+        state = watch(watchers, canvas_index, step, rows.places, state, prediction)._replace(possible=())
         # 4. over?
         known = flags.push(state.finished, prediction.bad)
         if known is not None:

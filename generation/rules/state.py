@@ -29,6 +29,10 @@ class CanvasState(NamedTuple):
     What this step did: `accepted` bool (B, C). What decides the end: `finished` bool (B,), rows that no longer change, and `memory` of
     the stopping rules. `passes` int64 (B,): canvas passes the row needed. `logits`: empty, or one float32 (B, C, V), the model's of the
     row's last step, where they are asked for.
+
+    What watchers are shown beside it: `possible`, empty unless a row has a constraint on its text, or one int64 (B, C): how many ids could
+    stand at each position, the rest of the argmax canvas being as it is. 1 is pinned; all of the vocabulary in rows without a constraint.
+    It is put there for them, and no step has it.
     """
 
     canvas: torch.Tensor
@@ -43,6 +47,7 @@ class CanvasState(NamedTuple):
     passes: torch.Tensor
     memory: Any
     logits: tuple[torch.Tensor, ...] = ()
+    possible: tuple[torch.Tensor, ...] = ()
 
     def select(self, rows: torch.Tensor) -> "CanvasState":
         """The state of some of the rows."""

@@ -17,13 +17,16 @@ from .watcher import WholeCanvas
 
 
 class StepEvent(NamedTuple):
-    """A denoising step: `canvas` and `step` count up from 0; `argmax` int64, `accepted` bool and `entropy` float32 nats, each (B, C)."""
+    """A denoising step: `canvas` and `step` count up from 0; `argmax` int64, `accepted` bool and `entropy` float32 nats, each (B, C).
+    `possible` int64 (B, C): how many ids could stand at a position, the rest of the argmax canvas being as it is; None where no row has a
+    constraint on its text."""
 
     canvas: int
     step: int
     argmax: torch.Tensor
     accepted: torch.Tensor
     entropy: torch.Tensor
+    possible: torch.Tensor | None = None
 
 
 class CommitEvent(NamedTuple):
@@ -48,7 +51,8 @@ class _Relay(WholeCanvas):
         self.closed, self.commits = threading.Event(), 0
 
     def show(self, canvas_index: int, step: int, state: CanvasState, prediction: Prediction) -> None:
-        self._send(StepEvent(canvas_index, step, state.argmax.cpu(), state.accepted.cpu(), state.entropy.cpu()))
+        possible = next((value.cpu() for value in state.possible), None)
+        self._send(StepEvent(canvas_index, step, state.argmax.cpu(), state.accepted.cpu(), state.entropy.cpu(), possible))
 
     def commit(self, tokens: torch.Tensor, lengths: torch.Tensor, finish_reasons: tuple[str | None, ...]) -> None:
         self._send(CommitEvent(self.commits, tokens.cpu(), lengths.cpu(), finish_reasons))

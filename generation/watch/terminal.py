@@ -3,6 +3,11 @@
 At every step each position is in one of four states, told apart by colour and, without colours, by a mark below:
 accepted by this step; corrected, which is accepted and not the token accepted there before; renoised, where the model's
 best guess is shown; and, for a layout that knows them, given from outside the canvas.
+
+Under a constraint on the text each position is besides pinned, constrained or free, told apart by style and by another mark: pinned where
+no other token could stand, the rest of the canvas being as it is; free where half of the tokenizer's tokens could, or more, as in a blank
+of a template, inside a string of JSON, or for `.*`; constrained otherwise, as a digit. Without a constraint all of it is free, and drawn as
+ever.
 """
 
 import shutil
@@ -17,16 +22,26 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..rules.state import CanvasState
 
-COLOURS = {"accepted": "\033[1;32m", "corrected": "\033[1;35m", "renoised": "\033[2;33m", "given": "\033[1m", "plain": ""}
-MARKS = {"accepted": "^", "corrected": "*", "renoised": ".", "given": " ", "plain": " "}
+COLOURS = {
+    "free": {"accepted": "\033[1;32m", "corrected": "\033[1;35m", "renoised": "\033[2;33m", "given": "\033[1m", "plain": ""},
+    "constrained": {"accepted": "\033[1;4;32m", "corrected": "\033[1;4;35m", "renoised": "\033[2;4;33m"},
+    "pinned": {"accepted": "\033[1m", "corrected": "\033[1m", "renoised": "\033[2m"},
+}
+MARKS = {
+    "free": {"accepted": "^", "corrected": "*", "renoised": ".", "given": " ", "plain": " "},
+    "constrained": {"accepted": "+", "corrected": "#", "renoised": ":"},
+    "pinned": {"accepted": "=", "corrected": "=", "renoised": "-"},
+}
+FREE = 0.5  # of the tokenizer's tokens: from so many on that could stand there a position is free
 RESET = "\033[0m"
 
 
 class Cell(NamedTuple):
-    """What is drawn of one canvas position: its text and one of the states in `COLOURS`."""
+    """What is drawn of one canvas position: its text, its state, and "free", "constrained" or "pinned", each as `COLOURS` has them."""
 
     text: str
     state: str
+    freedom: str = "free"
 
 
 def one_line(cells: Sequence[Cell], paint: Callable[[Cell], str]) -> str:
@@ -61,7 +76,8 @@ class CanvasStreamer(BaseStreamer):
         stop_ids: what lies from the first of these on is not drawn (end of turn, pad).
         file: default standard output.
         colour: ANSI colours and redrawing in place; default: where `file` is a terminal. Without, each step is printed below
-            the last, with its marks: `^` accepted, `*` corrected, `.` renoised.
+            the last, with its marks: `^` accepted, `*` corrected, `.` renoised; where a constraint leaves some tokens `+`, `#`, `:`, and
+            where it leaves one `=`, `-` if renoised. In colour the former are underlined, and the latter have none.
         delay: seconds to wait after each step.
     """
 
@@ -92,7 +108,7 @@ class CanvasStreamer(BaseStreamer):
             text = f"  step {self.step}\n{drawn}\n"
             self._height = text.count("\n")
         else:
-            marks = self.layout(cells, lambda cell: MARKS[cell.state] * len(cell.text))
+            marks = self.layout(cells, lambda cell: MARKS[cell.freedom][cell.state] * len(cell.text))
             text = self._log(drawn.splitlines() or [""], marks.splitlines() or [""])
         self.file.write(text)
         self.file.flush()
@@ -113,18 +129,25 @@ class CanvasStreamer(BaseStreamer):
         ids = torch.where(state.accepted, state.canvas, state.argmax)[0].tolist()
         before = self._accepted_ids or [None] * len(ids)
         self._accepted_ids = [new if kept else old for new, kept, old in zip(ids, accepted, before, strict=True)]
-        cells = []
-        for token, kept, old in zip(ids, accepted, before, strict=True):
+        cells, freedoms = [], self.freedoms(state)
+        for token, kept, old, freedom in zip(ids, accepted, before, freedoms, strict=True):
             if token in self.stop_ids:
                 break
             changed = old is not None and old != token
             status = "renoised" if not kept else "corrected" if changed else "accepted"
-            cells.append(Cell(self.tokenizer.decode([token]).replace("\n", " "), status))
+            cells.append(Cell(self.tokenizer.decode([token]).replace("\n", " "), status, freedom))
         return cells
+
+    def freedoms(self, state: CanvasState) -> list[str]:
+        """Of each position: "free", "constrained" or "pinned"."""
+        if not state.possible:
+            return ["free"] * state.canvas.shape[1]
+        enough = FREE * len(self.tokenizer)
+        return ["pinned" if count == 1 else "constrained" if count < enough else "free" for count in state.possible[0][0].tolist()]
 
     @staticmethod
     def paint(cell: Cell) -> str:
-        return f"{COLOURS[cell.state]}{cell.text}{RESET}"
+        return f"{COLOURS[cell.freedom][cell.state]}{cell.text}{RESET}"
 
     def end(self) -> None:
         self.file.flush()

@@ -5,14 +5,17 @@ The arguments are read without torch; files and languages are read when the comm
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
-from .arguments import UsageError, fitting
+from .arguments import UsageError, fitting, words
+
+WORDS_TAKEN = "; `--choices` takes all words behind it: write the prompt before it, or `--` between the two"
 
 
 def named(given: str) -> tuple[str, str]:
     """`NAME=VALUE`, of a field."""
-    name, separator, value = given.partition("=")
+    name, separator, value = words(given).partition("=")
     fitting(given, separator and name.isidentifier() and value, "FIELD=VALUE, such as 'date=\\d{4}-\\d\\d'")
     return name, value
 
@@ -20,8 +23,8 @@ def named(given: str) -> tuple[str, str]:
 def add_constraint(parser: argparse.ArgumentParser) -> None:
     """Of an answer: one of three."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--regex", metavar="PATTERN", help="the whole answer matches this regular expression")
-    group.add_argument("--choices", nargs="+", metavar="TEXT", help="the answer is one of these")
+    group.add_argument("--regex", type=words, metavar="PATTERN", help="the whole answer matches this regular expression")
+    group.add_argument("--choices", type=words, nargs="+", metavar="TEXT", help="the answer is one of these; write prompts before them")
     group.add_argument("--schema", metavar="FILE", help="the answer is JSON that fits this JSON schema")
 
 
@@ -33,26 +36,36 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
     add("--schema", type=named, action="append", default=[], metavar="FIELD=FILE", help="a field holds JSON of this schema; repeatable")
 
 
+def hint_at_choices(args: argparse.Namespace) -> str:
+    """What a message that there is no prompt goes on with."""
+    return "" if args.choices is None else WORDS_TAKEN
+
+
 def read_schema_file(name: str) -> Any:
     try:
         with open(name, encoding="utf-8-sig") as file:
             return json.load(file)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f"`--schema` is {name!r}: {error}; expected a JSON schema") from error
+    except (OSError, RecursionError, ValueError) as error:
+        raise UsageError(f"it is {name!r}: {error}; expected a file with a JSON schema") from error
+
+
+def make(argument: str, language: Callable, *given: Any, **fields: Any):
+    """A language; UsageError with the name of the argument that asks for it."""
+    try:
+        return language(*given, **fields)
+    except ValueError as error:
+        raise UsageError(f"{argument}: {error}") from error
 
 
 def constraint_of(args: argparse.Namespace):
     """The language that `add_constraint`'s arguments ask for; None where they ask for none."""
     from generation.constraints.languages import Choice, JsonSchema, Regex
 
-    try:
-        if args.regex is not None:
-            return Regex(args.regex)
-        if args.choices is not None:
-            return Choice(args.choices)
-        return None if args.schema is None else JsonSchema(read_schema_file(args.schema))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    if args.regex is not None:
+        return make("`--regex`", Regex, args.regex)
+    if args.choices is not None:
+        return make("`--choices`", Choice, args.choices)
+    return None if args.schema is None else make("`--schema`", lambda name: JsonSchema(read_schema_file(name)), args.schema)
 
 
 def template_of(args: argparse.Namespace):
@@ -60,18 +73,21 @@ def template_of(args: argparse.Namespace):
     from generation.constraints.languages import Choice, JsonSchema, Regex, Template
 
     fields = {}
-    try:
-        for kind, given, make in (
-            ("regex", args.regex, Regex), ("choices", args.choices, lambda value: Choice(value.split("|"))),
-            ("schema", args.schema, lambda value: JsonSchema(read_schema_file(value))),
-        ):  # fmt: skip
-            for name, value in given:
-                if name in fields:
-                    raise UsageError(f"`--{kind}` gives the field {name!r} a second language; expected one")
-                fields[name] = make(value)
-        return Template(args.template, **fields)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    for kind, given, language in (
+        ("regex", args.regex, Regex), ("choices", args.choices, lambda value: Choice(value.split("|"))),
+        ("schema", args.schema, lambda name: JsonSchema(read_schema_file(name))),
+    ):  # fmt: skip
+        for name, value in given:
+            if name in fields:
+                raise UsageError(f"`--{kind}` gives the field {name!r} a second language; expected one")
+            fields[name] = make(f"`--{kind} {name}=...`", language, value)
+    return make("TEMPLATE", Template, args.template, **fields)
 
 
-__all__ = ["add_constraint", "add_fields", "constraint_of", "template_of"]
+def refuse_reference(settings: dict[str, Any]) -> None:
+    """UsageError where an answer under a constraint is to be made by the reference."""
+    if settings.get("backend") == "reference":
+        raise UsageError("`--set backend=reference` and a constraint are both given; expected one: the reference knows no constraint")
+
+
+__all__ = ["add_constraint", "add_fields", "constraint_of", "hint_at_choices", "refuse_reference", "template_of"]

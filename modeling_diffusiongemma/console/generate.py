@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from .arguments import UsageError, json_line, read_line
-from .constrained import constraint_of
+from .constrained import constraint_of, hint_at_choices, refuse_reference
 from .session import Session, generation_settings
 from .watch import Watch
 
@@ -28,7 +28,8 @@ def read_prompts(args: argparse.Namespace) -> tuple[Iterator[str], int | None]:
     prompts = (prompt for prompt in prompts if prompt.strip())
     first = next(prompts, None)
     if first is None:
-        raise UsageError(f"{'standard input' if args.file in (None, '-') else args.file} holds no prompt; expected one a line")
+        source = "standard input" if args.file in (None, "-") else args.file
+        raise UsageError(f"{source} holds no prompt; expected one a line{hint_at_choices(args)}")
     return itertools.chain([first], prompts), 1 if args.whole else total
 
 
@@ -36,9 +37,11 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm  # which transformers requires
 
     prompts, total = read_prompts(args)
-    if args.watch and (generation_settings(args).get("num_return_sequences") or 1) > 1:
+    settings = generation_settings(args)
+    if args.watch and (settings.get("num_return_sequences") or 1) > 1:
         raise UsageError("`--watch` is given, and `num_return_sequences` is above 1; expected 1: one canvas is drawn at a time")
-    constraint = constraint_of(args)
+    if (constraint := constraint_of(args)) is not None:
+        refuse_reference(settings)
     session = Session(args)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     unseen = args.watch or total == 1 or not sys.stderr.isatty()

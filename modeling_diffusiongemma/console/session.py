@@ -27,6 +27,10 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
         given["max_new_tokens"] = args.max_new_tokens
     if "return_dict_in_generate" in given:
         raise UsageError("`--set return_dict_in_generate=...` is given; expected it unset: `--json` says what the console prints")
+    if "constraint" in given:
+        raise UsageError(
+            "`--set constraint=...` is given; expected it unset: `generate` and `fill` take `--regex`, `--choices` and `--schema`"
+        )
     settings = {**({} if args.preset is None else DIFFUSION_FIELDS | PRESETS[args.preset]), **given}
     try:
         resolve_config(None, DiffusionGenerationConfig(), dict(settings))

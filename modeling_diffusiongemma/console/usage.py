@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..version import VERSION
 from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
-from .constrained import add_constraint, add_fields
+from .constrained import add_constraint, add_fields, hint_at_choices
 from .placement import DTYPES, add_loading
 
 DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
@@ -26,6 +26,15 @@ examples:
   diffusiongemma COMMAND --help
 
 exit codes: 0 fine, 1 the job failed, 2 wrong usage
+"""
+
+WATCHED = """
+a token with --watch, in colour or by the marks below each step:
+                                      accepted         corrected         renoised
+  free                                green ^          magenta *         yellow .
+  constrained, as some others fit     underlined +     underlined #      underlined :
+  pinned, as no other one fits        no colour =      no colour =       no colour -
+A token fits where an answer has it and all others as they are. Without a constraint all are free.
 """
 
 
@@ -63,7 +72,7 @@ def generate_check(args: argparse.Namespace) -> None:
     if args.prompts and (args.file is not None or args.whole):
         raise UsageError("prompts are given, and `--file` or `--whole`; expected one or the other")
     if not args.prompts and args.file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError("no prompt; expected one as an argument, in `--file`, or on standard input")
+        raise UsageError(f"no prompt; expected one as an argument, in `--file`, or on standard input{hint_at_choices(args)}")
     if args.file not in (None, "-") and (os.path.isdir(args.file) or not os.access(args.file, os.R_OK)):
         raise UsageError(f"`--file` is {args.file!r}; expected a text file that can be read")
 
@@ -86,6 +95,8 @@ def fill_arguments(parser: argparse.ArgumentParser) -> None:
 def fill_check(args: argparse.Namespace) -> None:
     if args.raw and not args.prompt:
         raise UsageError("`--raw` is given without `--prompt`; expected a text from which the filled one goes on")
+    if "{" not in args.template.replace("{{", ""):
+        raise UsageError(f"TEMPLATE is {args.template!r}, which has no blank; expected one, such as {{name:1-8}}")
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,12 +161,12 @@ COMMANDS: tuple[Command, ...] = (
   diffusiongemma generate "..." --model google/diffusiongemma-26B-A4B-it --quantize 4bit --max-memory 0=20GB,cpu=12GB
   diffusiongemma generate "..." --model ./my-checkpoint --max-memory 12GB --offload-folder ./offload     # the rest from the disk
   diffusiongemma generate --model sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
-"""),
+""" + WATCHED),
     Command("fill", "fill in the blanks of a text, from both sides", fill_arguments, fill_check, """\
   diffusiongemma fill "1998-{month:1-2}-03" --prompt "Write 3 March 1998 as an ISO date."
   diffusiongemma fill "{year}-03-{day}" --regex "year=\\d{4}" --regex "day=\\d\\d" --prompt "Write 3 March 1998 as an ISO date." --watch
   diffusiongemma fill "It is a {kind}." --choices "kind=letter|invoice|complaint" --prompt "What is this? ..." --json
-"""),
+""" + WATCHED),
     Command("chat", "talk to the model and watch its canvas", chat_arguments, None, """\
   diffusiongemma chat
   diffusiongemma chat --model ./my-checkpoint --device cuda --preset fast
