@@ -213,9 +213,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             size = self.config.get_text_config().vocab_size
             automata, constraint = compile_languages(constraint, tokenizer, len(prompt.ids) // copies, copies, size), None
         new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
-        plan = make_plan(
-            self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping, any(one is not None for one in automata)
-        )
+        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping)
         progress = bind(automata, plan, prompt.real.device)
         rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint, progress)
         # 3. Decode.

@@ -12,8 +12,10 @@ from small_models import prompts, small_model
 from torch.utils import _pytree as pytree
 
 from generation.call.plan import Plan, make_plan
+from generation.call.progress import start_progress
 from generation.call.prompt import Prompt
 from generation.call.settings import resolve_config
+from generation.constraints.automaton import closed, make_automaton
 from generation.fast import recording
 from generation.fast.proofs import difference
 from generation.fast.recording import Held, NeverWaits, Recording
@@ -22,6 +24,14 @@ from generation.rules.draws import row_draws
 from generation.rules.state import start_canvas
 
 VOCAB = 5001  # two pieces of the vocabulary
+
+
+def alternating(vocab_size=VOCAB):
+    """An automaton over ids: low and high ones in turn, as many of each, none of them below 10."""
+    classes = 1 + (torch.arange(vocab_size) > vocab_size // 2).long()
+    classes[:10] = 0
+    edges = torch.tensor([[0, 1, 1], [1, 2, 0]])
+    return make_automaton(classes, *edges.T, torch.tensor([True, False]))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +58,22 @@ def records(monkeypatch):
         {"sampler": "fixed_steps"},
         {"do_sample": False},
         {"min_new_tokens": 13, "eos_token_id": list(range(2000))},
+        {"constraint": alternating(), "eos_token_id": [1]},
+        {"constraint": alternating(), "eos_token_id": [1], "cache_implementation": "static", "top_k": 3, "do_sample": False},
+        {"constraint": [alternating(), None, alternating()], "eos_token_id": [1], "cache_implementation": "static"},
     ],
-    ids=["dynamic", "static", "filters", "predictor-corrector", "fixed steps", "greedy", "hidden ends"],
+    ids=[
+        "dynamic",
+        "static",
+        "filters",
+        "predictor-corrector",
+        "fixed steps",
+        "greedy",
+        "hidden ends",
+        "constrained",
+        "all constrained",
+        "some constrained",
+    ],
 )
 def test_recorded_steps_give_the_same_tokens(model, settings, request, monkeypatch):
     """Over several canvases, past the sliding window, at every step. Both with as many slots as a recorded step has: those not filled are
@@ -60,8 +84,10 @@ def test_recorded_steps_give_the_same_tokens(model, settings, request, monkeypat
     settings = {"attention_mask": mask, "max_new_tokens": 35, "max_denoising_steps": 4, "seed": list(range(1, 1 + rows)), **settings}
     plain = model.generate(ids, **settings)
     request.getfixturevalue("records")
+    refused = []
+    monkeypatch.setattr("generation.fast.recording.logger.warning_once", refused.append)
     recorded = model.generate(ids, **settings)
-    assert torch.equal(recorded, plain)
+    assert torch.equal(recorded, plain) and refused == []
 
 
 def test_settings_of_a_call_go_over_those_of_the_call_before(model, records):
@@ -152,8 +178,9 @@ def test_held_values_refuse_what_they_cannot_copy():
 @pytest.mark.parametrize(
     "settings", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}, {"sampler": "predictor_corrector"}, {"do_sample": False}]
 )
+@pytest.mark.parametrize("constrained", [False, True])
 @torch.no_grad()
-def test_a_step_never_looks_at_the_device(model, settings):
+def test_a_step_never_looks_at_the_device(model, settings, constrained):
     """Tensors without data raise where a value, or a size that depends on values, is asked for; and no CPU tensor may come in."""
     model = copy.deepcopy(model).to(torch.bfloat16)  # grouped products without data know no other dtype
     config, _ = resolve_config(None, model.generation_config, {"min_new_tokens": 3, **settings})
@@ -168,10 +195,15 @@ def test_a_step_never_looks_at_the_device(model, settings):
     state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), soft_embeds, plan.rules.stopping)
     steps, temperatures = plan.steps(device)
     filters = plan.rules.shaping.filters
-    drawn = draw_step(plan, row_draws([5, 6], None, 2, 1), state._replace(canvas=state.canvas.new_zeros((2, 10), device="cpu")), filters)
+    on_cpu = state._replace(canvas=state.canvas.new_zeros((2, 10), device="cpu"))
+    drawn = draw_step(plan, row_draws([5, 6], None, 2, 1), on_cpu, filters, constrained)
     drawn = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
+    inputs = StepInputs(state, steps[1], temperatures[1], drawn, filters)
+    if constrained:
+        progress = start_progress([closed(alternating(), [1], 0)] * 2, device)
+        inputs = inputs._replace(progress=progress, room=(10, ids.new_full((), 7)))
     with NeverWaits(device):  # what looks before a GPU records agrees
-        prediction, after = take_step(model, plan, view, StepInputs(state, steps[1], temperatures[1], drawn, filters))
+        prediction, after = take_step(model, plan, view, inputs)
     assert after.canvas.shape == (2, 10) and prediction.bad.shape == (2,) and after.soft_embeds.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(prediction.bad.any())

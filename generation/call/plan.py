@@ -177,9 +177,8 @@ def make_rules(
 def make_plan(
     model, config: DiffusionGenerationConfig, prompt: Prompt, new_tokens: int, logits_processor: Sequence[Callable] | None = None,
     watchers: Sequence[Watcher] = (), constraint: Constraint | None = None, stopping: StoppingRule | None = None,
-    constrained: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan for a prompt, of which each row may get `new_tokens`; `constrained`: whether some rows must write a text of a language.
+    """The plan for a prompt, of which each row may get `new_tokens`.
 
     Raises:
         ValueError: as `make_rules`.
@@ -203,7 +202,7 @@ def make_plan(
             count_padding=reference,
             keep_logits=bool(config.output_logits),
             late_flags=reads_late(device),
-            record=why is None and constraint is None and not constrained and (stays or rows == 1) and not config.disable_compile
+            record=why is None and constraint is None and (stays or rows == 1) and not config.disable_compile
             and config.decoding == "diffusion" and may_be_recorded and records(device),
             deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
         ),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..constraints.automaton import Automaton
 from ..constraints.freedom import possible_ids
@@ -97,6 +98,14 @@ class Progress:
                 break
             logits[0, place].masked_fill_(~automaton.following(state, left - place).to(logits.device), -float("inf"))
         return logits
+
+
+# A recorded step takes the states as inputs, and lattice and orders, which must be the same objects, as they are.
+pytree.register_pytree_node(
+    Progress,
+    lambda progress: ([progress.rows, progress.states], (progress.count, progress.lattice, progress.orders)),
+    lambda values, fixed: Progress(values[0], *fixed, values[1]),
+)
 
 
 def start_progress(automata: Sequence[Automaton | None], device: torch.device) -> Progress | None:

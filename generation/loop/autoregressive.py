@@ -16,8 +16,7 @@ from .transcript import SCORE_FIELDS, Transcript
 def next_logits(model, plan: Plan, rows: Rows, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Shaped logits of the next token and the model's, (b, 1, V). There is no schedule here: `temperature` means what it always does."""
     raw = model.compute_logits(hidden[:, -1:])
-    left = plan.lengths.new_tokens - rows.generated - 1
-    possible = raw if rows.progress is None else rows.progress.restrict(raw, left)
+    possible = raw if rows.progress is None else rows.progress.restrict(raw, rows.left(plan) - 1)
     return plan.rules.shaping(possible, rows.filters, rows.committed, None, plan.rules.temperature, 1), raw
 
 

@@ -39,13 +39,15 @@ def denoise_canvas(
     everyone, done, flags, clock = rows, state, FlagReader(plan.execution.late_flags), plan.steps(state.canvas.device)
     view, last_step = view_canvas(model, plan, rows), plan.rules.max_denoising_steps - 1
     records = recording is not None and rows.filters.hidden_before == 0  # what changes from canvas to canvas is not recorded
+    if rows.progress is not None:
+        records = records and rows.progress.everywhere and rows.left(plan) >= plan.lengths.canvas
     step_once = recording.on(view) if records else partial(take_step, model, plan)
     for step in range(first_step, last_step + 1):
         inputs = step_inputs(plan, rows, state, clock, canvas_index, step, None if step == first_step else state.argmax)
         prediction, state = step_once(view, inputs)  # 1. predict, 2. advance
         # 3. watch
         if watchers and everyone.progress is not None:
-            state = state._replace(possible=(count_possible(rows.progress, state.argmax, inputs.left, plan.lengths.vocab_size),))
+            state = state._replace(possible=(count_possible(rows.progress, state.argmax, rows.left(plan), plan.lengths.vocab_size),))
         state = watch(watchers, canvas_index, step, rows.places, state, prediction)._replace(possible=())
         # 4. over?
         known = flags.push(state.finished, prediction.bad)

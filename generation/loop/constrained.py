@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 from ..call.plan import Plan
 from ..call.progress import Progress
 from ..constraints.lattice import Solution
+from ..rules.draws import DrawnStep, Draws
 from ..rules.prediction import Prediction
 from ..vocabulary.classes import CHANCES, CHANCES_WITH_CURRENT, Chosen, ClassSums, ClassWalk
 from ..vocabulary.dense_classes import dense_draw, dense_sums
@@ -21,16 +22,17 @@ class Constrained:
 
     Args:
         progress: what they must write, and how far they are.
-        left: tokens that each may still get, those of this canvas included.
+        room: positions of the canvas that may hold tokens, and how many tokens a row may get behind them, int64 ().
         chance (`float32 (b, C, 3 or 5)`): uniform numbers in [0, 1), the first of them the lattice's; None: the best string.
     """
 
-    def __init__(self, progress: Progress, left: int, length: int, chance: torch.Tensor | None):
-        self.progress, self.count, self.behind = progress, min(left, length), max(left - length, 0)
+    def __init__(self, progress: Progress, room: tuple[int, torch.Tensor], chance: torch.Tensor | None):
+        self.progress, (self.count, self.behind) = progress, room
         self.chance = None if chance is None else chance[:, : self.count, 0]
 
     def solve(self, sums: ClassSums) -> Solution:
-        return self.progress.lattice.solve(sums.log_mass, sums.best, self.progress.states, self.behind, self.chance)
+        states = self.progress.states
+        return self.progress.lattice.solve(sums.log_mass, sums.best, states, self.behind.expand(len(states)), self.chance)
 
 
 def lost(solution: Solution) -> torch.Tensor:
@@ -50,19 +52,18 @@ def chosen(sums: ClassSums, solution: Solution) -> Chosen:
     return Chosen(torch.log_softmax(possible, dim=-1), solution.sample, solution.best, lost(solution))
 
 
-def draw_chance(plan: Plan, draws, batch_size: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """The uniform numbers of a step under constraints; None where it draws none."""
+def draw_chance(plan: Plan, draws: Draws | DrawnStep, canvas: torch.Tensor) -> torch.Tensor | None:
+    """The uniform numbers of a step under constraints, for a canvas (b, C); None where it draws none."""
     if plan.rules.greedy:
         return None
     count = CHANCES_WITH_CURRENT if plan.rules.sampler.informed else CHANCES
-    return draws.uniforms((batch_size, length, count), device)
+    return draws.uniforms((*canvas.shape, count), canvas.device)
 
 
 def constrained_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs) -> Prediction:
     """As `predict.predict_streamed`."""
-    progress, (batch_size, length) = inputs.progress, hidden.shape[:2]
-    chance = draw_chance(plan, inputs.draws, batch_size, length, hidden.device)
-    step = Constrained(progress, inputs.left, length, chance)
+    progress, chance = inputs.progress, draw_chance(plan, inputs.draws, inputs.state.canvas)
+    step = Constrained(progress, inputs.room, chance)
     with model.vocabulary_head() as head:
         walk = ClassWalk(hidden, head, inputs.temperature, progress.orders, step.count, inputs.filters, current)
         sums = walk.sums()
@@ -76,8 +77,8 @@ def constrained_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch
 def constrained_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs) -> Prediction:
     """As `predict.predict_dense`."""
     raw, rules, progress = model.compute_logits(hidden), plan.rules, inputs.progress  # (B, C, V)
-    chance = draw_chance(plan, inputs.draws, *hidden.shape[:2], hidden.device)
-    step = Constrained(progress, inputs.left, hidden.shape[1], chance)
+    chance = draw_chance(plan, inputs.draws, inputs.state.canvas)
+    step = Constrained(progress, inputs.room, chance)
     given = (inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
     shaped = rules.shaping(raw, inputs.filters, *given)
     sums = dense_sums(shaped, progress.orders, step.count)
@@ -92,4 +93,4 @@ def constrained_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Te
     return prediction._replace(soft_embeds=model.soft_embed(prediction.shaped.to(model.dtype)), raw=raw)
 
 
-__all__ = ["constrained_dense", "constrained_streamed"]
+__all__ = ["constrained_dense", "constrained_streamed", "draw_chance"]

@@ -16,7 +16,7 @@ from ..rules.prediction import Prediction, dense_prediction
 from ..rules.state import CanvasState, advance
 from ..vocabulary.filters import Filters
 from ..vocabulary.walk import choose_way, streamed_prediction
-from .constrained import constrained_dense, constrained_streamed
+from .constrained import constrained_dense, constrained_streamed, draw_chance
 from .rows import Rows
 
 
@@ -24,9 +24,9 @@ class StepInputs(NamedTuple):
     """What a step reads beside the canvas's view.
 
     `step` int64 (), counted up from 0, and its `temperature` float32 (). `draws`: those of this step. `progress`: what the rows must write,
-    and how far they are, with `left`, the tokens that each may still get. For whole logits only: `committed`
-    int64 (B, L); `guess` int64 (B, C), the last argmax canvas, None at the first step; `remaining`, steps left with this one. Without
-    these and a constraint, and with a `DrawnStep`, all of it are tensors.
+    and how far they are, with the `room` they have: positions of this canvas, and tokens behind it, int64 (). For whole logits only:
+    `committed` int64 (B, L); `guess` int64 (B, C), the last argmax canvas, None at the first step; `remaining`, steps left with this one.
+    Without these and a `Constraint`, and with a `DrawnStep`, all of it are tensors, but for what of `progress` and `room` stays.
     """
 
     state: CanvasState
@@ -36,7 +36,7 @@ class StepInputs(NamedTuple):
     filters: Filters
     constraint: Constraint | None = None
     progress: Progress | None = None
-    left: int | None = None
+    room: tuple[int, torch.Tensor] | None = None
     committed: torch.Tensor | None = None
     guess: torch.Tensor | None = None
     remaining: int | None = None
@@ -99,11 +99,13 @@ def predict_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch.Ten
         )
 
 
-def draw_step(plan: Plan, draws: Draws, state: CanvasState, filters: Filters) -> DrawnStep:
-    """The random numbers of a streamed step."""
+def draw_step(plan: Plan, draws: Draws, state: CanvasState, filters: Filters, constrained: bool = False) -> DrawnStep:
+    """The random numbers of a streamed step; `constrained`: of rows that all must write a text of a language."""
     rules, (batch_size, length), device = plan.rules, state.canvas.shape, state.canvas.device
     vocab_size, walk = plan.lengths.vocab_size, None
-    if not rules.greedy:
+    if constrained:
+        walk = draw_chance(plan, draws, state.canvas)
+    elif not rules.greedy:
         way = choose_way(state.soft_embeds.dtype, device, vocab_size, filters.narrow(), rules.greedy, rules.sampler.informed)
         walk = draws.uniforms(way.chance_shape(batch_size, length, vocab_size, rules.sampler.informed), device)
     acceptance = draws.uniforms((batch_size, length), device, "acceptance") if rules.sampler.informed else None
@@ -116,10 +118,15 @@ def step_inputs(
 ) -> StepInputs:  # fmt: skip
     """What step `step` of a canvas reads; `clock`: of `Plan.steps`."""
     draws, (steps, temperatures) = rows.draws.at(canvas_index, step), clock
-    left = None if rows.progress is None else plan.lengths.new_tokens - rows.generated
-    inputs = StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint, rows.progress, left)
-    if plan.execution.why_dense is None and rows.progress is None:
-        return inputs._replace(draws=draw_step(plan, draws, state, rows.filters))
+    inputs, progress = (
+        StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint, rows.progress),
+        rows.progress,
+    )
+    if progress is not None:
+        count = min(plan.lengths.canvas, rows.left(plan))
+        inputs = inputs._replace(room=(count, rows.places.new_full((), rows.left(plan) - count)))
+    if plan.execution.why_dense is None and (progress is None or progress.everywhere):
+        return inputs._replace(draws=draw_step(plan, draws, state, rows.filters, progress is not None))
     if plan.execution.why_dense is None:
         return inputs
     return inputs._replace(committed=rows.committed, guess=guess, remaining=plan.rules.max_denoising_steps - step)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache, DynamicCache
 
+from ..call.plan import Plan
 from ..call.progress import Progress
 from ..rules.constraint import Constraint
 from ..rules.draws import Draws
@@ -47,6 +48,10 @@ class Rows(NamedTuple):
             constraint=None if self.constraint is None else self.constraint.select(here),
             progress=None if self.progress is None else self.progress.select(here),
         )  # fmt: skip
+
+    def left(self, plan: Plan) -> int:
+        """How many tokens each may still get."""
+        return plan.lengths.new_tokens - self.generated
 
     def can_leave(self) -> bool:
         """Whether the cache can be narrowed to some of the rows."""

@@ -41,8 +41,8 @@ def decode_row(model, plan: Plan, inputs: dict[str, torch.Tensor], rows: Rows, t
         draft = torch.cat((chosen, state.argmax[:, 1:]), dim=1)
         drafted = rows.commit(draft)
         raw = model.compute_logits(drafted.prefill(model, {"input_ids": draft}, draft.shape[1], count_padding))  # (1, C, V), behind each
-        behind, left = rows.commit(chosen), plan.lengths.new_tokens - rows.generated - 2
-        possible = raw if rows.progress is None else rows.progress.restrict_along(raw, draft, left)
+        behind = rows.commit(chosen)
+        possible = raw if rows.progress is None else rows.progress.restrict_along(raw, draft, rows.left(plan) - 2)
         choices = plan.rules.shaping(possible, behind.filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1).argmax(dim=-1)
         kept = 1 + int((choices[:, :-1] == draft[:, 1:]).long().cumprod(dim=1).sum())
         if kept < draft.shape[1]:
