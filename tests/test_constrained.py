@@ -310,5 +310,6 @@ def test_a_callback_that_breaks_the_text_is_named(model, tokenizer):
     def wreck(model, step, noise_proportion, state):
         return {"argmax": torch.full_like(state["argmax"], 300)}
 
-    with pytest.raises(ValueError, match="does not accept the tokens"):
-        write(model, tokenizer, Regex(r"[ab]{30,}"), callback_on_step_end=wreck)
+    for language in (Regex(r"[ab]{30,}"), Regex("[ab]{3}")):  # over canvases, and in the last one
+        with pytest.raises(ValueError, match="does not accept the tokens"):
+            write(model, tokenizer, language, callback_on_step_end=wreck)

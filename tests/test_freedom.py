@@ -101,7 +101,7 @@ def test_rows_count_for_themselves(tokenizer):
     automaton = closed(compile_constraint(Choice(["a"]), tokenizer, size), ENDS, PAD)
     (a,) = tokenizer("a", add_special_tokens=False).input_ids
     canvases = torch.tensor([[5, 6, 7, 8], [a, ENDS[0], PAD, PAD]])
-    progress = start_progress([None, automaton], torch.device("cpu"))
+    progress = start_progress([None, automaton], 0, torch.device("cpu"))
     assert count_possible(progress, canvases, 9, size).tolist() == [[size] * 4, [1, 3, 1, 1]]
     assert count_possible(progress, canvases, 1, size).tolist() == [[size] * 4, [1, 1, 1, 1]]
     assert count_possible(None, canvases, 2, size).tolist() == [[size] * 4] * 2

@@ -70,7 +70,7 @@ def bind(automata: Sequence[Automaton | None], plan: Plan, device: torch.device)
                 "`constraint` accepts"
             )
         ended[automaton] = closed(automaton, stops, plan.rules.pad)
-    return start_progress([ended[automaton] for automaton in automata], device)
+    return start_progress([ended[automaton] for automaton in automata], plan.rules.pad, device)
 
 
 __all__ = ["bind", "compile_languages", "is_constraint"]

@@ -24,6 +24,7 @@ class Progress:
         count: b.
         lattice: their automata, on the rows' device.
         orders: the vocabulary as each of them sees it.
+        pad: the id behind the end of a row.
         states: int64 (m,), where in its automaton each is, behind all that is committed.
     """
 
@@ -31,6 +32,7 @@ class Progress:
     count: int
     lattice: Lattice
     orders: Orders
+    pad: int
     states: torch.Tensor
 
     @property
@@ -56,30 +58,35 @@ class Progress:
         lattice, orders = (
             (self.lattice, self.orders) if len(kept) == len(self.rows) else (self.lattice.select(kept), self.orders.select(kept))
         )
-        return Progress(constrained, len(rows), lattice, orders, self.states[kept])
+        return Progress(constrained, len(rows), lattice, orders, self.pad, self.states[kept])
 
     def commit(self, tokens: torch.Tensor, ended: torch.Tensor) -> "Progress | None":
-        """Behind new tokens int64 (b, n); without the rows that have `ended`, bool (b,): they write nothing more. None where all have.
+        """Behind new tokens int64 (b, n), padded where a row has ended; without the rows that have `ended`, bool (b,): they write nothing
+        more. None where all have.
 
         Raises:
             ValueError: tokens that the constraint does not allow: something else than the step wrote them.
         """
+        rows, over = self.rows.tolist(), ended[self.rows].tolist()
+        found = []
+        for automaton, state, row, last in zip(self.lattice.automata, self.states.tolist(), rows, over, strict=True):
+            written = tokens[row].tolist()
+            while last and written and written[-1] == self.pad:
+                written.pop()
+            found.append(automaton.run(written, state))
+        if None in found:
+            raise ValueError(
+                f"`constraint` does not accept the tokens of row {rows[found.index(None)]} of those still computed; expected that no "
+                "watcher or callback changes its argmax canvas"
+            )
         going = (~ended[self.rows]).nonzero().flatten()
         if not len(going):
             return None
-        rows, states, lattice, orders = self.rows[going], self.states[going], self.lattice, self.orders
-        if len(going) < len(self.rows):
+        states = torch.tensor(found, dtype=torch.int64, device=self.states.device)
+        lattice, orders = self.lattice, self.orders
+        if len(going) < len(rows):
             lattice, orders = lattice.select(going), orders.select(going)
-        found = [
-            automaton.run(tokens[row].tolist(), state)
-            for automaton, row, state in zip(lattice.automata, rows.tolist(), states.tolist(), strict=True)
-        ]
-        if None in found:
-            raise ValueError(
-                f"`constraint` does not accept the tokens of row {int(rows[found.index(None)])} of those still computed; expected that "
-                "no watcher or callback changes its argmax canvas"
-            )
-        return Progress(rows, self.count, lattice, orders, torch.tensor(found, dtype=torch.int64, device=states.device))
+        return Progress(self.rows[going], self.count, lattice, orders, self.pad, states[going])
 
     def restrict(self, logits: torch.Tensor, left: int) -> torch.Tensor:
         """Logits (b, 1, V) of the next token, -inf where it cannot be if `left` tokens may follow it; other rows' as they are."""
@@ -103,20 +110,21 @@ class Progress:
 # A recorded step takes the states as inputs, and lattice and orders, which must be the same objects, as they are.
 pytree.register_pytree_node(
     Progress,
-    lambda progress: ([progress.rows, progress.states], (progress.count, progress.lattice, progress.orders)),
+    lambda progress: ([progress.rows, progress.states], (progress.count, progress.lattice, progress.orders, progress.pad)),
     lambda values, fixed: Progress(values[0], *fixed, values[1]),
 )
 
 
-def start_progress(automata: Sequence[Automaton | None], device: torch.device) -> Progress | None:
-    """Before anything is written; `automata`: closed, one a row, None for a row without a constraint. None where there is none at all."""
+def start_progress(automata: Sequence[Automaton | None], pad: int, device: torch.device) -> Progress | None:
+    """Before anything is written; `automata`: closed with `pad`, one a row, None for a row without a constraint. None where there is none
+    at all."""
     rows = [row for row, automaton in enumerate(automata) if automaton is not None]
     if not rows:
         return None
     given = torch.tensor(rows, dtype=torch.int64, device=device)
     bound = [automata[row] for row in rows]
     orders = make_orders([automaton.classes for automaton in bound], device)
-    return Progress(given, len(automata), make_lattice(bound, device), orders, torch.zeros_like(given))
+    return Progress(given, len(automata), make_lattice(bound, device), orders, pad, torch.zeros_like(given))
 
 
 def count_possible(progress: Progress | None, tokens: torch.Tensor, left: int, vocab_size: int) -> torch.Tensor:

@@ -26,9 +26,9 @@ def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: T
         state = denoise_canvas(model, plan, rows, state, canvas_index, watchers, recording, first_step)
         tokens = transcript.add_canvas(rows, state)
         ended = transcript.ended[rows.places]
+        rows = rows.commit(tokens, ended)
         if bool(ended.all()):
             break
-        rows = rows.commit(tokens, ended)
         if plan.execution.compact and rows.can_leave() and bool(ended.any()):
             staying = (~ended).nonzero().flatten().cpu()
             rows, tokens, whole = rows.select(staying), tokens[staying.to(tokens.device)], False

@@ -22,12 +22,12 @@ class Constrained:
 
     Args:
         progress: what they must write, and how far they are.
-        room: positions of the canvas that may hold tokens, and how many tokens a row may get behind them, int64 ().
+        reach: positions of the canvas that may hold tokens, and how many tokens a row may get behind them, int64 ().
         chance (`float32 (b, C, 3 or 5)`): uniform numbers in [0, 1), the first of them the lattice's; None: the best string.
     """
 
-    def __init__(self, progress: Progress, room: tuple[int, torch.Tensor], chance: torch.Tensor | None):
-        self.progress, (self.count, self.behind) = progress, room
+    def __init__(self, progress: Progress, reach: tuple[int, torch.Tensor], chance: torch.Tensor | None):
+        self.progress, (self.count, self.behind) = progress, reach
         self.chance = None if chance is None else chance[:, : self.count, 0]
 
     def solve(self, sums: ClassSums) -> Solution:
@@ -63,7 +63,7 @@ def draw_chance(plan: Plan, draws: Draws | DrawnStep, canvas: torch.Tensor) -> t
 def constrained_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs) -> Prediction:
     """As `predict.predict_streamed`."""
     progress, chance = inputs.progress, draw_chance(plan, inputs.draws, inputs.state.canvas)
-    step = Constrained(progress, inputs.room, chance)
+    step = Constrained(progress, inputs.reach, chance)
     with model.vocabulary_head() as head:
         walk = ClassWalk(hidden, head, inputs.temperature, progress.orders, step.count, inputs.filters, current)
         sums = walk.sums()
@@ -78,7 +78,7 @@ def constrained_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Te
     """As `predict.predict_dense`."""
     raw, rules, progress = model.compute_logits(hidden), plan.rules, inputs.progress  # (B, C, V)
     chance = draw_chance(plan, inputs.draws, inputs.state.canvas)
-    step = Constrained(progress, inputs.room, chance)
+    step = Constrained(progress, inputs.reach, chance)
     given = (inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
     shaped = rules.shaping(raw, inputs.filters, *given)
     sums = dense_sums(shaped, progress.orders, step.count)

@@ -24,9 +24,9 @@ class StepInputs(NamedTuple):
     """What a step reads beside the canvas's view.
 
     `step` int64 (), counted up from 0, and its `temperature` float32 (). `draws`: those of this step. `progress`: what the rows must write,
-    and how far they are, with the `room` they have: positions of this canvas, and tokens behind it, int64 (). For whole logits only:
+    and how far they are, with the `reach` they have: positions of this canvas, and tokens behind it, int64 (). For whole logits only:
     `committed` int64 (B, L); `guess` int64 (B, C), the last argmax canvas, None at the first step; `remaining`, steps left with this one.
-    Without these and a `Constraint`, and with a `DrawnStep`, all of it are tensors, but for what of `progress` and `room` stays.
+    Without these and a `Constraint`, and with a `DrawnStep`, all of it are tensors, but for what of `progress` and `reach` stays.
     """
 
     state: CanvasState
@@ -36,7 +36,7 @@ class StepInputs(NamedTuple):
     filters: Filters
     constraint: Constraint | None = None
     progress: Progress | None = None
-    room: tuple[int, torch.Tensor] | None = None
+    reach: tuple[int, torch.Tensor] | None = None
     committed: torch.Tensor | None = None
     guess: torch.Tensor | None = None
     remaining: int | None = None
@@ -124,7 +124,7 @@ def step_inputs(
     )
     if progress is not None:
         count = min(plan.lengths.canvas, rows.left(plan))
-        inputs = inputs._replace(room=(count, rows.places.new_full((), rows.left(plan) - count)))
+        inputs = inputs._replace(reach=(count, rows.places.new_full((), rows.left(plan) - count)))
     if plan.execution.why_dense is None and (progress is None or progress.everywhere):
         return inputs._replace(draws=draw_step(plan, draws, state, rows.filters, progress is not None))
     if plan.execution.why_dense is None:
