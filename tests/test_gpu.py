@@ -1,12 +1,19 @@
 """What needs a CUDA device; skipped without one. `make test-gpu` runs this file alone."""
 
 import contextlib
+import re
 
 import pytest
 import torch
 from small_models import prompts, small_model, small_pair
+from test_constraint_lattice import random_automaton
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
+from generation import Choice, JsonSchema, Regex
+from generation.constraints import lattice
+from generation.constraints.lattice import make_lattice
+from generation.constraints.lattice_kernel import follow_triton, messages_triton
+from generation.constraints.scans import follow, messages
 from generation.fast import recording
 from generation.fast.proofs import verdict
 from generation.rules.draws import BatchDraws
@@ -79,6 +86,42 @@ def test_vocabulary_kernel_equals_its_reference_on_cuda(dtype, filters, monkeypa
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-3, rtol=0)
     scale = float(expected_soft.float().abs().max())
     torch.testing.assert_close(soft.float(), expected_soft.float(), atol=scale * (1e-4 if dtype == torch.float32 else 2e-2), rtol=0)
+
+
+@pytest.mark.parametrize("chance", [False, True], ids=["best", "drawn"])
+def test_lattice_kernel_equals_its_reference_on_cuda(chance, monkeypatch):
+    """Rows of different languages over 141 positions, 200 states with more edges than a tile; 1e-11 of logs of some hundred nats: a last
+    bit of CUDA's exp and log at each position."""
+    automata = [random_automaton(1, states=200, kinds=40, vocab_size=90, density=0.6), random_automaton(2), random_automaton(3, states=7)]
+    kinds, numbers = max(automaton.kinds for automaton in automata), torch.Generator("cuda").manual_seed(0)
+    mass = 9 * torch.randn((3, 141, kinds), dtype=torch.float64, device="cuda", generator=numbers)
+    drawn = torch.rand((3, 141), device="cuda", generator=numbers) if chance else None
+    states, found = torch.zeros(3, dtype=torch.int64, device="cuda"), []
+    for ways in ((messages, follow), (messages_triton, follow_triton)):
+        monkeypatch.setattr(lattice, "choose_scans", lambda device, ways=ways: ways)
+        found.append(make_lattice(automata, mass.device).solve(mass, mass - 0.5, states, 9, drawn))
+    expected, got = found
+    assert bool((expected.log_partition > -float("inf")).any())
+    for name, value in expected._asdict().items():
+        torch.testing.assert_close(getattr(got, name), value, atol=1e-8, rtol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"do_sample": False}, {"output_logits": True}, {"decoding": "autoregressive"}], ids=str)
+def test_what_is_written_under_a_constraint_fits_on_cuda(dtype, settings):
+    """Rows of several languages, and one without any, over canvases of 10; the same again with the same seeds."""
+    tokenizer = AutoTokenizer.from_pretrained(default_checkpoint())
+    model, ids = small_model(vocab_size=len(tokenizer) + 3).cuda().to(dtype), prompts(4, 9)[0].cuda()
+    schema = JsonSchema({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    settings = {"max_new_tokens": 37, "max_denoising_steps": 4, "eos_token_id": [1], "pad_token_id": 0, "seed": [1, 2, 3, 4], **settings}
+    if settings.get("do_sample") is False or settings.get("decoding") == "autoregressive":
+        settings = {**settings, "do_sample": False}
+        del settings["seed"]
+    given = {"constraint": [Regex(r"\d{4}-\d\d"), None, Choice(["left", "right"]), schema], "tokenizer": tokenizer}
+    first, second = (model.generate(ids, return_dict_in_generate=True, **given, **settings).sequences for _ in range(2))
+    assert torch.equal(first, second)
+    texts = tokenizer.batch_decode(first[:, 9:], skip_special_tokens=True)
+    assert re.fullmatch(r"\d{4}-\d\d", texts[0]) and texts[2] in ("left", "right") and re.fullmatch(r'\{"n": ?-?\d+\}', texts[3])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from generation.call.plan import reads_late
+from generation.constraints.lattice_kernel import LATTICE_KERNEL
 from generation.fast import flags, proofs
 from generation.fast.flags import LATE_FLAGS
 from generation.fast.proofs import WITHOUT, FastPath, UnusableDevice, difference, verdict, works
@@ -175,7 +176,7 @@ def test_a_proof_draws_from_nobodys_generator(one):
 
 def test_proofs_hold_whatever_the_default_dtype_is(monkeypatch):
     """As `from_pretrained` may have set it."""
-    interpreted = [KERNEL] if needs_interpreter() is None else []
+    interpreted = [KERNEL, LATTICE_KERNEL] if needs_interpreter() is None else []
     before = torch.get_default_dtype()
     try:
         for dtype in (torch.float64, torch.bfloat16):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from generation.constraints.lattice_kernel import LATTICE_KERNEL
 from generation.fast.flags import LATE_FLAGS
 from generation.fast.proofs import WITHOUT, UnusableDevice, verdict
 from generation.fast.recording import RECORDED_STEP
@@ -21,7 +22,8 @@ from ..weights.fp8_math import SCALED, SCALED_GROUPED
 from ..weights.fp8_numbers import E4M3_TABLE
 
 PATHS = (
-    KERNEL, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, SCALED, SCALED_GROUPED, E4M3_TABLE, OFFLOADED_CACHE, ONEDNN_PRODUCTS,
+    KERNEL, LATTICE_KERNEL, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, SCALED, SCALED_GROUPED, E4M3_TABLE, OFFLOADED_CACHE,
+    ONEDNN_PRODUCTS,
 )  # fmt: skip
 WORKS, FAILED, NOT_HERE = "works", "FAILED", "not for this device"
 
