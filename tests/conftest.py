@@ -1,7 +1,10 @@
 """What all tests share."""
 
 import getpass
+import io
+import json
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
@@ -75,3 +78,30 @@ def told(monkeypatch):
     said = []
     monkeypatch.setattr("generation.fast.proofs.logger.warning_once", said.append)
     return said
+
+
+@pytest.fixture
+def console(capsys, monkeypatch):
+    """Runs the console in this process on the lines of `stdin`; returns exit code, standard output, standard error."""
+
+    from modeling_diffusiongemma.console.main import main
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main(list(argv))
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+@pytest.fixture
+def answers(console):
+    """The JSON objects of a run that must succeed."""
+
+    def run(*argv, stdin=""):
+        code, out, err = console(*argv, "--json", stdin=stdin)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+
+    return run

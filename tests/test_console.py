@@ -42,31 +42,6 @@ DATE, *OTHERS = DATES
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
 
-@pytest.fixture
-def console(capsys, monkeypatch):
-    """Runs the console in this process on the lines of `stdin`; returns exit code, standard output, standard error."""
-
-    def run(*argv, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = main(list(argv))
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return run
-
-
-@pytest.fixture
-def answers(console):
-    """The JSON objects of a run that must succeed."""
-
-    def run(*argv, stdin=""):
-        code, out, err = console(*argv, "--json", stdin=stdin)
-        assert code == 0, err
-        return [json.loads(line) for line in out.splitlines()]
-
-    return run
-
-
 def process(*command, environment=(), **kwargs):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environment)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **kwargs)

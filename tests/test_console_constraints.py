@@ -1,16 +1,13 @@
 """The console's constraints: `generate --regex`, `--choices`, `--schema`, and `fill`; what is wrong about them is said before a model is
 loaded."""
 
-import io
 import json
 import re
-import sys
 
 import pytest
 
 from generation.watch.terminal import MARKS
 from modeling_diffusiongemma.console import session
-from modeling_diffusiongemma.console.main import main
 from modeling_diffusiongemma.console.usage import COMMANDS, build_parser
 
 NARROW = ["--set", "canvas_length=32", "--max-new-tokens", "32", "--seed", "0"]
@@ -20,31 +17,6 @@ SCHEMA = {
     "type": "object", "properties": {"day": {"type": "integer"}, "kind": {"enum": ["date", "word"]}}, "required": ["day", "kind"],
     "additionalProperties": False,
 }  # fmt: skip
-
-
-@pytest.fixture
-def console(capsys, monkeypatch):
-    """Runs the console in this process; returns exit code, standard output, standard error."""
-
-    def run(*argv, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = main(list(argv))
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return run
-
-
-@pytest.fixture
-def answers(console):
-    """The JSON objects of a run that must succeed."""
-
-    def run(*argv, stdin=""):
-        code, out, err = console(*argv, "--json", stdin=stdin)
-        assert code == 0, err
-        return [json.loads(line) for line in out.splitlines()]
-
-    return run
 
 
 @pytest.fixture
