@@ -74,8 +74,10 @@ if triton is not None:
             edges = begin + lanes
             here = edges < end
             offsets = edges * length + place
-            found = tl.load(best + offsets, mask=here & (not drawn), other=-float("inf"))
-            found = tl.where(drawn, tl.load(along + offsets, mask=here & drawn, other=-float("inf")), found)
+            if drawn:
+                found = tl.load(along + offsets, mask=here, other=-float("inf"))
+            else:
+                found = tl.load(best + offsets, mask=here, other=-float("inf"))
             found = tl.where(found == found, found, -float("inf"))  # NaN has no place in an order; such a row is lost
             pick = tl.argmax(found, axis=0).to(tl.int64)
             if drawn:
