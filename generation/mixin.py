@@ -12,7 +12,7 @@ from .arguments import reads_arguments, shown
 from .cache_names import FIELD, takes_cache
 from .call.caches import make_cache
 from .call.configuration import DiffusionGenerationConfig
-from .call.constrained import bind, compile_languages, is_constraint
+from .call.constrained import bind, compile_languages
 from .call.plan import Plan, make_plan
 from .call.progress import Progress
 from .call.prompt import IMAGES, Prompt, read_prompt
@@ -28,7 +28,7 @@ from .loop.rows import Rows
 from .loop.transcript import Criteria, Transcript
 from .loop.verified import decode_verified
 from .output import DiffusionGenerationOutput, TokenScores
-from .rules.constraint import Constraint
+from .rules.constraint import Constraint, is_constraint
 from .rules.draws import BatchDraws, row_draws
 from .rules.stopping import StoppingRule
 from .watch.callback import StepCallback

@@ -16,11 +16,6 @@ from .progress import Progress, start_progress
 EXPECTED = "a `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins`, a list with one for each prompt, or a `Constraint`"
 
 
-def is_constraint(given: Any) -> bool:
-    """Whether it is one of the caller's, which sees predictions."""
-    return not isinstance(given, type) and all(callable(getattr(given, name, None)) for name in ("constrain", "select"))
-
-
 def compile_languages(given: Any, tokenizer, prompts: int, copies: int, vocab_size: int) -> list[Automaton | None]:
     """The automata of `prompts * copies` rows, the copies of a prompt lying side by side; equal languages are compiled once.
 
@@ -73,4 +68,4 @@ def bind(automata: Sequence[Automaton | None], plan: Plan, device: torch.device)
     return start_progress([ended[automaton] for automaton in automata], plan.rules.pad, device)
 
 
-__all__ = ["bind", "compile_languages", "is_constraint"]
+__all__ = ["bind", "compile_languages"]

@@ -54,11 +54,7 @@ class Progress:
         constrained = (stay >= 0).nonzero().flatten()
         if not len(constrained):
             return None
-        kept = stay[constrained]
-        lattice, orders = (
-            (self.lattice, self.orders) if len(kept) == len(self.rows) else (self.lattice.select(kept), self.orders.select(kept))
-        )
-        return Progress(constrained, len(rows), lattice, orders, self.pad, self.states[kept])
+        return self._keep(stay[constrained], constrained, len(rows), self.states)
 
     def commit(self, tokens: torch.Tensor, ended: torch.Tensor) -> "Progress | None":
         """Behind new tokens int64 (b, n), padded where a row has ended; without the rows that have `ended`, bool (b,): they write nothing
@@ -83,10 +79,14 @@ class Progress:
         if not len(going):
             return None
         states = torch.tensor(found, dtype=torch.int64, device=self.states.device)
+        return self._keep(going, self.rows[going], self.count, states)
+
+    def _keep(self, kept: torch.Tensor, rows: torch.Tensor, count: int, states: torch.Tensor) -> "Progress":
+        """Of those with a constraint the ones at the places `kept`, which are now `rows` of `count`; `states`: of all so far."""
         lattice, orders = self.lattice, self.orders
-        if len(going) < len(rows):
-            lattice, orders = lattice.select(going), orders.select(going)
-        return Progress(self.rows[going], self.count, lattice, orders, self.pad, states[going])
+        if len(kept) < len(self.rows):
+            lattice, orders = lattice.select(kept), orders.select(kept)
+        return Progress(rows, count, lattice, orders, self.pad, states[kept])
 
     def restrict(self, logits: torch.Tensor, left: int) -> torch.Tensor:
         """Logits (b, 1, V) of the next token, -inf where it cannot be if `left` tokens may follow it; other rows' as they are."""

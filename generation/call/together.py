@@ -6,6 +6,7 @@ What each may be by itself stands in `arguments`; shapes of tensors are checked 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..rules.constraint import is_constraint
 from ..rules.samplers import PredictorCorrectorSampler
 
 
@@ -73,7 +74,7 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
         raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
     if given["constraint"] is not None and config.backend == "reference":
         raise ValueError("`constraint` is given, and `backend` is 'reference', which does as transformers' class does; expected another")
-    if hasattr(given["constraint"], "constrain"):  # the caller's, which sees predictions
+    if is_constraint(given["constraint"]):
         if not hasattr(model, "get_input_embeddings"):
             raise ValueError(f"`constraint` is given, and {type(model).__name__} has no method `get_input_embeddings`; expected None")
         if config.decoding != "diffusion":

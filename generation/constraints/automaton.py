@@ -9,9 +9,10 @@ S: states, E: edges, K: classes, V: ids of the vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-FAR = 2**40  # more tokens than any text has
+from .states import FAR, distances
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,10 @@ def make_automaton(
     Raises:
         ValueError: nothing is accepted.
     """
-    fewest = _distance(source, target, accepting)
-    alive = (_distance(target, source, torch.arange(len(accepting), device=accepting.device) == 0) < FAR) & (fewest < FAR)
+    leave, reach, whole = (one.cpu().numpy() for one in (source, target, accepting))
+    fewest = torch.from_numpy(distances(leave, reach, whole)).to(accepting.device)
+    reached = torch.from_numpy(distances(reach, leave, np.arange(len(whole)) == 0)).to(accepting.device)
+    alive = (reached < FAR) & (fewest < FAR)
     if not bool(alive[0]):
         raise ValueError("the constraint accepts no sequence of tokens; expected one that does")
     kept = alive[source] & alive[target] & (kind > 0)
@@ -79,16 +82,6 @@ def make_automaton(
     kinds = torch.where(used, used.cumsum(dim=0), 0)
     order = torch.argsort(places[source] * len(kinds) + kinds[kind])
     return Automaton(kinds[classes], places[source[order]], kinds[kind[order]], places[target[order]], accepting[alive], fewest[alive])
-
-
-def _distance(source: torch.Tensor, target: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-    """The fewest edges from each state to one of `goals` bool (S,): int64 (S,), `FAR` where there is no way."""
-    found = torch.where(goals, 0, FAR)
-    while True:
-        closer = found.scatter_reduce(0, source, found[target] + 1, "amin")
-        if torch.equal(closer, found):
-            return found
-        found = closer
 
 
 def closed(automaton: Automaton, stops: Sequence[int], pad: int) -> Automaton:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+FAR = 2**40  # more edges than any way has
 MOST_STATES = 20_000  # of an automaton over characters: far above what a step can use
 MOST_PLACES = 400_000  # of a nondeterministic one
 MOST_MOVES = 10_000_000  # looked at while one is made deterministic: some seconds
@@ -113,12 +114,7 @@ def determined(net: Net, first: int, last: int, letters: int, ranks: Mapping[int
             key = followed(key)
             if not key:
                 continue
-            if key not in numbers:
-                if len(order) > 2 * MOST_STATES:
-                    raise too_large("states", len(order), 2 * MOST_STATES)
-                numbers[key] = len(numbers) + 1
-                order.append(key)
-            edges.append((numbers[states], mask, numbers[key]))
+            edges.append((numbers[states], mask, _numbered(key, numbers, order)))
     table = np.zeros((len(order) + 1, letters), dtype=np.int32)
     places: dict[int, list[int]] = {}
     for source, mask, target in edges:
@@ -126,6 +122,16 @@ def determined(net: Net, first: int, last: int, letters: int, ranks: Mapping[int
             places[mask] = [letter for letter in range(letters) if mask >> letter & 1]
         table[source, places[mask]] = target
     return smallest(Table(table, np.array([False, *(last in states for states in order)])))
+
+
+def _numbered(key: Hashable, numbers: dict, order: list) -> int:
+    """The place of a state that is being found, from 1 on; a new one is put behind the others. ValueError where there are too many."""
+    if key not in numbers:
+        if len(order) > 2 * MOST_STATES:
+            raise too_large("states", len(order), 2 * MOST_STATES)
+        numbers[key] = len(numbers) + 1
+        order.append(key)
+    return numbers[key]
 
 
 def _apart(moves: Iterable[tuple[int, int]]) -> list[tuple[int, list[int]]]:
@@ -159,12 +165,7 @@ def combined(left: Table, right: Table, both: bool) -> Table:
             if not pair[0] or both and not pair[1]:
                 row.append(0)
                 continue
-            if pair not in numbers:
-                if len(order) > 2 * MOST_STATES:
-                    raise too_large("states", len(order), 2 * MOST_STATES)
-                numbers[pair] = len(numbers) + 1
-                order.append(pair)
-            row.append(numbers[pair])
+            row.append(_numbered(pair, numbers, order))
         rows.append(row)
     places = np.array([(0, 0), *order])
     accepting = left.accepting[places[:, 0]] & (right.accepting[places[:, 1]] == both)
@@ -182,7 +183,7 @@ def smallest(automaton: Table) -> Table:
     table, accepting = automaton
     source, letter = table.nonzero()
     target = table[source, letter]
-    alive = _leading(source, target, accepting)
+    alive = distances(source, target, accepting) < FAR
     alive[1] = True  # the start stays, where nothing is accepted, too
     kept = alive[target] & alive[source]
     blocks = merged(source[kept], letter[kept], target[kept], accepting, len(table))
@@ -206,16 +207,16 @@ def spans(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
-def _leading(source: np.ndarray, target: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """bool (S,): whether a state that accepts can be reached."""
+def distances(source: np.ndarray, target: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    """The fewest edges from each state to one of `goals` bool (S,): int64 (S,), `FAR` where there is no way. Looks at each edge once."""
     by_target = np.argsort(target, kind="stable")
-    bounds = np.searchsorted(target[by_target], np.arange(len(accepting) + 1))
-    alive, new = accepting.copy(), accepting.nonzero()[0]
+    bounds = np.searchsorted(target[by_target], np.arange(len(goals) + 1))
+    found, new, level = np.where(goals, 0, FAR), goals.nonzero()[0], 0
     while len(new):
-        before = source[by_target[spans(bounds[new], bounds[new + 1])]]
-        new = np.unique(before[~alive[before]])
-        alive[new] = True
-    return alive
+        before, level = source[by_target[spans(bounds[new], bounds[new + 1])]], level + 1
+        new = np.unique(before[found[before] == FAR])
+        found[new] = level
+    return found
 
 
 def merged(source: np.ndarray, letter: np.ndarray, target: np.ndarray, accepting: np.ndarray, count: int) -> np.ndarray:
@@ -264,4 +265,4 @@ def merged(source: np.ndarray, letter: np.ndarray, target: np.ndarray, accepting
     return blocks
 
 
-__all__ = ["MOST_STATES", "Net", "Table", "combined", "determined", "merged", "smallest", "spans", "too_large"]
+__all__ = ["FAR", "MOST_STATES", "Net", "Table", "combined", "determined", "distances", "merged", "smallest", "spans", "too_large"]

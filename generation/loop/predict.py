@@ -118,18 +118,16 @@ def step_inputs(
 ) -> StepInputs:  # fmt: skip
     """What step `step` of a canvas reads; `clock`: of `Plan.steps`."""
     draws, (steps, temperatures) = rows.draws.at(canvas_index, step), clock
-    inputs, progress = (
-        StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint, rows.progress),
-        rows.progress,
-    )
+    progress = rows.progress
+    inputs = StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint, progress)
     if progress is not None:
         count = min(plan.lengths.canvas, rows.left(plan))
         inputs = inputs._replace(reach=(count, rows.places.new_full((), rows.left(plan) - count)))
-    if plan.execution.why_dense is None and (progress is None or progress.everywhere):
-        return inputs._replace(draws=draw_step(plan, draws, state, rows.filters, progress is not None))
-    if plan.execution.why_dense is None:
+    if plan.execution.why_dense is not None:
+        return inputs._replace(committed=rows.committed, guess=guess, remaining=plan.rules.max_denoising_steps - step)
+    if progress is not None and not progress.everywhere:  # rows with and without one draw other numbers, each in the step
         return inputs
-    return inputs._replace(committed=rows.committed, guess=guess, remaining=plan.rules.max_denoising_steps - step)
+    return inputs._replace(draws=draw_step(plan, draws, state, rows.filters, progress is not None))
 
 
 __all__ = ["StepInputs", "draw_step", "predict_dense", "predict_streamed", "step_inputs", "take_step"]

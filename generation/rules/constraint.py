@@ -1,7 +1,7 @@
 """What a canvas must become, beyond the rules of `DiffusionGenerationConfig`: the seam between a prediction and the step it leads to."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -32,4 +32,9 @@ class Constraint(Protocol):
         ...
 
 
-__all__ = ["Constraint"]
+def is_constraint(given: Any) -> bool:
+    """Whether it is one of the caller's, which sees predictions."""
+    return not isinstance(given, type) and all(callable(getattr(given, name, None)) for name in ("constrain", "select"))
+
+
+__all__ = ["Constraint", "is_constraint"]

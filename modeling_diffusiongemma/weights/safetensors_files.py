@@ -87,23 +87,18 @@ def read_header(path: str | os.PathLike) -> dict:
     return header
 
 
-def first_byte(path: Path) -> int:
-    """Where behind its header the tensors of a safetensors file begin."""
-    with path.open("rb") as file:
-        return 8 + struct.unpack("<Q", file.read(8))[0]
-
-
 def stored_tensors(files: list[str | os.PathLike]) -> dict[str, StoredTensor]:
     """Every tensor of the files by name, from their headers alone. OSError: one is damaged; ValueError: two hold the same tensor."""
     found: dict[str, StoredTensor] = {}
     for path in map(Path, files):
-        header, behind = read_header(path), first_byte(path)
+        header = read_header(path)
         header.pop("__metadata__", None)
+        first = path.stat().st_size - max((entry["data_offsets"][1] for entry in header.values()), default=0)  # behind the header
         for name, entry in header.items():
             if name in found:
                 raise ValueError(f"{path} and {found[name].file} both hold {name}; expected every tensor once")
             start, end = entry["data_offsets"]
-            found[name] = StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), end - start, behind + start)
+            found[name] = StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), end - start, first + start)
     return found
 
 
