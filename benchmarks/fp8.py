@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DiffusionGemmaConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -34,8 +33,10 @@ from modeling_diffusiongemma.layers.experts import Experts
 from modeling_diffusiongemma.quantize import quantize_checkpoint
 from modeling_diffusiongemma.weights import fp8_numbers
 from modeling_diffusiongemma.weights.fp8 import FP8Experts, FP8Linear
-from modeling_diffusiongemma.weights.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout, published_quantization
+from modeling_diffusiongemma.weights.fp8_layout import default_ignore, fp8_modules, make_fp8, published_layout
 from modeling_diffusiongemma.weights.fp8_math import E4M3, dequantize, quantize_rows, quantize_weight
+from random_checkpoint import write_checkpoint
+from random_model import stored_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -104,30 +105,9 @@ def print_bytes() -> None:
     print(f"FP8: {', '.join(f'{count} {name}' for name, count in sorted(kinds.items()))}; {len(ignore)} names in `ignore`.")
 
 
-def write_layers(folder: Path, layers: int) -> None:
-    """The last layers of the released architecture, and one of its vision tower, random, in the published FP8 layout: one file."""
-    stored = json.loads((RELEASED / "config.json").read_text())
-    stored["text_config"] |= {"num_hidden_layers": layers, "layer_types": stored["text_config"]["layer_types"][-layers:]}
-    stored["vision_config"]["num_hidden_layers"] = 1
-    with torch.device("meta"):
-        model = DiffusionGemmaForMaskedBlockLM(DiffusionGemmaConfig.from_dict(stored)).to(torch.bfloat16)
-    ignore, generator, tensors = default_ignore(model), torch.Generator().manual_seed(0), {}
-    make_fp8(model, ignore)
-    for name, (dtype, shape) in published_layout(model).items():
-        if dtype == "F8_E4M3":
-            tensors[name] = torch.randint(0, 127, shape, dtype=torch.uint8, generator=generator).view(E4M3)
-        elif name.endswith("weight_scale") or len(shape) < 2:
-            tensors[name] = torch.full(shape, 2e-4 if name.endswith("weight_scale") else 1.0, dtype=torch.bfloat16)
-        else:
-            tensors[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    stored |= {"quantization_config": published_quantization(ignore), "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(stored))
-
-
 @torch.no_grad()
 def load_layers(kind: str, source: str) -> None:
-    """`write_layers`' checkpoint loaded, and canvas passes, in a process of its own; prints a line of JSON."""
+    """A checkpoint of two layers loaded, and canvas passes, in a process of its own; prints a line of JSON."""
     AutoModelForCausalLM.from_pretrained(default_checkpoint(), quantization_config=FP8Config())
     started, before = time.perf_counter(), PeakMemory.now()
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -148,8 +128,10 @@ def load_layers(kind: str, source: str) -> None:
 
 def print_load() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_layers(Path(folder), 2)
-        print(f"{(Path(folder) / 'model.safetensors').stat().st_size / 1e9:.2f} GB in one file, 2 layers, 256 tokens a canvas\n")
+        stored = stored_config(layers=2)
+        stored["vision_config"]["num_hidden_layers"] = 1
+        size = write_checkpoint(Path(folder), stored, fp8=True, shard_bytes=2**40)
+        print(f"{size / 1e9:.2f} GB in one file, 2 layers, 256 tokens a canvas\n")
         print("| experts | load, s | private memory, GB | after 3 canvas passes, GB | canvas pass, s (median) | bits |")
         print("|---|---|---|---|---|---|")
         for kind, name in {"mapped": "in the file", "stacked": "stacked in memory, by `stack()`"}.items():

@@ -4,8 +4,10 @@ import getpass
 import io
 import json
 import os
+import runpy
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: as many tests run at once as there are cores
@@ -25,6 +27,9 @@ os.environ.setdefault("DIFFUSIONGEMMA_CACHE", os.path.join(tempfile.gettempdir()
 
 import tiny  # noqa: E402
 from make_fp8_checkpoint import write_fp8_checkpoint  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from modeling_diffusiongemma import default_checkpoint  # noqa: E402
 
 # How many threads share a sum changes its last bit, and a random model denoising a canvas makes ten times more of it each step.
 torch.set_num_threads(1)
@@ -105,3 +110,32 @@ def answers(console):
         return [json.loads(line) for line in out.splitlines()]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The shipped text checkpoint's; read only."""
+    return AutoTokenizer.from_pretrained(default_checkpoint(), padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The shipped text checkpoint; read only."""
+    return AutoModelForCausalLM.from_pretrained(default_checkpoint()).eval()
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs an example in this process, which has imported what takes seconds. Returns what it printed, and its message as it left."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        left = None
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / "examples" / script), run_name="__main__")
+        except SystemExit as error:
+            left = error.code
+        printed = capsys.readouterr()
+        return printed.out, f"{left}\n{printed.err}" if left else None  # `sys.exit` prints a message to stderr, and the status is 1
+
+    return call

@@ -10,10 +10,9 @@ import re
 import pytest
 import torch
 from small_models import small_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
+from transformers import DynamicCache, pipeline
 
 from generation import Automaton, Choice, JsonSchema, Pins, Regex, Template, Watcher, stream_text
-from modeling_diffusiongemma import default_checkpoint
 
 ENDS, PAD = [1, 106, 50], 0
 SETTINGS = {"max_denoising_steps": 3, "eos_token_id": ENDS, "pad_token_id": PAD}
@@ -25,19 +24,9 @@ NOTE = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(default_checkpoint(), padding_side="left")
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer):
     """Random, with the ids of the shipped tokenizer and three more that it has not; a canvas of 10."""
     return small_model(vocab_size=len(tokenizer) + 3)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    return AutoModelForCausalLM.from_pretrained(default_checkpoint()).eval()
 
 
 def prompts(rows, length=7, seed=0):

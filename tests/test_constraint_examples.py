@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -69,22 +68,6 @@ def test_keywords_of_the_table_are_obeyed_or_refused_as_it_says():
 def test_formats_of_the_table_are_those_there_are():
     (named,) = re.findall(r"`format`: ([^|]+) \|", PAGE)
     assert named.split(", ") == list(FORMATS)
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Runs an example in this process. Returns what it printed, and its message as it left."""
-
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        left = None
-        try:
-            runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
-        except SystemExit as error:
-            left = error.code
-        return capsys.readouterr().out, left
-
-    return call
 
 
 def test_every_answer_under_the_schema_is_an_object(here):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,23 +25,6 @@ def test_demo_solves_one_unseen_input_of_every_job_and_judges_it():
     ]  # fmt: skip
     assert sum(row[1] == "right" for row in rows) >= 4 and all(1 <= int(row[2]) <= 48 for row in rows)
     assert "step  1" in done.stdout and "^" in done.stdout and f"{sum(row[1] == 'right' for row in rows)} of 7 right" in done.stdout
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Runs a script in this process, which has imported what takes seconds. Returns what it printed, and its message as it left."""
-
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        left = None
-        try:
-            runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
-        except SystemExit as error:
-            left = error.code
-        printed = capsys.readouterr()
-        return printed.out, f"{left}\n{printed.err}" if left else None  # `sys.exit` prints a message to stderr, and the status is 1
-
-    return call
 
 
 def test_demo_takes_your_own_request_and_your_own_puzzle(here):

@@ -10,14 +10,12 @@ import re
 import pytest
 import torch
 from small_models import small_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation import CanvasStreamer, Choice, Pins, Regex, StepEvent, Template, Watcher, stream_events
 from generation.call.progress import count_possible, start_progress
 from generation.constraints.automaton import closed
 from generation.constraints.compiled import compile_constraint
 from generation.constraints.freedom import possible_ids
-from modeling_diffusiongemma import default_checkpoint
 
 ENDS, PAD = [1, 106, 50], 0
 SETTINGS = {"max_denoising_steps": 3, "eos_token_id": ENDS, "pad_token_id": PAD, "max_new_tokens": 40}
@@ -25,19 +23,9 @@ DATE = r"(19|20)\d\d-(0[1-9]|1[0-2])-([0-2]\d|3[01])"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(default_checkpoint(), padding_side="left")
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer):
     """Random, with the ids of the shipped tokenizer and three more; a canvas of 10."""
     return small_model(vocab_size=len(tokenizer) + 3)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    return AutoModelForCausalLM.from_pretrained(default_checkpoint()).eval()
 
 
 @pytest.fixture(scope="module")
