@@ -8,7 +8,9 @@ from small_models import CANVAS, PAD, VOCAB, WINDOW, small_model
 from transformers import DynamicCache
 
 from generation import MaskNoise, UniformNoise
-from modeling_diffusiongemma.training.loss import block_diffusion_loss, check_labels, choose_canvas, corrupt, noise_proportions
+from modeling_diffusiongemma.training.canvases import check_labels, cut_canvases, random_canvas
+from modeling_diffusiongemma.training.loss import block_diffusion_loss, corrupt, noise_proportions
+from modeling_diffusiongemma.training.objective import Objective
 
 IGNORED = -100
 LENGTHS = [(5, 27), (13, 10), (2, 4), (9, 15)]  # prompt and response: three canvases, one full one, a short one, two
@@ -40,17 +42,30 @@ def cross_entropy(logits, token):
     return highest + math.log(sum(math.exp(value - highest) for value in values)) - values[token]
 
 
-def slow_loss(model, inputs, seed, noise_is_mask=False):
-    """Both losses, canvas logits and self-conditioned rows, from the definition: every row alone and without padding.
+def choose_canvas(inputs, fill=PAD):
+    """One canvas a row, drawn as the loss draws it; ids and starts `(B, C)`, `(B,)`."""
+    canvases = cut_canvases(inputs["input_ids"], inputs["labels"], CANVAS, fill)
+    chosen = canvases.pick(random_canvas(canvases))
+    return chosen.ids[:, 0], chosen.start[:, 0]
 
-    Draws in the order of training/loss.py: the canvases, the strata of t, t inside them, which tokens, which noise, which rows
-    are self-conditioned.
+
+def slow_loss(model, inputs, seed, noise_is_mask=False, one=False):
+    """Both losses, canvas logits and self-conditioned rows, from the definition: every canvas alone and without padding.
+
+    Draws in the order of training/loss.py: the canvases (where it is one a row), the strata of t, t inside them, which tokens, which
+    noise, which rows are self-conditioned.
     """
     rows = inputs["input_ids"].shape[0]
+    targets = (inputs["labels"] != IGNORED).sum(dim=1)
+    counts = [math.ceil(int(count) / CANVAS) for count in targets]
     torch.manual_seed(seed)
-    which_canvas, strata, inside = torch.rand(rows), torch.randperm(rows), torch.rand(rows)
-    which_tokens = torch.rand(rows, CANVAS)
-    drawn = torch.full((rows, CANVAS), 4) if noise_is_mask else torch.randint(VOCAB, (rows, CANVAS))
+    chosen = [range(count) for count in counts]
+    if one:
+        chosen = [[min(int(share * count), count - 1)] for share, count in zip(torch.rand(rows), counts, strict=True)]
+    total, most = sum(map(len, chosen)), max(map(len, chosen))
+    strata, inside = torch.randperm(total), torch.rand(total)
+    which_tokens = torch.rand(rows, most, CANVAS)
+    drawn = torch.full((rows, most, CANVAS), 4) if noise_is_mask else torch.randint(VOCAB, (rows, most, CANVAS))
     conditioned = torch.rand(rows) < 0.5
     diffusion, causal, all_logits = [], [], []
     for row in range(rows):
@@ -58,52 +73,65 @@ def slow_loss(model, inputs, seed, noise_is_mask=False):
         ids, labels = inputs["input_ids"][row][real].tolist(), inputs["labels"][row][real].tolist()
         prompt = sum(label == IGNORED for label in labels)
         response = ids[prompt:]
-        canvases = math.ceil(len(response) / CANVAS)
-        start = min(int(which_canvas[row] * canvases), canvases - 1) * CANVAS
-        clean = (response[start : start + CANVAS] + [PAD] * CANVAS)[:CANVAS]
-        t = 1e-4 + (1 - 2e-4) * (strata[row] + inside[row]) / rows
-        noised = [int(drawn[row, place]) if which_tokens[row, place] < t else token for place, token in enumerate(clean)]
-
-        given = {"input_ids": torch.tensor([ids[: prompt + start]]), "decoder_input_ids": torch.tensor([noised])}
-        logits = model(**given).logits
-        if conditioned[row]:
-            logits = model(**given, self_conditioning_logits=logits).logits
-        all_logits.append(logits[0])
-        diffusion += [cross_entropy(logits[0, place], token) for place, token in enumerate(clean)]
+        for place_in_row, canvas in enumerate(chosen[row]):
+            start = canvas * CANVAS
+            clean = (response[start : start + CANVAS] + [PAD] * CANVAS)[:CANVAS]
+            t = 1e-4 + (1 - 2e-4) * (strata[len(all_logits)] + inside[len(all_logits)]) / total
+            share, noise = which_tokens[row, place_in_row], drawn[row, place_in_row]
+            noised = [int(noise[place]) if share[place] < t else token for place, token in enumerate(clean)]
+            given = {"input_ids": torch.tensor([ids[: prompt + start]]), "decoder_input_ids": torch.tensor([noised])}
+            logits = model(**given).logits
+            if conditioned[row]:
+                logits = model(**given, self_conditioning_logits=logits).logits
+            all_logits.append(logits[0])
+            diffusion.append([cross_entropy(logits[0, place], token) for place, token in enumerate(clean)])
         states = model.compute_logits(model.prefill(torch.tensor([ids])).last_hidden_state[0])
         causal += [cross_entropy(states[place - 1], ids[place]) for place in range(prompt, len(ids))]
-    return sum(diffusion) / len(diffusion), sum(causal) / len(causal), torch.stack(all_logits), conditioned
+    there = torch.zeros(rows, most, dtype=torch.bool)
+    for row, each in enumerate(chosen):
+        there[row, : len(each)] = True
+    canvas_losses = torch.tensor(diffusion, dtype=torch.float64).mean(dim=1)
+    return canvas_losses, sum(causal) / len(causal), torch.stack(all_logits), conditioned, there
+
+
+def shown(logits, there):
+    """The logits `(canvases, C, V)` of the canvases that are there, of `(B, K * C, V)`."""
+    return logits.view(*there.shape, CANVAS, VOCAB)[there]
 
 
 # Value
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("canvases", ["all", "one"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_loss_equals_its_definition_row_by_row(model, seed, side):
+def test_loss_equals_its_definition_canvas_by_canvas(model, seed, side, canvases, monkeypatch):
     """Rows of different lengths, several canvases, padding on either side: each must count as if it were alone."""
+    monkeypatch.setattr(model, "objective", Objective(canvases=canvases), raising=False)
     inputs = batch(side=side, seed=seed)
-    diffusion, causal, logits, conditioned = slow_loss(model, inputs, seed)
+    each, causal, logits, conditioned, there = slow_loss(model, inputs, seed, one=canvases == "one")
     torch.manual_seed(seed)
     got = model(**inputs)
     # float32 logits up to 30, summed in another order by the batched pass
-    torch.testing.assert_close(got.logits, logits, atol=1e-3, rtol=0)
-    assert got.diffusion_loss.item() == pytest.approx(diffusion, abs=1e-4)
+    torch.testing.assert_close(shown(got.logits, there), logits, atol=1e-3, rtol=0)
+    torch.testing.assert_close(got.canvas_losses.double(), each, atol=1e-4, rtol=0)
+    assert got.noise_proportions.shape == got.canvas_losses.shape
+    assert got.diffusion_loss.item() == pytest.approx(float(each.mean()), abs=1e-4)
     assert got.causal_loss.item() == pytest.approx(causal, abs=1e-4)
     assert torch.equal(got.loss, got.diffusion_loss + got.causal_loss) and bool(got.loss.isfinite())
-    if seed == 0:
+    if seed == 1:
         assert 0 < conditioned.sum() < len(conditioned), "both kinds of rows are compared"
 
 
 @torch.no_grad()
 def test_loss_with_mask_noise_equals_its_definition(model):
     inputs = batch(seed=3)
-    diffusion, _, logits, _ = slow_loss(model, inputs, 3, noise_is_mask=True)
+    each, _, logits, _, there = slow_loss(model, inputs, 3, noise_is_mask=True)
     torch.manual_seed(3)
     got = block_diffusion_loss(model, **inputs, noise=MaskNoise(4))
-    torch.testing.assert_close(got.logits, logits, atol=1e-3, rtol=0)
-    assert got.diffusion.item() == pytest.approx(diffusion, abs=1e-4)
+    torch.testing.assert_close(shown(got.logits, there), logits, atol=1e-3, rtol=0)
+    assert got.diffusion.item() == pytest.approx(float(each.mean()), abs=1e-4)
 
 
 @torch.no_grad()
@@ -171,17 +199,17 @@ def test_loss_itself_shows_the_canvas_nothing_behind_it(model):
     """The same through the loss: what follows the chosen canvas in the response changes nothing in its logits."""
     inputs = batch([(4, 40)] * 8, seed=5)
     torch.manual_seed(6)
-    start = choose_canvas(inputs["input_ids"], inputs["labels"], CANVAS, PAD).start
+    start = choose_canvas(inputs)[1]
     assert len(set(start.tolist())) > 2, "several canvases are chosen"
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     for row in range(8):
         behind = slice(int(start[row]) + CANVAS, None)
         changed["input_ids"][row, behind] = changed["labels"][row, behind] = (inputs["input_ids"][row, behind] + 7) % 90
     torch.manual_seed(6)
-    expected = model(**inputs)
+    expected = block_diffusion_loss(model, **inputs, canvases="one")
     torch.manual_seed(6)
-    got = model(**changed)
-    assert torch.equal(got.logits, expected.logits) and not torch.equal(got.causal_loss, expected.causal_loss)
+    got = block_diffusion_loss(model, **changed, canvases="one")
+    assert torch.equal(got.logits, expected.logits) and not torch.equal(got.causal, expected.causal)
 
 
 @torch.no_grad()
@@ -191,12 +219,12 @@ def test_canvas_logits_of_a_padded_row_are_those_of_the_row_alone(model, side):
     inputs = batch([(30, 10), (WINDOW + 3, 10), (2, 3)], side=side, seed=7)
     off = torch.zeros(3, dtype=torch.bool)
     torch.manual_seed(8)
-    together = block_diffusion_loss(model, **inputs, self_conditioning_mask=off)
+    together = block_diffusion_loss(model, **inputs, self_conditioning_mask=off, canvases="one")
     for row in range(3):
         torch.manual_seed(8)
-        clean = choose_canvas(inputs["input_ids"], inputs["labels"], CANVAS, PAD)
-        noised = corrupt(clean.ids, noise_proportions(3, torch.device("cpu")), UniformNoise(VOCAB))
-        real = inputs["attention_mask"][row].bool() & (torch.arange(inputs["input_ids"].shape[1]) < clean.start[row])
+        clean, start = choose_canvas(inputs)
+        noised = corrupt(clean, noise_proportions(3, torch.device("cpu")), UniformNoise(VOCAB))
+        real = inputs["attention_mask"][row].bool() & (torch.arange(inputs["input_ids"].shape[1]) < start[row])
         alone = model(input_ids=inputs["input_ids"][row][real][None], decoder_input_ids=noised[row : row + 1]).logits
         torch.testing.assert_close(together.logits[row], alone[0], atol=1e-3, rtol=0)
 
@@ -208,28 +236,28 @@ def test_every_canvas_of_a_response_is_chosen_about_equally():
     """25 tokens are three canvases; 4 standard deviations of 3,000 draws with p = 1/3 are 103."""
     rows = {name: tensor.expand(3000, -1) for name, tensor in batch([(7, 25)]).items()}
     torch.manual_seed(0)
-    clean = choose_canvas(rows["input_ids"], rows["labels"], CANVAS, fill=77)
-    counts = [int((clean.start == start).sum()) for start in (7, 17, 27)]
+    clean, starts = choose_canvas(rows, fill=77)
+    counts = [int((starts == start).sum()) for start in (7, 17, 27)]
     assert sum(counts) == 3000 and all(abs(count - 1000) < 103 for count in counts), counts
     ids = rows["input_ids"][0].tolist()
     for start in (7, 17, 27):
-        cut = clean.ids[clean.start == start][0].tolist()
+        cut = clean[starts == start][0].tolist()
         assert cut == (ids[start : start + CANVAS] + [77] * CANVAS)[:CANVAS]
 
 
 def test_response_of_whole_canvases_gets_no_empty_one():
     rows = {name: tensor.expand(500, -1) for name, tensor in batch([(3, 20)]).items()}
     torch.manual_seed(0)
-    clean = choose_canvas(rows["input_ids"], rows["labels"], CANVAS, fill=77)
-    assert set(clean.start.tolist()) == {3, 13} and not bool((clean.ids == 77).any())
+    clean, starts = choose_canvas(rows, fill=77)
+    assert set(starts.tolist()) == {3, 13} and not bool((clean == 77).any())
 
 
 def test_padding_behind_a_response_becomes_fill():
     """The row's own padding may hold anything, and the next row's length must not matter."""
     inputs = batch([(3, 4), (10, 14)])
     inputs["input_ids"][0, 7:] = 55
-    clean = choose_canvas(inputs["input_ids"], inputs["labels"], CANVAS, fill=PAD)
-    assert clean.ids[0].tolist() == inputs["input_ids"][0, 3:7].tolist() + [PAD] * 6
+    clean, _ = choose_canvas(inputs)
+    assert clean[0].tolist() == inputs["input_ids"][0, 3:7].tolist() + [PAD] * 6
 
 
 def test_corruption_replaces_each_row_in_its_proportion():
@@ -265,7 +293,7 @@ def test_rows_that_are_not_self_conditioned_equal_a_pass_without_it(model):
     inputs, results = batch(), {}
     for name, mask in {"none": [False] * 4, "some": [True, False, True, False], "all": [True] * 4}.items():
         torch.manual_seed(1)
-        results[name] = model(**inputs, self_conditioning_mask=torch.tensor(mask)).logits
+        results[name] = model(**inputs, self_conditioning_mask=torch.tensor(mask)).logits[:, :CANVAS]
     for row, chosen in enumerate([True, False, True, False]):
         same, other = ("all", "none") if chosen else ("none", "all")
         torch.testing.assert_close(results["some"][row], results[same][row], atol=1e-4, rtol=0)
@@ -294,16 +322,20 @@ def spoil(inputs, name):
         inputs["labels"] = labels[:, 1:]
     elif name == "none in a row":
         labels[2] = IGNORED
-    elif name == "two runs":
-        labels[0, 9] = IGNORED
     elif name == "other ids":
         labels[0, 7] = (ids[0, 7] + 1) % VOCAB
     elif name == "begins at 0":
         labels[0, :5] = ids[0, :5]
     elif name == "target at padding":
         mask[1, 20:] = 0
-    elif name == "real tokens behind":
-        labels[0, 30:] = IGNORED
+    elif name == "begins with its conversation":
+        inputs["position_ids"] = torch.arange(labels.shape[1]).expand_as(labels).clone()
+        inputs["position_ids"][0, 5:] -= 5
+    elif name == "positions that jump":
+        inputs["position_ids"] = torch.arange(labels.shape[1]).expand_as(labels).clone()
+        inputs["position_ids"][1, 7:] += 1
+    elif name == "positions of another shape":
+        inputs["position_ids"] = torch.arange(labels.shape[1])[None]
     elif name == "mask shape":
         inputs["attention_mask"] = mask[:, 1:]
     elif name == "no ids":
@@ -313,9 +345,10 @@ def spoil(inputs, name):
 
 
 BAD_LABELS = {
-    "shape": "`labels` has shape", "none in a row": r"-100 everywhere in rows \[2\]", "two runs": "several responses",
+    "shape": "`labels` has shape", "none in a row": r"-100 everywhere in rows \[2\]",
     "other ids": "differs from `input_ids`", "begins at 0": "begins with a target", "target at padding": "disagree",
-    "real tokens behind": "disagree", "mask shape": "attention_mask", "no ids": "input_ids",
+    "begins with its conversation": "begins with a target", "positions that jump": "neither count on",
+    "positions of another shape": "`position_ids` has shape", "mask shape": "attention_mask", "no ids": "input_ids",
     "self-conditioning shape": "self_conditioning_mask",
 }  # fmt: skip
 
@@ -334,7 +367,7 @@ def test_good_labels_pass(side):
     assert check_labels(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]) is None
 
 
-@pytest.mark.parametrize("name", ["cache", "position_ids", "self_conditioning_logits", "decoder_position_ids"])
+@pytest.mark.parametrize("name", ["cache", "self_conditioning_logits", "decoder_position_ids"])
 def test_arguments_the_loss_does_not_use_are_refused(model, name):
     value = DynamicCache() if name == "cache" else torch.zeros(4, CANVAS)
     with pytest.raises(ValueError, match=name):

@@ -156,6 +156,25 @@ def test_wrong_canvases_are_refused_by_the_loss(model, given, told):
         block_diffusion_loss(model, **drawn(2), **given)
 
 
-def test_a_response_of_two_canvases_is_refused(model):
-    with pytest.raises(ValueError, match="`labels` holds a response longer than a canvas; expected at most 10 tokens"):
+def test_canvases_of_a_long_response_are_under_way_one_by_one(model):
+    """Which of its canvases a row learns is drawn with the row and stays; the loss is that of this canvas."""
+    inputs = drawn(8, responses=23)
+    torch.manual_seed(1)
+    rollout = Rollout(model, rows=8, max_steps=3)
+    for _ in range(2):
+        given, noised, soft_embeds = rollout.batch(lambda count: inputs)
+        assert set(given["canvases"].tolist()) == {0, 1, 2}
+        losses = block_diffusion_loss(model, **given, noised=noised, soft_embeds=soft_embeds)
+        assert losses.logits.shape == (8, CANVAS, model.config.text_config.vocab_size)
+        for row, canvas in enumerate(given["canvases"].tolist()):
+            start = PROMPT + CANVAS * canvas
+            with torch.no_grad():
+                hidden = model.model(inputs["input_ids"][row : row + 1, :start], decoder_input_ids=noised[row : row + 1],
+                                     soft_embeds=soft_embeds[row : row + 1]).last_hidden_state  # fmt: skip
+            torch.testing.assert_close(losses.logits[row], model.compute_logits(hidden)[0], atol=1e-3, rtol=0)
+        rollout.advance(losses.logits)
+
+
+def test_a_canvas_for_each_of_a_rows_canvases_is_expected(model):
+    with pytest.raises(ValueError, match=r"`noised` has shape \(2, 10\); expected \(2, 20\)"):
         block_diffusion_loss(model, **drawn(2, responses=13), noised=torch.zeros(2, CANVAS, dtype=torch.int64))

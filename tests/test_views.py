@@ -217,7 +217,7 @@ def test_the_picture_of_the_masks_is_what_they_are():
     images = torch.tensor([[-1, -1, 0, 0, -1, -1]])
     for window, visible in ((None, "xo"), (3, "x")):
         prompt = masks.prompt_mask(torch.arange(6), torch.arange(6), window, None, images)[0, 0]
-        canvas = masks.canvas_mask(torch.arange(9), 3, torch.tensor([6]), window, None)[0, 0].expand(3, -1)
+        canvas = masks.canvas_mask(torch.arange(9), 3, torch.tensor([[6]]), window, None)[0, 0].expand(3, -1)
         got = [*prompt.tolist(), *canvas.tolist()]
         assert got == [[place < len(rows[i]) and rows[i][place] in visible for place in range(6 if i < 6 else 9)] for i in range(9)]
 

@@ -18,6 +18,9 @@ With sliding_window = 3, tokens 2 and 3 being an image (x: visible in every laye
      4  o o x x x
      5  o o o x x x
 
+In training all canvases of a row lie side by side: each has an n of its own and sees itself and none of the others. In packed rows, which
+hold several conversations, a token is visible to tokens of its conversation alone.
+
 "Strictly earlier" in the canvas rule is the invariant of training: `t <= n` would show the canvas its own first clean
 token (guarded by tests/test_loss.py::test_canvas_sees_nothing_clean_from_itself_on).
 Where a batch is padded, a window counts only real tokens, so that a row sees what it would see alone.
@@ -36,8 +39,9 @@ def slot_tokens(slots: int, seen: int, new: int, device: torch.device) -> torch.
 
 
 def prompt_mask(
-    token: torch.Tensor, query: torch.Tensor, window: int | None, real: torch.Tensor | None, images: torch.Tensor | None
-) -> torch.Tensor:
+    token: torch.Tensor, query: torch.Tensor, window: int | None, real: torch.Tensor | None, images: torch.Tensor | None,
+    documents: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Boolean `(B or 1, 1, Q, S)` of the prompt rule.
 
     Args:
@@ -46,6 +50,7 @@ def prompt_mask(
         window (`int`, *optional*): `sliding_window` on sliding layers.
         real (`bool (B, L + Q)`, *optional*): True at real tokens, which a window counts.
         images (`int64 (B, Q)`, *optional*): which image of its row each new token belongs to, -1 for text.
+        documents (`int64 (B, L + Q)`, *optional*): which conversation of its row each token belongs to.
     """
     visible = ((token >= 0) & (token <= query[:, None]))[None]  # (1, Q, S)
     if window is not None:
@@ -55,6 +60,8 @@ def prompt_mask(
         cached = images.new_full((images.shape[0], token.shape[0] - query.shape[0]), -1)
         key_images = torch.cat((cached, images), dim=1)
         visible = visible | ((images[:, :, None] == key_images[:, None]) & (images[:, :, None] >= 0))  # (B, Q, S)
+    if documents is not None:
+        visible = visible & (documents[:, token.clamp(min=0)][:, None] == documents[:, query, None])
     if real is not None:
         visible = visible & real[:, token.clamp(min=0)][:, None]
         # A padding query would see nothing and softmax to NaN, which a zero weight does not erase: it sees itself.
@@ -63,24 +70,33 @@ def prompt_mask(
 
 
 def canvas_mask(
-    token: torch.Tensor, canvas_length: int, prefix: torch.Tensor, window: int | None, real: torch.Tensor | None
-) -> torch.Tensor:
-    """Boolean `(B or 1, 1, 1, S)` of the canvas rule: the same for every query of a row.
+    token: torch.Tensor, canvas_length: int, prefix: torch.Tensor, window: int | None, real: torch.Tensor | None,
+    documents: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Boolean `(B or 1, 1, 1, S)` of the canvas rule, the same for every query of a row; with K > 1 canvases a row `(B, 1, Q, S)`.
 
-    Args: as in `prompt_mask`; the last `canvas_length` of `token` are the canvas, and `prefix` (`int64 (B or 1,)`) is n, the index of
-    the first token the canvas must not see.
+    Args: as in `prompt_mask`; the last `canvas_length` of `token` are the canvas, or K of them, equally long, and `prefix` (`int64
+    (B or 1, K)`) is n, the index of the first token each must not see. `documents` `(B, L)`: a canvas belongs to the conversation of the
+    token before its n.
     """
-    visible = (token >= 0) & (token < prefix[:, None])  # (B or 1, S)
+    visible = (token >= 0) & (token < prefix[..., None])  # (B or 1, K, S)
     if window is not None:
         start = prefix
         if real is not None:  # how many real tokens come before the canvas
-            before = torch.arange(real.shape[1], device=real.device) < prefix[:, None]  # (B, L + C)
-            start = (real.cumsum(dim=1) * before).amax(dim=1)
-        visible = visible & (_ranks(token, real) > start[:, None] - window)
-    visible[:, -canvas_length:] = True
+            before = torch.arange(real.shape[1], device=real.device) < prefix[..., None]  # (B, K, L + C)
+            start = (real.cumsum(dim=1)[:, None] * before).amax(dim=-1)
+        visible = visible & (_ranks(token, real)[:, None] > start[..., None] - window)
+    if documents is not None:
+        here = documents[:, token.clamp(min=0, max=documents.shape[1] - 1)]
+        visible = visible & (here[:, None] == documents.gather(1, prefix - 1)[..., None])
+    count = prefix.shape[1]
+    itself = torch.eye(count, dtype=torch.bool, device=token.device).repeat_interleave(canvas_length // count, dim=1)
+    visible[..., -canvas_length:] = itself
     if real is not None:
-        visible = visible & real[:, token.clamp(min=0)]
-    return visible[:, None, None]
+        visible = visible & real[:, token.clamp(min=0)][:, None]
+    if count > 1:
+        visible = visible.repeat_interleave(canvas_length // count, dim=1)
+    return visible[:, None]
 
 
 def _ranks(token: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:

@@ -45,13 +45,14 @@ class MaskedBlockOutput(CacheOutput):
     Args:
         loss (scalar float32, *optional*): nats; `diffusion_loss + causal_loss`, or the former alone where a canvas was given; with router
             logits `router_aux_loss_coef * aux_loss` on top.
-        logits (`float32 (B, C, V)`): of the canvas pass, soft-capped.
+        logits (`float32 (B, C, V)`, *optional*): of the canvas pass, soft-capped.
         cache: the prompt's cache.
         hidden_states, attentions, encoder_last_hidden_state, router_logits, encoder_router_logits: as in `BlockModelOutput`.
         diffusion_loss (scalar float32, *optional*): nats, mean cross-entropy over every canvas position.
         causal_loss (scalar float32, *optional*): nats, mean next-token cross-entropy of the prompt pass over the response.
         aux_loss (scalar float32, *optional*): `loss.balancing_loss` of both passes' router logits, padding left out; `top_k_experts` where
             experts are used equally, more where choices and probability gather on the same ones.
+        canvas_losses, noise_proportions (float32 `(canvases,)`, *optional*): of the training objective, as in `loss.TrainingLoss`.
     """
 
     loss: torch.Tensor | None = None
@@ -65,6 +66,8 @@ class MaskedBlockOutput(CacheOutput):
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None
+    canvas_losses: torch.Tensor | None = None
+    noise_proportions: torch.Tensor | None = None
 
 
 __all__ = ["BlockModelOutput", "MaskedBlockOutput", "PassOutput"]

@@ -56,21 +56,25 @@ def make_view(stack, cache: Cache, seen: int, shape, position_ids, dtype, rule: 
     return View(shape, masks, stack.rotary(position_ids, dtype), stored)
 
 
-def prompt_view(stack, cache: Cache, seen: int, embeds: torch.Tensor, position_ids: torch.Tensor, real, images) -> View:
-    """What a prompt pass over `embeds` `(B, L, D)` sees behind `seen` cached tokens; `real` and `images` as in `masks.prompt_mask`."""
+def prompt_view(stack, cache: Cache, seen: int, embeds: torch.Tensor, position_ids: torch.Tensor, real, images, documents=None) -> View:
+    """What a prompt pass over `embeds` `(B, L, D)` sees behind `seen` cached tokens; `real`, `images` and `documents` as in
+    `masks.prompt_mask`."""
     device, shape = embeds.device, tuple(embeds.shape[:2])
     query = torch.arange(seen, seen + shape[1], device=device)
-    causal = real is None and images is None and seen == 0 and implementation(stack.config._attn_implementation).causal_without
+    plain = seen == 0 and real is None and images is None and documents is None
+    causal = plain and implementation(stack.config._attn_implementation).causal_without
 
     def rule(before, window):
         if causal and (window is None or shape[1] <= window):
             return None
-        return prompt_mask(slot_tokens(before, seen, shape[1], device), query, window, real, images)
+        return prompt_mask(slot_tokens(before, seen, shape[1], device), query, window, real, images, documents)
 
     return make_view(stack, cache, seen, shape, position_ids.to(device), embeds.dtype, rule, real is not None)
 
 
-def canvas_view(stack, cache: Cache, shape: tuple[int, int], attention_mask=None, position_ids=None, prefix_length=None, slots=0) -> View:
+def canvas_view(
+    stack, cache: Cache, shape: tuple[int, int], attention_mask=None, position_ids=None, prefix_length=None, slots=0, documents=None
+) -> View:
     """What a canvas of `shape` (B, C) sees, without room for it: every layer is read from the cache when it is its turn.
     Args as `DiffusionGemmaBlockModel.prepare_canvas`."""
     seen, (batch_size, length) = cached_length(cache), shape
@@ -82,11 +86,12 @@ def canvas_view(stack, cache: Cache, shape: tuple[int, int], attention_mask=None
     dtype = stack.embed_dtype if filled is None else filled.keys.dtype
     real = None if real is None else real.to(device)
     position_ids = positions(real, seen, length, device) if position_ids is None else position_ids.to(device)
-    prefix = torch.full((1,), seen, dtype=torch.int64, device=device) if prefix_length is None else prefix_length.to(device)
+    prefix = torch.full((1, 1), seen, dtype=torch.int64, device=device) if prefix_length is None else prefix_length.to(device)
+    documents = None if documents is None else documents.to(device)
     everything = slots == 0 and real is None and prefix_length is None
 
     def rule(before, window):
-        return None if everything else canvas_mask(slot_tokens(before, seen, length, device), length, prefix, window, real)
+        return None if everything else canvas_mask(slot_tokens(before, seen, length, device), length, prefix, window, real, documents)
 
     return make_view(stack, cache, seen, shape, position_ids, dtype, rule, real is not None, prefix_length is not None, slots)
 

@@ -160,6 +160,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         chunk_length: int | None = None,
         last_states: int | None = None,
         output_router_logits: bool = False,
+        documents: torch.Tensor | None = None,
     ) -> PassOutput:
         """Runs new tokens causally and appends them to the cache. With a finished canvas as input this is the commit.
 
@@ -177,6 +178,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 bounds the memory and gives the same; an image is never cut. Default: 2,048, and everything at once with gradients or
                 where states, attentions or router logits are asked for, hooks look on, or weights are gathered from other ranks.
             last_states (*optional*): return `last_hidden_state` of so many last tokens only. Default: of all.
+            documents (`int64 (B, P)`, *optional*): in rows that hold several conversations, which of them each token belongs to; it sees
+                tokens of its conversation alone. For an empty cache, and everything at once; `position_ids` count within conversations.
 
         Raises:
             ValueError: ids out of range, an empty prompt, a mask of the wrong shape, images that do not fit the tokens.
@@ -205,6 +208,9 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         seen = cached_length(cache, waits=True)
         if cache is not None:
             check_cache(cache, batch_size, seen, length)
+        check_shape("documents", documents, (batch_size, length))
+        if documents is not None and (seen or position_ids is None):
+            raise ValueError("`documents` is given; expected `position_ids` beside it, and an empty `cache`")
         real = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
         real = None if real is None else real.to(new.device)
         cache = self._cache_for(cache, real, seen + length)
@@ -224,7 +230,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         last_states = length if last_states is None else last_states
         stack, kept = self.prompt_stack, []
         entry = self.encoder.language_model.layers.__getitem__ if stack is self.decoder else None
-        whole = at_once or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
+        whole = at_once or documents is not None or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
         looked_at = chunk_length is None and not whole and any(map(has_hooks, (stack, self.encoder.language_model)))
         whole = whole or looked_at or (chunk_length is None and bool(gathering_groups(self)))
         for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
@@ -232,7 +238,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             embeds = stack.embed_tokens(input_ids[:, here]) if inputs_embeds is None else inputs_embeds[:, here]
             view = prompt_view(
                 stack, cache, seen + start, embeds, position_ids[:, here],
-                None if real is None else real[:, : seen + end], None if images is None else images[:, here],
+                None if real is None else real[:, : seen + end], None if images is None else images[:, here], documents,
             )  # fmt: skip
             hidden_states, states, weights, routing = stack(
                 embeds, view, entry, cache, output_hidden_states, output_attentions, bool(output_router_logits)
@@ -348,6 +354,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         prefix_length: torch.Tensor | None = None,
         slots: int = 0,
+        documents: torch.Tensor | None = None,
     ) -> View:
         """Masks, rotary tables, and keys and values with room for the canvas: all that the steps of one canvas share.
 
@@ -358,12 +365,21 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 behind them, so that nothing is stored twice; a static cache's stay, and the view holds a copy of what they hold.
             canvas_shape: (B, C).
             attention_mask, position_ids: as in `denoise`.
-            prefix_length (`int64 (B,)`, *optional*): how many cached tokens come before each row's canvas; later ones stay
-                unseen. Default: all.
+            prefix_length (`int64 (B,)` or `(B, K)`, *optional*): how many cached tokens come before each row's canvas; later ones stay
+                unseen. Default: all. With K of them the C tokens are K canvases side by side, of which none sees another.
             slots: at least so many slots for cached tokens, those not filled being masked (and a mask also where all are). With the
                 length that the cache will reach, the views of all canvases have equal shapes, which a recorded step needs.
+            documents (`int64 (B, L)`, *optional*): of packed rows, which conversation each cached token belongs to; a canvas belongs to
+                that of the token before its prefix ends.
         """
-        view = canvas_view(self.decoder, cache, canvas_shape, attention_mask, position_ids, prefix_length, slots)
+        if prefix_length is not None and prefix_length.dim() == 1:
+            prefix_length = prefix_length[:, None]
+        if prefix_length is not None and (len(prefix_length) != canvas_shape[0] or canvas_shape[1] % prefix_length.shape[1]):
+            expected = f"(B,) or (B, K) of B = {canvas_shape[0]} rows, whose {canvas_shape[1]} tokens are K equal canvases"
+            raise ValueError(f"`prefix_length` has shape {tuple(prefix_length.shape)}; expected {expected}")
+        if documents is not None and prefix_length is None:
+            raise ValueError("`documents` is given without `prefix_length`; expected where each row's canvas stands")
+        view = canvas_view(self.decoder, cache, canvas_shape, attention_mask, position_ids, prefix_length, slots, documents)
         # With gradients steps concatenate: what every one of them wrote is needed.
         return view if torch.is_grad_enabled() else view._replace(cached=view.cached.with_room(canvas_shape[1], slots))
 

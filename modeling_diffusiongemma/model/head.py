@@ -21,6 +21,7 @@ from ..layers.layers import ScaledEmbedding
 from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
 from ..training.loss import balancing_loss, block_diffusion_loss
+from ..training.objective import Objective
 from ..training.score import Score, score_responses
 from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
@@ -45,6 +46,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     generation_config_class = DiffusionGenerationConfig  # PreTrainedModel's own would come first otherwise
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    objective = Objective()  # what `labels` of whole examples mean; set another on a model
 
     def __init__(self, config: DiffusionGemmaConfig):
         super().__init__(config)
@@ -206,24 +209,26 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
         Args:
             input_ids, attention_mask, cache, position_ids, inputs_embeds, pixel_values, image_position_ids, mm_token_type_ids: the prompt,
-                as `DiffusionGemmaBlockModel.prefill` takes it. For training `input_ids` are prompt and response.
+                as `DiffusionGemmaBlockModel.prefill` takes it. For training `input_ids` are prompt and response, and `position_ids` begin
+                at 0 again where a row holds a further conversation.
             decoder_input_ids (`int64 (B, C)`, *optional*): the canvas. Default: `canvas_length` uniform random tokens.
             decoder_attention_mask (`(B, L + P + C)`, *optional*): 0 at padding. Default: `attention_mask`, canvas unpadded.
             decoder_position_ids (`(B or 1, C)`, *optional*): default: on from each row's real tokens.
             self_conditioning_logits (`(B, C, V)`, or `(C, V)` for every row, *optional*): the previous step's shaped logits.
             self_conditioning_mask (`bool (B,)`, *optional*): rows that are self-conditioned. With `labels` alone it says
                 which rows get the extra pass; default there: each with probability 0.5.
-            labels (`int64`, *optional*): `(B, P)`, the response's ids and -100 elsewhere: the whole training objective, with
-                canvas and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
+            labels (`int64`, *optional*): `(B, P)`, the responses' ids and -100 elsewhere: the whole training objective as `objective`
+                says, with canvases and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
                 a position does not count; the loss is then the canvas's alone.
             output_hidden_states, output_attentions, return_dict (*optional*): as in transformers; the first takes indices, too.
             use_cache (*optional*): the canvas reads the prompt from a cache in any case; False: one made here is not returned.
-            skip_logits (*optional*): leave `.logits` out beside a loss, as Trainer asks with `use_liger_kernel`.
+            skip_logits (*optional*): leave `.logits` out beside a loss. Default: in training on whole examples, whose logits would be
+                most of the memory.
             output_router_logits (*optional*): give both passes' `router_logits` and the `aux_loss`, which a loss takes in, times
                 `router_aux_loss_coef` of the config. Default: the config's (`configuration.routing_settings`).
 
         Returns:
-            `MaskedBlockOutput`; `.logits` float32 `(B, C, V)`.
+            `MaskedBlockOutput`; `.logits` float32 `(B, C, V)`, of whole examples `(B, K * C, V)`, K canvases a row.
 
         Raises:
             ValueError: ids out of range, empty prompts, masks or labels of the wrong shape, images without image tokens.
@@ -237,12 +242,14 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         )  # fmt: skip
         check_images(input_ids, pixel_values, self.config.image_token_id)
         if labels is not None and decoder_input_ids is None:
-            unused = {"cache": cache, "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            unused = {"cache": cache, "inputs_embeds": inputs_embeds,
                       "decoder_attention_mask": decoder_attention_mask, "decoder_position_ids": decoder_position_ids,
                       "self_conditioning_logits": self_conditioning_logits, "output_hidden_states": output_hidden_states or None,
                       "output_attentions": output_attentions or None}  # fmt: skip
-            objective = {**images, "self_conditioning_mask": self_conditioning_mask, "output_router_logits": keep_routing}
-            output = self._learn_examples(input_ids, labels, attention_mask, objective, skip_logits, unused)
+            skip_logits = self.training and torch.is_grad_enabled() if skip_logits is None else bool(skip_logits)
+            given = {"self_conditioning_mask": self_conditioning_mask, "position_ids": position_ids}
+            given |= {"output_router_logits": keep_routing, "keep_logits": not skip_logits}
+            output = self._learn_examples(input_ids, labels, attention_mask, images | given, unused)
             return output.to_tuple() if return_dict is False else output
         if labels is None and decoder_input_ids is None and self.training and torch.is_grad_enabled():
             logger.warning_once(
@@ -278,23 +285,26 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         )  # fmt: skip
         return output.to_tuple() if return_dict is False else output
 
-    def _learn_examples(self, input_ids, labels, attention_mask, objective, skip_logits, unused) -> MaskedBlockOutput:
-        """`labels` `(B, P)` of whole examples: the training `objective`, canvas and noise drawn there. None of `unused` goes with it."""
-        if given := [name for name, value in unused.items() if value is not None]:
-            virtual = {"cache", "inputs_embeds"}.intersection(given)
+    def _learn_examples(self, input_ids, labels, attention_mask, given, unused) -> MaskedBlockOutput:
+        """`labels` `(B, P)` of whole examples: the training objective, canvases and noise drawn there. None of `unused` goes with it."""
+        if refused := [name for name, value in unused.items() if value is not None]:
+            virtual = {"cache", "inputs_embeds"}.intersection(refused)
             hint = " Virtual tokens (prompt tuning, prefix tuning, p-tuning) come so: train adapters of weights instead, such as LoRA"
             raise ValueError(
-                f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {given}.{hint if virtual else ''}"
+                f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {refused}.{hint if virtual else ''}"
             )
         if input_ids is None:
             raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
         attention_mask = plain_mask("attention_mask", attention_mask)
-        trained = block_diffusion_loss(self, input_ids, labels, attention_mask, **objective)
+        objective = self.objective
+        trained = block_diffusion_loss(
+            self, input_ids, labels, attention_mask, canvases=objective.canvases, canvas_length=objective.canvas_length, **given
+        )
         loss = trained.diffusion + trained.causal
         if trained.balancing is not None:
             loss = loss + routing_settings(self.config)[1] * trained.balancing.to(loss.device)
         return MaskedBlockOutput(
-            loss=loss, logits=None if skip_logits else trained.logits,
+            loss=loss, logits=trained.logits, canvas_losses=trained.canvas_losses, noise_proportions=trained.noise_proportions,
             encoder_last_hidden_state=trained.prefilled.last_hidden_state,
             diffusion_loss=trained.diffusion, causal_loss=trained.causal, aux_loss=trained.balancing,
             router_logits=trained.denoised.router_logits, encoder_router_logits=trained.prefilled.router_logits,

@@ -1,10 +1,12 @@
-"""From (prompt, response) pairs to the inputs of the training loss, for `transformers.Trainer` or a plain DataLoader."""
+"""From examples to the inputs of the training loss, for `transformers.Trainer` or a plain DataLoader. How a chat becomes token ids, and
+which of them are its responses: `chats`."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from .loss import IGNORED
+from .canvases import IGNORED
+from .chats import Example, read_example
 
 
 class TrainingBatch(dict):
@@ -21,64 +23,79 @@ class TrainingBatch(dict):
 
 
 class BlockDiffusionCollator:
-    """Turns examples into right-padded `input_ids`, `attention_mask` and `labels`.
+    """Turns examples into right-padded `input_ids`, `attention_mask` and `labels`; packed, into `position_ids` too.
+
+    An example is a pair of prompt and response, each as text or both as token ids; a mapping with `prompt` and `response`, or `completion`
+    as TRL names it, or with `messages` (a chat whose assistant turns are all learned) and, where the chat has some, `tools`.
 
     Args:
-        tokenizer (*optional*): a tokenizer with a chat template; needed for examples given as text.
+        tokenizer (*optional*): a tokenizer with a chat template; needed for examples that are text.
         pad_token_id (`int`, *optional*): default: the tokenizer's.
         pad_to_multiple_of (`int`): lengths are rounded up to it, which keeps the number of distinct shapes small.
+        max_length (`int`, *optional*): longer examples are refused by name: cut ones would teach endings that are none.
+        packing: several examples in a row of at most `max_length` tokens, each into the first row with room for it, the longest first.
+        template_kwargs (*optional*): further arguments of the chat template, such as `{"enable_thinking": True}`.
+
+    Raises:
+        ValueError: settings that do not go together; examples of another kind, without a response, or too long, by their place.
     """
 
-    def __init__(self, tokenizer=None, pad_token_id: int | None = None, pad_to_multiple_of: int = 1):
+    def __init__(
+        self, tokenizer=None, pad_token_id: int | None = None, pad_to_multiple_of: int = 1, max_length: int | None = None,
+        packing: bool = False, template_kwargs: Mapping | None = None,
+    ):  # fmt: skip
         self.tokenizer = tokenizer
         self.pad_token_id = pad_token_id if pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
         if self.pad_token_id is None:
             raise ValueError("`pad_token_id` is None and there is no tokenizer that has one; expected a token id")
         if pad_to_multiple_of < 1:
             raise ValueError(f"`pad_to_multiple_of` is {pad_to_multiple_of}; expected a positive integer")
-        self.pad_to_multiple_of = pad_to_multiple_of
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"`max_length` is {max_length}; expected at least 2 tokens, one of a prompt and one of its response")
+        if packing and max_length is None:
+            raise ValueError("`packing` is given without `max_length`; expected how many tokens a row may take")
+        self.pad_to_multiple_of, self.max_length, self.packing = pad_to_multiple_of, max_length, packing
+        self.template_kwargs = dict(template_kwargs or {})
 
-    def encode(self, prompt: str | Sequence[int], response: str | Sequence[int]) -> tuple[list[int], list[int]]:
-        """Ids of prompt and response. Text becomes a chat of one turn each; the response ends with the end of its turn."""
-        if isinstance(prompt, str) != isinstance(response, str):
-            raise ValueError("prompt and response are of different kinds; expected both as text or both as token ids")
-        if not isinstance(prompt, str):
-            return list(prompt), list(response)
-        if self.tokenizer is None:
-            raise ValueError("the example is text and `tokenizer` is None; expected a tokenizer with a chat template")
-        turns = [{"role": "user", "content": prompt}]
-        head = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        turns.append({"role": "assistant", "content": response})
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        inside = [place for place, flag in enumerate(whole["assistant_masks"]) if flag]
-        return head, whole["input_ids"][inside[0] : inside[-1] + 1]
+    def read(self, example: tuple | Mapping, name: str = "the example") -> Example:
+        """Token ids of one example, and which of them are targets; ValueError, beginning with `name`, where it is none."""
+        read = read_example(example, self.tokenizer, self.template_kwargs, name)
+        if self.max_length is not None and len(read.ids) > self.max_length:
+            raise ValueError(f"{name} has {len(read.ids)} tokens; expected at most {self.max_length}, which `max_length` says")
+        return read
 
     def __call__(self, examples: Sequence[tuple | Mapping]) -> TrainingBatch:
-        """Args: pairs, or mappings with the keys `prompt` and `response`. Returns int64 tensors `(B, longest example)`."""
+        """Returns int64 tensors `(B, longest row)`; B is the number of examples, or of rows that they are packed into."""
         if not examples:
             raise ValueError("`examples` is empty; expected at least one pair of prompt and response")
-        pairs = []
-        for place, example in enumerate(examples):
-            if isinstance(example, Mapping):
-                if missing := {"prompt", "response"} - set(example):
-                    keys = "the keys 'prompt' and 'response', which Trainer drops unless `remove_unused_columns` is False"
-                    raise ValueError(f"example {place} has no {sorted(missing)}; expected {keys}")
-                example = example["prompt"], example["response"]
-            prompt, response = self.encode(*example)
-            if not prompt or not response:
-                raise ValueError(f"example {place} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
-            pairs.append((prompt, response))
-        longest = max(len(prompt) + len(response) for prompt, response in pairs)
+        rows = [[self.read(example, f"example {place}")] for place, example in enumerate(examples)]
+        if self.packing:
+            rows = self._packed([row[0] for row in rows])
+        longest = max(sum(len(example.ids) for example in row) for row in rows)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-        def padded(rows, value: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64, device="cpu")
+        def padded(field, value: int) -> torch.Tensor:
+            laid = [[number for example in row for number in field(example)] for row in rows]
+            return torch.tensor([[*row, *[value] * (length - len(row))] for row in laid], dtype=torch.int64, device="cpu")
 
-        return TrainingBatch(
-            input_ids=padded([[*prompt, *response] for prompt, response in pairs], self.pad_token_id),
-            attention_mask=padded([[1] * (len(prompt) + len(response)) for prompt, response in pairs], 0),
-            labels=padded([[*[IGNORED] * len(prompt), *response] for prompt, response in pairs], IGNORED),
+        batch = TrainingBatch(
+            input_ids=padded(lambda example: example.ids, self.pad_token_id),
+            attention_mask=padded(lambda example: [1] * len(example.ids), 0),
+            labels=padded(lambda example: [i if t else IGNORED for i, t in zip(*example, strict=True)], IGNORED),
         )
+        if self.packing:
+            batch["position_ids"] = padded(lambda example: range(len(example.ids)), 0)
+        return batch
+
+    def _packed(self, examples: list[Example]) -> list[list[Example]]:
+        rows: list[list[Example]] = []
+        for example in sorted(examples, key=lambda example: -len(example.ids)):
+            room = (row for row in rows if sum(len(one.ids) for one in row) + len(example.ids) <= self.max_length)
+            row = next(room, None)
+            if row is None:
+                rows.append(row := [])
+            row.append(example)
+        return rows
 
 
 __all__ = ["BlockDiffusionCollator", "TrainingBatch"]

@@ -21,11 +21,13 @@ from generation.rules.schedule import TemperatureSchedule
 from generation.rules.state import CanvasState, advance, start_canvas
 from generation.rules.stopping import StableAndConfident
 
+from .canvases import cut_canvases, random_canvas
+
 Inputs = dict[str, torch.Tensor]
 
 
 class Rollout:
-    """Rows of training data, each with a canvas under way.
+    """Rows of training data, each with a canvas under way, one at random of those that its responses take.
 
         rollout = Rollout(model, rows=64)
         inputs, noised, soft_embeds = rollout.batch(draw)  # draw(count): input_ids, labels, attention_mask of new rows
@@ -74,7 +76,8 @@ class Rollout:
         """The rows as they stand, in the places of those that have ended new ones, whose inputs `draw` makes: tensors `(count, P)` of one
         length P.
 
-        Returns: the inputs, tensors `(rows, P)`; the canvases, int64 `(rows, C)`; and their self-conditioning, `(rows, C, D)`, zero where
+        Returns: the inputs, tensors `(rows, P)`, and in `canvases`, int64 `(rows,)`, which canvas of its responses a row learns; the
+        canvases, int64 `(rows, C)`; and their self-conditioning, `(rows, C, D)`, zero where
         a row has not taken a step.
         """
         if self.state is None:
@@ -82,8 +85,13 @@ class Rollout:
         else:
             ended = (self.state.finished | (self.state.passes >= self.max_steps)).nonzero().flatten()  # places, int64
         if len(ended):
-            fresh = draw(len(ended))
+            fresh = dict(draw(len(ended)))
             device = fresh["input_ids"].device
+            fill = self.model.config.text_config.pad_token_id
+            canvases = cut_canvases(fresh["input_ids"], fresh["labels"], self.canvas_length, fill)
+            # Where there is nothing to choose, no random number is drawn.
+            single = canvases.there.shape[1] == 1
+            fresh["canvases"] = torch.zeros_like(canvases.start[:, 0]) if single else random_canvas(canvases)
             shape, size = (len(ended), self.canvas_length), self.model.config.text_config.hidden_size
             soft_embeds = torch.zeros(*shape, size, dtype=self.model.dtype, device=device)
             state = start_canvas(self.noise.draw(shape, device), soft_embeds, self.stopping)

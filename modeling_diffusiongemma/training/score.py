@@ -9,7 +9,8 @@ from generation.arguments import FIELDS, integer, read
 from generation.checks import check_images, check_mask, check_tensors
 from generation.rules.noise import UniformNoise
 
-from .loss import IGNORED, canvases_in, check_labels, corrupt, cut_canvas, noise_proportions, training_view
+from .canvases import IGNORED, check_labels, cut_canvases, training_view
+from .loss import corrupt, noise_proportions
 from .ranks import gathering_groups, largest
 
 MODES = ("diffusion", "autoregressive")
@@ -80,19 +81,20 @@ def score_responses(
 
     config, rows = model.config, input_ids.shape[0]
     length = config.canvas_length if canvas_length is None else canvas_length
-    canvases = canvases_in(labels, length)
+    canvases = cut_canvases(input_ids, labels, length, config.text_config.pad_token_id)
     noise = UniformNoise(config.text_config.vocab_size)
     proportions = torch.stack([noise_proportions(samples, device) for _ in range(rows)], dim=1)  # (samples, B)
     sums = torch.zeros((samples, rows), dtype=torch.float32, device=device)
-    for canvas_index in range(largest(int(canvases.max()), groups, device)):
-        index = torch.full_like(canvases, canvas_index).clamp(max=canvases - 1)
-        clean = cut_canvas(input_ids, labels, index, length, config.text_config.pad_token_id)
-        counted = clean.inside & (canvas_index < canvases)[:, None]
+    most = canvases.ids.shape[1]
+    for canvas_index in range(largest(most, groups, device)):
+        clean = canvases.pick(torch.full_like(tokens, min(canvas_index, most - 1)))
+        counted = (clean.inside & clean.there[..., None]).squeeze(1) & (canvas_index < most)
         view = training_view(model, prefilled.cache, clean, real)
+        ids = clean.ids.squeeze(1)
         for sample in range(samples):
-            noised = corrupt(clean.ids, proportions[sample], noise)
+            noised = corrupt(ids, proportions[sample], noise)
             logits = model.compute_logits(model.denoise(noised, view=view).last_hidden_state)
-            sums[sample] += _log_probs(logits, clean.ids).masked_fill(~counted, 0).sum(dim=1)
+            sums[sample] += _log_probs(logits, ids).masked_fill(~counted, 0).sum(dim=1)
     means = sums / tokens
     return Score(means.mean(dim=0), means.std(dim=0) / samples**0.5, tokens)
 

@@ -1,0 +1,88 @@
+"""How an example becomes token ids, and which of them the model is to learn to write.
+
+A response is what the chat template writes for an assistant's turn behind the generation prompt, up to the token that ends the turn: what
+`generate` is to write. It is found by rendering the chat up to the turn and with it, so that templates need no `{% generation %}` (the
+released model's has none). Knows nothing of tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+KEYS = (("prompt", "response"), ("prompt", "completion"), ("messages",))
+
+
+class Example(NamedTuple):
+    """Token `ids`, and for each whether it is a target."""
+
+    ids: list[int]
+    targets: list[bool]
+
+
+def read_example(example: tuple | Mapping, tokenizer, template_kwargs: Mapping, name: str) -> Example:
+    """An example in any of the forms that `BlockDiffusionCollator` takes; ValueError, beginning with `name`, where it is none."""
+    tools = None
+    if isinstance(example, Mapping):
+        keys = next((keys for keys in KEYS if all(example.get(key) is not None for key in keys)), None)
+        if keys is None:
+            missing = "`prompt` and `response`, or `messages`, which Trainer drops unless `remove_unused_columns` is False"
+            raise ValueError(f"{name} has the keys {sorted(map(str, example))}; expected {missing}")
+        tools, example = example.get("tools"), tuple(example[key] for key in keys)
+    elif isinstance(example, str) or len(example) != 2:
+        raise ValueError(f"{name} is {example!r}; expected a pair of prompt and response, or a mapping")
+    if len(example) == 1:
+        return read_chat(example[0], tokenizer, tools, template_kwargs, name)
+    prompt, response = example
+    kinds = {_kind(prompt), _kind(response)}
+    if len(kinds) != 1:
+        raise ValueError(f"{name}: prompt and response are of different kinds; expected both as text, as messages or as token ids")
+    if kinds == {"ids"}:
+        prompt, response = list(prompt), list(response)
+        if not prompt or not response:
+            raise ValueError(f"{name} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
+        return Example(prompt + response, [False] * len(prompt) + [True] * len(response))
+    if kinds == {"text"}:
+        prompt, response = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}]
+    return read_chat([*prompt, *response], tokenizer, tools, template_kwargs, name, since=len(prompt))
+
+
+def _kind(value) -> str:
+    if isinstance(value, str):
+        return "text"
+    return "messages" if len(value) and isinstance(value[0], Mapping) else "ids"
+
+
+def read_chat(messages: Sequence[Mapping], tokenizer, tools, template_kwargs: Mapping, name: str, since: int = 0) -> Example:
+    """Ids of a chat, of which the assistant's turns are targets, those before the message `since` left out."""
+    if tokenizer is None:
+        raise ValueError(f"{name} is text and `tokenizer` is None; expected a tokenizer with a chat template")
+    messages = [dict(message) for message in messages]
+    turns = [place for place, message in enumerate(messages) if message.get("role") == "assistant" and place >= since]
+    if not turns:
+        roles = [message.get("role") for message in messages]
+        raise ValueError(f"{name} has messages of {roles}; expected an assistant's turn among them, to be learned")
+
+    def render(until: int, add_generation_prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            messages[:until], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+
+    text = render(len(messages))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    targets = [False] * len(encoded["input_ids"])
+    for turn in turns:
+        before, behind = render(turn, add_generation_prompt=True), render(turn + 1)
+        if not (text.startswith(before) and text.startswith(behind) and len(behind) > len(before)):
+            raise ValueError(
+                f"{name}: the chat template writes message {turn} otherwise once others follow it, so that what the model is to write "
+                "cannot be told; expected a chat that ends with it"
+            )
+        start, end = len(before), len(before) + len(behind[len(before) :].rstrip())
+        for place, (first, last) in enumerate(encoded["offset_mapping"]):
+            targets[place] |= start <= first and last <= end and last > first
+    if not any(targets) or all(targets):
+        raise ValueError(f"{name} has {sum(targets)} target tokens of {len(targets)}; expected some of a prompt and some of a response")
+    end = len(targets) - targets[::-1].index(True)  # behind the last target there is nothing to learn
+    return Example(encoded["input_ids"][:end], targets[:end])
+
+
+__all__ = ["Example", "read_chat", "read_example"]
