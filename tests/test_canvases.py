@@ -146,7 +146,8 @@ def test_forward_takes_packed_rows_as_transformers_collators_write_them(model):
     found = []
     for given in (inputs, {name: tensor for name, tensor in inputs.items() if name != "position_ids"}):
         torch.manual_seed(0)
-        found.append(model(**given, self_conditioning_mask=torch.tensor([True])))
+        found.append(model.train()(**given, self_conditioning_mask=torch.tensor([True])))
+        model.eval()
     first, last = (each.canvas_losses for each in found)
     torch.testing.assert_close(first[:2], last[:2], atol=1e-4, rtol=0)
     assert (first[2] - last[2]).abs() > 1e-3
@@ -160,7 +161,7 @@ def test_narrow_canvases_and_one_a_row_are_set_on_the_model():
     for canvases, length in (("all", None), ("all", 3), ("one", 3)):
         model.objective = Objective(canvases, length)
         torch.manual_seed(0)
-        counts[canvases, length] = len(model(**inputs).canvas_losses)
+        counts[canvases, length] = len(model.train()(**inputs).canvas_losses)
     assert counts == {("all", None): 12, ("all", 3): 5 + 3 + 7 + 1 + 4 + 1 + 2 + 4, ("one", 3): 3}
     assert DiffusionGemmaForMaskedBlockLM.objective == Objective()
 

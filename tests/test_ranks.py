@@ -84,4 +84,4 @@ def test_trainer_trains_and_evaluates_on_two_ranks(tmp_path):
     """Every rank has all weights; what it gathers are losses, gradients, and logits of rows of different lengths."""
     found = run_ranks("trainer", tmp_path)
     assert torch.equal(found[0]["losses"], found[1]["losses"]) and bool(found[0]["losses"].isfinite().all())
-    assert found[0]["losses"].shape == (4,) and found[0]["shapes"] == [(6, CANVAS, VOCAB)] * 2
+    assert found[0]["losses"].shape == (4,) and found[0]["shapes"] == [(6, 3 * CANVAS, VOCAB)] * 2

@@ -251,7 +251,7 @@ def test_trainer_makes_training_deterministic(plainly, tmp_path):
 def test_trainer_gathers_what_evaluation_finds(switches, tmp_path):
     """Batches of different lengths; the cache, which no gathering takes, is not among what a loss comes with."""
     metrics = switched(tmp_path, metrics=mean_logits, per_device_eval_batch_size=2, **switches).evaluate()
-    assert metrics["eval_shapes"][0] == (6, 10, VOCAB) and metrics["eval_shapes"][1][0] == 6
+    assert metrics["eval_shapes"][0] == (6, 20, VOCAB) and metrics["eval_shapes"][1][0] == 6
     assert sum(metrics["eval_losses"]) == pytest.approx(metrics["eval_loss"], abs=1e-4)
 
 

@@ -52,7 +52,8 @@ class MaskedBlockOutput(CacheOutput):
         causal_loss (scalar float32, *optional*): nats, mean next-token cross-entropy of the prompt pass over the response.
         aux_loss (scalar float32, *optional*): `loss.balancing_loss` of both passes' router logits, padding left out; `top_k_experts` where
             experts are used equally, more where choices and probability gather on the same ones.
-        canvas_losses, noise_proportions (float32 `(canvases,)`, *optional*): of the training objective, as in `loss.TrainingLoss`.
+        canvas_losses, noise_proportions (float32 `(canvases,)`, *optional*): of the training objective, as in `loss.TrainingLoss`; in
+            training alone.
     """
 
     loss: torch.Tensor | None = None

@@ -303,8 +303,11 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         loss = trained.diffusion + trained.causal
         if trained.balancing is not None:
             loss = loss + routing_settings(self.config)[1] * trained.balancing.to(loss.device)
+        # In evaluation Trainer gathers whatever is put out from all ranks, which have other numbers of canvases.
+        names = ("canvas_losses", "noise_proportions") if self.training else ()
+        by_canvas = {name: getattr(trained, name) for name in names}
         return MaskedBlockOutput(
-            loss=loss, logits=trained.logits, canvas_losses=trained.canvas_losses, noise_proportions=trained.noise_proportions,
+            loss=loss, logits=trained.logits, **by_canvas,
             encoder_last_hidden_state=trained.prefilled.last_hidden_state,
             diffusion_loss=trained.diffusion, causal_loss=trained.causal, aux_loss=trained.balancing,
             router_logits=trained.denoised.router_logits, encoder_router_logits=trained.prefilled.router_logits,

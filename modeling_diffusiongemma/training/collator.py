@@ -74,9 +74,9 @@ class BlockDiffusionCollator:
         longest = max(sum(len(example.ids) for example in row) for row in rows)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-        def padded(field, value: int) -> torch.Tensor:
-            laid = [[number for example in row for number in field(example)] for row in rows]
-            return torch.tensor([[*row, *[value] * (length - len(row))] for row in laid], dtype=torch.int64, device="cpu")
+        def padded(field, fill: int) -> torch.Tensor:
+            laid = [[value for example in row for value in field(example)] for row in rows]
+            return torch.tensor([[*row, *[fill] * (length - len(row))] for row in laid], dtype=torch.int64, device="cpu")
 
         batch = TrainingBatch(
             input_ids=padded(lambda example: example.ids, self.pad_token_id),
@@ -90,8 +90,8 @@ class BlockDiffusionCollator:
     def _packed(self, examples: list[Example]) -> list[list[Example]]:
         rows: list[list[Example]] = []
         for example in sorted(examples, key=lambda example: -len(example.ids)):
-            room = (row for row in rows if sum(len(one.ids) for one in row) + len(example.ids) <= self.max_length)
-            row = next(room, None)
+            fitting = (row for row in rows if sum(len(one.ids) for one in row) + len(example.ids) <= self.max_length)
+            row = next(fitting, None)
             if row is None:
                 rows.append(row := [])
             row.append(example)
