@@ -7,6 +7,7 @@ A recipe knows its data; `train.py` knows how to train. Sources: FACTS of the pu
 import random
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from jobs import TEXT_JOBS, sudoku
+from jobs.note_variety import draw_varied
 from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
 from modeling_diffusiongemma import BlockDiffusionCollator
 
@@ -53,7 +55,7 @@ class TextRecipe:
     """Six small exact text jobs in chat form, on a canvas of 256 (trained mostly on narrower ones)."""
 
     name = "text"
-    causal = True
+    start = None  # the checkpoint to begin with; None: random weights
     rollouts = None  # of notes they changed nothing: what is wrong there is the copy of a word never seen
     defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
     # canvas, padded length of prompt and response, share of the batches: few shapes, so that each compiles once
@@ -86,8 +88,8 @@ class TextRecipe:
         texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], int]:
-        """Model inputs of `size` training examples, and the canvas length to train them on."""
+    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
+        """Model inputs of `size` training examples, and how the loss is to take them."""
         notes = rng.random() < self.NOTE_SHARE
         canvas, length = self.NOTES if notes else self.SHORT
         if progress >= self.WIDE_FROM and rng.random() < self.WIDE_SHARE:
@@ -97,10 +99,22 @@ class TextRecipe:
         while len(pairs) < size:
             name = "note_to_json" if notes else rng.choices([*self.WEIGHTS], weights=[*self.WEIGHTS.values()])[0]
             pairs.append(TEXT_JOBS[name].sample(rng, "train"))
+        return self.collate(pairs, canvas, length), {"canvas_length": canvas, "causal": True}
+
+    def collate(self, pairs: list[tuple[str, str]], canvas: int, length: int, head: int | None = None) -> dict[str, torch.Tensor]:
+        """Inputs of those pairs whose answer fits a canvas, and which fit into `length` tokens, to which all are padded; answers begin
+        behind `head` tokens, where it is given."""
         prompts = self.encode([prompt for prompt, _ in pairs])
         answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
         fitting = [(p, [*a, self.end]) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) < length and len(a) < canvas]
-        return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting), canvas
+        if head is None:
+            return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting)
+        fitting = [(p, a) for p, a in fitting if len(p) <= head and len(a) <= length - head]
+        padded = [([0] * (head - len(p)) + p, a) for p, a in fitting]
+        inputs = BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(padded)
+        for row, (p, _) in enumerate(fitting):
+            inputs["attention_mask"][row, : head - len(p)] = 0
+        return inputs
 
     def evaluate(
         self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings
@@ -131,11 +145,51 @@ class TextRecipe:
         return results
 
 
+class Shape(NamedTuple):
+    """Batches of one shape, which compiles once: jobs with their weights, on a `canvas`, padded to `length` and so that answers begin
+    behind `head` tokens, of so many `rows`; what share of all batches they are, and in what share of them the causal loss is learned too
+    (which without a `head` is all: the prompt pass is as long as the prompts where it is not)."""
+
+    share: float
+    jobs: dict[str, int]
+    canvas: int
+    length: int
+    rows: int
+    causal: float = 1.0
+    head: int | None = None
+
+
+class TextFurtherRecipe(TextRecipe):
+    """What the text checkpoint learned after its first six jobs, from which it goes on: answers that fill the canvas, numbers whose words
+    and digits tell each other, and notes in more wordings and of more words."""
+
+    name = "text-further"
+    start = "text"
+    SHORT_JOBS = {"date": 2, "number_to_words": 2, "words_to_number": 2, "units": 3, "sort": 3, "number_pair": 4}
+    SHAPES = (
+        Shape(0.45, {"days": 1}, 256, 288, 8, 0.25, head=46),
+        Shape(0.27, {"note_to_json": 1}, 64, 144, 32),
+        Shape(0.11, SHORT_JOBS, 24, 64, 64),
+        Shape(0.17, {**SHORT_JOBS, "note_to_json": 16}, 256, 144, 12, 0.5, head=88),
+    )
+    VARIED = 0.7  # of the notes: composed sentences
+
+    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
+        shape = rng.choices(self.SHAPES, weights=[shape.share for shape in self.SHAPES])[0]
+        names = rng.choices([*shape.jobs], weights=[*shape.jobs.values()], k=max(1, shape.rows * size // self.defaults["batch_size"]))
+        pairs = [
+            draw_varied(rng) if name == "note_to_json" and rng.random() < self.VARIED else TEXT_JOBS[name].sample(rng, "train")
+            for name in names
+        ]
+        options = {"canvas_length": shape.canvas, "causal": rng.random() < shape.causal}
+        return self.collate(pairs, shape.canvas, shape.length, shape.head), options
+
+
 class SudokuRecipe:
     """Sudoku 9x9: 81 cells in the prompt, the solution on a canvas of 81."""
 
     name = "sudoku"
-    causal = False  # the solution cannot be read off left to right, and its one canvas is never continued
+    start = None
     rollouts = (0.5, 0.75)  # from half of the steps on, three batches in four are canvases that the model wrote itself
     defaults = {"hidden_size": 128, "layers": 6, "batch_size": 64}
     CELLS = 81
@@ -175,8 +229,8 @@ class SudokuRecipe:
         """Token ids of grids `(n, 81)`: id 5 is '.', 5 + d is the digit d."""
         return torch.from_numpy(grids.astype(np.int64)) + 5
 
-    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], int]:
-        """Model inputs of `size` training examples, and the canvas length to train them on."""
+    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
+        """Model inputs of `size` training examples, and how the loss is to take them."""
         if self.puzzles is None:
             raise ValueError("`data` is None; expected the file that `python examples/jobs/sudoku.py make` wrote")
         draw = np.random.default_rng(rng.getrandbits(64))
@@ -184,7 +238,7 @@ class SudokuRecipe:
         bos = torch.full((size, 1), 2)
         input_ids = torch.cat((bos, self.encode(puzzles), self.encode(solutions)), dim=1)
         labels = torch.cat((torch.full((size, 1 + self.CELLS), -100), input_ids[:, 1 + self.CELLS :]), dim=1)
-        return {"input_ids": input_ids, "labels": labels}, self.CELLS
+        return {"input_ids": input_ids, "labels": labels}, {"canvas_length": self.CELLS, "causal": False}
 
     def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
         """Solved puzzles out of `count` newly generated ones with 26 to 36 clues, by the real checker, and by difficulty."""
@@ -216,6 +270,6 @@ class SudokuRecipe:
         }
 
 
-RECIPES = {recipe.name: recipe for recipe in (TextRecipe, SudokuRecipe)}
+RECIPES = {recipe.name: recipe for recipe in (TextRecipe, TextFurtherRecipe, SudokuRecipe)}
 
-__all__ = ["RECIPES", "SudokuRecipe", "TextRecipe", "progress", "small_config"]
+__all__ = ["RECIPES", "SudokuRecipe", "TextFurtherRecipe", "TextRecipe", "progress", "small_config"]

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from evaluate import print_table
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss, default_checkpoint
 from modeling_diffusiongemma.weights.saving import finish, replacing
 from recipes import RECIPES, progress
 
@@ -30,6 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--out", required=True, help="folder for the checkpoint and the state of training")
     parser.add_argument("--data", help="sudoku: the puzzles' .npz file")
+    parser.add_argument("--init", help="checkpoint to begin with (default: the recipe's; most begin with random weights)")
     parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps; the learning rate ends at 0 there")
     parser.add_argument("--batch-size", type=int, help="examples a step (default: the recipe's)")
     parser.add_argument("--hidden-size", type=int, help="default: the recipe's")
@@ -116,8 +117,12 @@ def train(args: argparse.Namespace) -> None:
         state = torch.load(out / "checkpoint" / "state.pt", weights_only=False)
         print(f"continuing {out} at step {state['step']}", flush=True)
     else:
-        model = DiffusionGemmaForMaskedBlockLM(recipe.config(**sizes))
-        model.generation_config.update(**recipe.generation_config())
+        start = args.init or (recipe.start and default_checkpoint(recipe.start))
+        if start:
+            model = DiffusionGemmaForMaskedBlockLM.from_pretrained(start, dtype=torch.float32)
+        else:
+            model = DiffusionGemmaForMaskedBlockLM(recipe.config(**sizes))
+            model.generation_config.update(**recipe.generation_config())
     model.to(device)
     # Measured on CPU for models of this size: every expert as two plain products, attention as batched products.
     model.set_experts_implementation("dense_mm")
@@ -134,9 +139,9 @@ def train(args: argparse.Namespace) -> None:
             layer.compile(dynamic=False)
     print(f"{recipe.name}: {model.num_parameters():,} parameters, {args.steps} steps of {batch_size} on {device}", flush=True)
 
-    def draw(count: int) -> tuple[dict[str, torch.Tensor], int]:
-        batch, canvas_length = recipe.batch(rng, count, step / args.steps)
-        return {key: value.to(device) for key, value in batch.items()}, canvas_length
+    def draw(count: int) -> tuple[dict[str, torch.Tensor], dict]:
+        batch, options = recipe.batch(rng, count, step / args.steps)
+        return {key: value.to(device) for key, value in batch.items()}, options
 
     model.train()
     rollout, (rollouts_from, rollout_share) = Rollout(model, batch_size), recipe.rollouts or (1.0, 0.0)
@@ -149,23 +154,24 @@ def train(args: argparse.Namespace) -> None:
         rolled = step / args.steps >= rollouts_from and rng.random() < rollout_share
         if rolled:
             batch, noised, soft_embeds = rollout.batch(lambda count: draw(count)[0])
-            canvas, canvas_length = {"noised": noised, "soft_embeds": soft_embeds}, rollout.canvas_length
+            options = {"canvas_length": rollout.canvas_length, "causal": False}
+            canvas = {"noised": noised, "soft_embeds": soft_embeds}
         else:
-            batch, canvas_length = draw(batch_size)
+            batch, options = draw(batch_size)
             # Self-conditioning on half of the batches rather than of the rows: the same share, half of the extra passes.
             canvas = {"self_conditioning_mask": torch.full((len(batch["input_ids"]),), rng.random() < 0.5, device=device)}
         rows = len(batch["input_ids"])
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.bf16):
-            losses = block_diffusion_loss(model, **batch, **canvas, causal=recipe.causal, canvas_length=canvas_length)
-            loss = losses.diffusion + (losses.causal if recipe.causal else 0)
+            losses = block_diffusion_loss(model, **batch, **canvas, **options)
+            loss = losses.diffusion + (losses.causal if options["causal"] else 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(args.lr * learning_rate(step, args.steps, args.warmup))
         if rolled:
             rollout.advance(losses.logits)
         step, examples = step + 1, examples + rows
-        sums.setdefault("rollout" if rolled else f"canvas {canvas_length}", []).append(losses.diffusion.item())
-        if recipe.causal:
+        sums.setdefault("rollout" if rolled else f"canvas {options['canvas_length']}, {batch['input_ids'].shape[1]}", []).append(losses.diffusion.item())
+        if options["causal"]:
             sums.setdefault("causal", []).append(losses.causal.item())
         bar.update()
         if step % args.log_every == 0 or step == args.steps:

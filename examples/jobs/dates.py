@@ -94,7 +94,7 @@ DATE = Job(
     name="date",
     draw=_draw,
     check=lambda prompt, answer: answer == _read_prompt(prompt),
-    content=lambda prompt: frozenset({content_of_date(_read_prompt(prompt))}),
+    content=lambda prompt, response: frozenset({content_of_date(_read_prompt(prompt))}),
 )
 
 __all__ = [

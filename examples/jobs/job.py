@@ -25,14 +25,16 @@ class Job:
         draw: `(rng, held_out) -> (prompt, response)`; called through `sample`.
         check: `(prompt, answer) -> bool`. Parses the prompt and decides whether the answer is right; knows nothing about the stored
             response. Strict about spacing. ValueError where the prompt holds nothing to judge by.
-        content: `prompt -> frozenset of str`, the contents the split is made of. In a "test" prompt every one is held out, in a "train"
-            prompt none is; so the two splits share no content.
+        content: `(prompt, response) -> frozenset of str`, the contents the split is made of. In a "test" example every one is held out,
+            in a "train" example none is; so the two splits share no content.
+        many_answers: whether another example's response may be right as well.
     """
 
     name: str
     draw: Callable[[random.Random, bool], tuple[str, str]]
     check: Callable[[str, str], bool]
-    content: Callable[[str], frozenset[str]]
+    content: Callable[[str, str], frozenset[str]]
+    many_answers: bool = False
 
     def sample(self, rng: random.Random, split: str) -> tuple[str, str]:
         """Draws one prompt with its canonical response; the only randomness is `rng`.

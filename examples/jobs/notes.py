@@ -90,7 +90,7 @@ _NOUNS = partition(ITEMS, content_of_noun)
 _PRICES = partition((f"{cents // 100}.{cents % 100:02}" for cents in range(50, 10_000)), content_of_price)
 
 
-def _made_up(rng: random.Random, syllables: tuple[int, ...]) -> str:
+def made_up(rng: random.Random, syllables: tuple[int, ...]) -> str:
     """A word of random syllables, at least three letters."""
     word = ""
     while len(word) < 3:
@@ -98,20 +98,25 @@ def _made_up(rng: random.Random, syllables: tuple[int, ...]) -> str:
     return word
 
 
-def _draw_name(rng: random.Random, held_out: bool) -> str:
-    if held_out or rng.random() < 0.5:
-        return rng.choice(_NAMES[held_out])
+def made_up_name(rng: random.Random) -> str:
+    """A name of random syllables that is no word of a template and not held out."""
     while True:
-        name = _made_up(rng, (1, 2, 2)).capitalize()
+        name = made_up(rng, (1, 2, 2)).capitalize()
         if name not in _RESERVED and not is_held_out(content_of_name(name)):
             return name
 
 
-def _draw_item(rng: random.Random, held_out: bool) -> str:
+def draw_name(rng: random.Random, held_out: bool) -> str:
+    """A name on its side of the split; in training every second one is made up."""
+    return rng.choice(_NAMES[held_out]) if held_out or rng.random() < 0.5 else made_up_name(rng)
+
+
+def draw_item(rng: random.Random, held_out: bool) -> str:
+    """An item on its side of the split; in training every third noun is made up."""
     if held_out or rng.random() < 2 / 3:
         noun = rng.choice(_NOUNS[held_out])
     else:
-        noun = draw_until(lambda: _made_up(rng, (1, 1, 2)) + "s", content_of_noun, False)
+        noun = draw_until(lambda: made_up(rng, (1, 1, 2)) + "s", content_of_noun, False)
     return f"{rng.choice(MODIFIERS)} {noun}" if rng.random() < 0.5 else noun
 
 
@@ -121,15 +126,15 @@ def write_json(values: dict[str, str]) -> str:
     return "{" + ", ".join(f'"{key}": {value}' for key, value in pairs) + "}"
 
 
-def _draw(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    sentence = rng.choice(rng.choice(_TEMPLATES[held_out]))
+def fill_in(rng: random.Random, sentence: str, held_out: bool, name=draw_name, item=draw_item) -> tuple[str, str]:
+    """Prompt and response of a sentence with slots, whose values are drawn; names and items by `(rng, held_out) -> str`."""
     values, written = {}, {}
     if "{name}" in sentence:
-        values["name"] = written["name"] = _draw_name(rng, held_out)
+        values["name"] = written["name"] = name(rng, held_out)
     if "{quantity}" in sentence:
         values["quantity"] = written["quantity"] = str(2 + int(rng.random() * 98))
     if "{item}" in sentence:
-        values["item"] = written["item"] = _draw_item(rng, held_out)
+        values["item"] = written["item"] = item(rng, held_out)
     if "{price}" in sentence:
         values["price"] = rng.choice(_PRICES[held_out])
         written["price"] = rng.choice(PRICE_FORMS).format(values["price"])
@@ -138,6 +143,10 @@ def _draw(rng: random.Random, held_out: bool) -> tuple[str, str]:
         values["date"] = date.isoformat()
         written["date"] = write_date(date, rng.choice(DATE_FORMS))
     return rng.choice(PHRASINGS).format(sentence.format_map(written)), write_json(values)
+
+
+def _draw(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    return fill_in(rng, rng.choice(rng.choice(_TEMPLATES[held_out])), held_out)
 
 
 def read_note(prompt: str) -> tuple[str, dict[str, str]]:
@@ -186,7 +195,7 @@ def _check(prompt: str, answer: str) -> bool:
     return all(type(parsed[key]) is type(values[key]) and parsed[key] == values[key] for key in values)
 
 
-def _content(prompt: str) -> frozenset[str]:
+def _content(prompt: str, response: str) -> frozenset[str]:
     template, values = read_note(prompt)
     keys = {
         "name": content_of_name,
@@ -199,4 +208,6 @@ def _content(prompt: str) -> frozenset[str]:
 
 NOTE_TO_JSON = Job(name="note_to_json", draw=_draw, check=_check, content=_content)
 
-__all__ = ["KEYS", "NOTE_TO_JSON", "compile_template", "expand", "read_note", "write_json"]
+__all__ = [
+    "KEYS", "NOTE_TO_JSON", "compile_template", "content_of_noun", "draw_item", "draw_name", "expand", "fill_in", "made_up", "made_up_name", "read_note", "write_json",
+]  # fmt: skip

@@ -81,17 +81,18 @@ def _numbers(limit: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 _SMALL, _ALL = _numbers(1000), _numbers(LIMIT)
 
 
-def _draw_number(rng: random.Random, held_out: bool) -> int:
+def draw_number(rng: random.Random, held_out: bool) -> int:
+    """Draws a number on its side of the split, a quarter of them below 1000."""
     return rng.choice((_SMALL if rng.random() < 0.25 else _ALL)[held_out])
 
 
 def _draw_to_words(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    number = _draw_number(rng, held_out)
+    number = draw_number(rng, held_out)
     return rng.choice(TO_WORDS).format(number), spell(number)
 
 
 def _draw_to_number(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    number = _draw_number(rng, held_out)
+    number = draw_number(rng, held_out)
     return rng.choice(TO_NUMBER).format(spell(number)), str(number)
 
 
@@ -116,13 +117,13 @@ NUMBER_TO_WORDS = Job(
     name="number_to_words",
     draw=_draw_to_words,
     check=lambda prompt, answer: read_words(answer) == _read_digits_prompt(prompt),
-    content=lambda prompt: frozenset({content_of_number(_read_digits_prompt(prompt))}),
+    content=lambda prompt, response: frozenset({content_of_number(_read_digits_prompt(prompt))}),
 )
 WORDS_TO_NUMBER = Job(
     name="words_to_number",
     draw=_draw_to_number,
     check=lambda prompt, answer: answer == str(_read_words_prompt(prompt)),
-    content=lambda prompt: frozenset({content_of_number(_read_words_prompt(prompt))}),
+    content=lambda prompt, response: frozenset({content_of_number(_read_words_prompt(prompt))}),
 )
 
-__all__ = ["NUMBER_TO_WORDS", "WORDS_TO_NUMBER", "content_of_number", "read_words", "spell"]
+__all__ = ["NUMBER_TO_WORDS", "WORDS_TO_NUMBER", "content_of_number", "draw_number", "read_words", "spell"]

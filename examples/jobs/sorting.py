@@ -47,6 +47,6 @@ def _check(prompt: str, answer: str) -> bool:
     return answer == ", ".join(str(number) for number in sorted(_read_prompt(prompt)))
 
 
-SORT = Job(name="sort", draw=_draw, check=_check, content=lambda prompt: frozenset({_content(_read_prompt(prompt))}))
+SORT = Job(name="sort", draw=_draw, check=_check, content=lambda prompt, response: frozenset({_content(_read_prompt(prompt))}))
 
 __all__ = ["SORT"]

@@ -13,7 +13,11 @@ import random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from . import TEXT_JOBS
+from .dates import DATE
+from .notes import NOTE_TO_JSON
+from .number_words import NUMBER_TO_WORDS, WORDS_TO_NUMBER
+from .sorting import SORT
+from .units import UNITS
 
 SPECIAL_IDS = {
     "<pad>": 0,
@@ -33,6 +37,7 @@ SPECIAL_IDS = {
 SPECIAL_COUNT = 128
 SMALLEST = SPECIAL_COUNT + 256
 SAMPLES_PER_JOB = 2000
+JOBS = (DATE, NUMBER_TO_WORDS, WORDS_TO_NUMBER, UNITS, SORT, NOTE_TO_JSON)  # later jobs are written in the same tokens
 MODEL_MAX_LENGTH = 8192
 CUTS = r"\p{N}|\p{L}+|[^\p{L}\p{N}]+"
 
@@ -82,7 +87,7 @@ def special_tokens() -> list[str]:
 def training_text(samples_per_job: int = SAMPLES_PER_JOB, seed: int = 0) -> list[str]:
     """Prompts and responses of the training split, the same number from every job, and the roles of the chat template."""
     rng = random.Random(seed)
-    texts = [text for job in TEXT_JOBS.values() for _ in range(samples_per_job) for text in job.sample(rng, "train")]
+    texts = [text for job in JOBS for _ in range(samples_per_job) for text in job.sample(rng, "train")]
     return texts + ["user", "model", "system"] * samples_per_job
 
 

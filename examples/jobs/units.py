@@ -68,6 +68,6 @@ def _check(prompt: str, answer: str) -> bool:
     return Decimal(match[1]) == Decimal(value).scaleb(EXPONENTS[source] - EXPONENTS[target])
 
 
-UNITS = Job(name="units", draw=_draw, check=_check, content=lambda prompt: frozenset({_content(*_read_prompt(prompt))}))
+UNITS = Job(name="units", draw=_draw, check=_check, content=lambda prompt, response: frozenset({_content(*_read_prompt(prompt))}))
 
 __all__ = ["PAIRS", "UNITS", "shift"]
