@@ -162,7 +162,7 @@ def train(args: argparse.Namespace) -> None:
             canvas = {"self_conditioning_mask": torch.full((len(batch["input_ids"]),), rng.random() < 0.5, device=device)}
         rows = len(batch["input_ids"])
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.bf16):
-            losses = block_diffusion_loss(model, **batch, **canvas, **options)
+            losses = block_diffusion_loss(model, **batch, **canvas, **options, keep_logits=rolled)
             loss = losses.diffusion + (losses.causal if options["causal"] else 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,7 +170,9 @@ def train(args: argparse.Namespace) -> None:
         if rolled:
             rollout.advance(losses.logits)
         step, examples = step + 1, examples + rows
-        sums.setdefault("rollout" if rolled else f"canvas {options['canvas_length']}, {batch['input_ids'].shape[1]}", []).append(losses.diffusion.item())
+        sums.setdefault("rollout" if rolled else f"canvas {options['canvas_length']}, {batch['input_ids'].shape[1]}", []).append(
+            losses.diffusion.item()
+        )
         if options["causal"]:
             sums.setdefault("causal", []).append(losses.causal.item())
         bar.update()

@@ -14,6 +14,7 @@ from .number_words import NUMBER_TO_WORDS, WORDS_TO_NUMBER
 from .sorting import SORT
 from .units import UNITS
 
-TEXT_JOBS: dict[str, Job] = {job.name: job for job in (DATE, NUMBER_TO_WORDS, WORDS_TO_NUMBER, UNITS, SORT, NOTE_TO_JSON, NUMBER_PAIR, DAYS)}
+_JOBS = (DATE, NUMBER_TO_WORDS, WORDS_TO_NUMBER, UNITS, SORT, NOTE_TO_JSON, NUMBER_PAIR, DAYS)
+TEXT_JOBS: dict[str, Job] = {job.name: job for job in _JOBS}
 
 __all__ = ["SPLITS", "TEXT_JOBS", "Job", "is_held_out"]

@@ -209,5 +209,6 @@ def _content(prompt: str, response: str) -> frozenset[str]:
 NOTE_TO_JSON = Job(name="note_to_json", draw=_draw, check=_check, content=_content)
 
 __all__ = [
-    "KEYS", "NOTE_TO_JSON", "compile_template", "content_of_noun", "draw_item", "draw_name", "expand", "fill_in", "made_up", "made_up_name", "read_note", "write_json",
+    "KEYS", "NOTE_TO_JSON", "compile_template", "content_of_noun", "draw_item", "draw_name", "expand", "fill_in", "made_up", "made_up_name",
+    "read_note", "write_json",
 ]  # fmt: skip
