@@ -231,11 +231,11 @@ def test_days_roll_over_months_and_leap_years():
 
 
 @pytest.mark.parametrize(("answer", "right"), [
-    ("four hundred and six = 406", True), ("zero = 0", True), ("four hundred six = 406", False), ("four hundred and six = 407", False),
-    ("four hundred and six=406", False), ("406 = four hundred and six", False), ("four hundred and six = 0406", False),
+    ("4006 = four thousand and six", True), ("4006 = four thousand six", False), ("4007 = four thousand and six", False),
+    ("4006=four thousand and six", False), ("four thousand and six = 4006", False), ("406 = four hundred and six", False),
 ])  # fmt: skip
 def test_pair_is_right_where_its_sides_agree(answer, right):
-    assert TEXT_JOBS["number_pair"].check("Any number in words and in digits.", answer) is right
+    assert TEXT_JOBS["number_pair"].check("Any number in digits and in words.", answer) is right
 
 
 # The tokenizer

@@ -33,7 +33,7 @@ class BlockDiffusionCollator:
         pad_token_id (`int`, *optional*): default: the tokenizer's.
         pad_to_multiple_of (`int`): lengths are rounded up to it, which keeps the number of distinct shapes small.
         max_length (`int`, *optional*): longer examples are refused by name: cut ones would teach endings that are none.
-        packing: several examples in a row of at most `max_length` tokens, each into the first row with room for it, the longest first.
+        packing: several examples in a row of at most `max_length` tokens, each into the first row with place for it.
         template_kwargs (*optional*): further arguments of the chat template, such as `{"enable_thinking": True}`.
 
     Raises:
@@ -89,7 +89,7 @@ class BlockDiffusionCollator:
 
     def _packed(self, examples: list[Example]) -> list[list[Example]]:
         rows: list[list[Example]] = []
-        for example in sorted(examples, key=lambda example: -len(example.ids)):
+        for example in examples:  # as they come: sorted by length, short ones would share rows of many canvases and pad all others
             fitting = (row for row in rows if sum(len(one.ids) for one in row) + len(example.ids) <= self.max_length)
             row = next(fitting, None)
             if row is None:

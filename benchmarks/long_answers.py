@@ -1,0 +1,85 @@
+"""Answers that fill a canvas, by denoising and one token at a time, with the same weights: exactness, passes, tokens a second.
+
+    python benchmarks/long_answers.py                       # the shipped text checkpoint, 200 unseen lists of days
+    python benchmarks/long_answers.py --cases 40 --batches 1 8 --threads 2
+
+The job `days` (examples/jobs/days.py): 14 to 22 days from a day on, 154 to 242 tokens, of years that no training list shows. Both ways
+answer the same requests; tokens are those of the answers without padding; the two take turns batch by batch, in one process. At batch 1
+the first `--single` cases are timed, larger batches take all of them.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from measure import heading, machine, markdown, say
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
+
+from jobs import TEXT_JOBS
+from modeling_diffusiongemma import default_checkpoint
+
+WAYS = {"diffusion": {}, "autoregressive": {"decoding": "autoregressive", "do_sample": False}}
+JOB = TEXT_JOBS["days"]
+
+
+class Measured:
+    """Sums over the batches of one way and one batch size."""
+
+    def __init__(self):
+        self.seconds, self.tokens, self.passes, self.right, self.cases = 0.0, 0, 0, 0, 0
+
+    def add(self, model, tokenizer, prompts: list[str], seeds: list[int], settings: dict) -> None:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
+        started = time.perf_counter()
+        output = model.generate(**inputs, seed=seeds, return_dict_in_generate=True, **settings)
+        self.seconds += time.perf_counter() - started
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(new, skip_special_tokens=True)
+        self.right += sum(JOB.check(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+        self.tokens += int(output.lengths.sum())
+        self.passes += int(output.denoising_steps.sum()) or int(output.lengths.sum())
+        self.cases += len(prompts)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="folder to load (default: the shipped text checkpoint)")
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--single", type=int, default=40, help="cases of the batch of 1")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 40])
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    path = args.checkpoint or default_checkpoint()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path, padding_side="left")
+    rng = random.Random(7)
+    prompts = [JOB.sample(rng, "test")[0] for _ in range(args.cases)]
+    Measured().add(model, tokenizer, prompts[:1], [0], {})  # the first call of a process is slower
+    say(heading("long_answers.py", arguments, machine("cpu", args.threads)))
+    rows = []
+    for batch in args.batches:
+        found = {way: Measured() for way in WAYS}
+        cases = prompts[: args.single] if batch == 1 else prompts
+        for first in range(0, len(cases), batch):
+            for way, settings in WAYS.items():
+                some = cases[first : first + batch]
+                found[way].add(model, tokenizer, some, list(range(first, first + len(some))), settings)
+        speeds = {way: each.tokens / each.seconds for way, each in found.items()}
+        for way, each in found.items():
+            rows.append([
+                batch, way, f"{each.right} of {each.cases}", f"{each.passes / each.cases:.1f}", f"{each.tokens / each.cases:.0f}",
+                f"{speeds[way]:,.0f}", f"{speeds[way] / speeds['autoregressive']:.1f}",
+            ])  # fmt: skip
+            print("|", " | ".join(map(str, rows[-1])), "|", file=sys.stderr, flush=True)
+    print(markdown(["batch", "decoding", "exact", "passes", "tokens", "tokens/s", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
