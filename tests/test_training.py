@@ -347,7 +347,9 @@ def test_training_script_resumes_and_writes_its_results(tmp_path):
     state = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=False)
     assert state["step"] == 5 and [entry["step"] for entry in state["log"]] == [1, 2, 3, 4, 5]
     assert all(math.isfinite(value) for entry in state["log"] for value in entry.values())
+    from jobs import TEXT_JOBS
+
     written = json.loads(results.read_text())
-    assert len(written) == 6 and all(result["cases"] == 1 and 0 <= result["exact"] <= 1 for result in written.values())
+    assert len(written) == len(TEXT_JOBS) + 2 and all(result["cases"] == 1 and 0 <= result["exact"] <= 1 for result in written.values())
     assert isinstance(DiffusionGemmaForMaskedBlockLM.from_pretrained(tmp_path / "checkpoint"), DiffusionGemmaForMaskedBlockLM)
     assert not list(tmp_path.glob("checkpoint.*")), "no half-written state is left"
