@@ -17,7 +17,6 @@ from generation import CanvasStreamer
 from generation.watch.terminal import Cell
 from jobs import TEXT_JOBS, sudoku
 
-
 RACED = 5  # long answers
 
 
