@@ -16,6 +16,7 @@ answer_usage()  # before the seconds that the rest takes
 
 from .checkpoints import default_checkpoint  # noqa: E402
 from .drop_in.model import DiffusionGemmaForBlockDiffusion, DiffusionGemmaModel  # noqa: E402
+from .layers.adapter_targets import lora_targets  # noqa: E402
 from .layers.configuration import DiffusionGemmaConfig, DiffusionGemmaTextConfig  # noqa: E402
 from .layers.outputs import BlockModelOutput, MaskedBlockOutput  # noqa: E402
 from .model.block_model import DiffusionGemmaBlockModel  # noqa: E402
@@ -33,5 +34,5 @@ register(DiffusionGemmaForMaskedBlockLM, DiffusionGemmaForBlockDiffusion, Diffus
 __all__ = [
     "BlockDiffusionCollator", "BlockModelOutput", "DiffusionGemmaBlockModel", "DiffusionGemmaConfig", "DiffusionGemmaForMaskedBlockLM",
     "DiffusionGemmaTextConfig", "FP8Config", "FourBitConfig", "MaskedBlockOutput", "Rollout", "Score", "block_diffusion_loss",
-    "default_checkpoint",
+    "default_checkpoint", "lora_targets",
 ]  # fmt: skip

@@ -16,14 +16,14 @@ from generation.vocabulary.products import ONEDNN_PRODUCTS
 
 from ..layers.attention import SHARED_KEYS
 from ..layers.caches import OFFLOADED_CACHE
-from ..layers.experts import GROUPED_EXPERTS
+from ..layers.experts import GROUPED_ADAPTERS, GROUPED_EXPERTS
 from ..version import VERSION
 from ..weights.fp8_math import SCALED, SCALED_GROUPED
 from ..weights.fp8_numbers import E4M3_TABLE
 
 PATHS = (
-    KERNEL, LATTICE_KERNEL, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, SCALED, SCALED_GROUPED, E4M3_TABLE, OFFLOADED_CACHE,
-    ONEDNN_PRODUCTS,
+    KERNEL, LATTICE_KERNEL, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, GROUPED_ADAPTERS, SCALED, SCALED_GROUPED, E4M3_TABLE,
+    OFFLOADED_CACHE, ONEDNN_PRODUCTS,
 )  # fmt: skip
 WORKS, FAILED, NOT_HERE = "works", "FAILED", "not for this device"
 

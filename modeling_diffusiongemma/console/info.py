@@ -1,6 +1,6 @@
 """`diffusiongemma info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read. With `--device`
 instead: which of the fast paths work on this machine, each run there on a few values against its reference. With `--plan`: where the
-model would go on several machines in bf16, FP8 and NF4."""
+model would go on several machines in bf16, FP8 and NF4. With `--adapters`: what tuning it by LoRA keeps in memory in each of these."""
 
 import argparse
 import logging
@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from generation.call.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
 
 from ..model.head import DiffusionGemmaForMaskedBlockLM
+from ..weights.adapter_memory import count_adapters, tuning_table
 from ..weights.loading import damaged_files
 from ..weights.plans import CPU_RESERVE, GIB, GPU_RESERVE, table
 from ..weights.safetensors_files import INDEX, SINGLE
@@ -133,11 +134,27 @@ def report_plan(path: str, as_json: bool) -> int:
     return 0
 
 
+def report_adapters(path: str, rank: int, as_json: bool) -> int:
+    """Prints what tuning a checkpoint's model by LoRA keeps in memory, by its config alone."""
+    config = read_config(path)
+    lines, found = tuning_table(config, DiffusionGemmaForMaskedBlockLM, rank)
+    if as_json:
+        for (precision, experts), memory in found.items():
+            print(json_line({"precision": precision, "rank": rank, "experts": experts, **memory._asdict(), "total": memory.total}))
+        return 0
+    counts = [f"{count_adapters(config, DiffusionGemmaForMaskedBlockLM, rank, experts):,}" for experts in (True, False)]
+    about = f"An adapter of rank {rank} has {counts[0]} parameters, without experts {counts[1]}, in float32"
+    print("\n".join(lines) + f"\n\nGiB. {about}. What a pass computes comes on top.")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     if args.device is not None:
         return report_device(args.device, args.json)
     if args.plan:
         return report_plan(args.model.path, args.json)
+    if args.adapters is not None:
+        return report_adapters(args.model.path, args.adapters, args.json)
     about = describe(args.model.path)
     print(json_line(about) if args.json else report(about))
     return 0

@@ -141,11 +141,18 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", action="store_true",
         help="where it would go on machines of several sizes in bf16, FP8 and NF4: GiB by place; and, of those, how many move in each step",
     )  # fmt: skip
+    parser.add_argument(
+        "--adapters", type=integer(1), metavar="RANK",
+        help="what tuning it by LoRA of this rank keeps in memory in bf16, FP8 and NF4, with adapters of the experts and without",
+    )  # fmt: skip
 
 
 def info_check(args: argparse.Namespace) -> None:
     if args.plan and args.device is not None:
         raise UsageError("`--plan` and `--device` are both given; expected one: a plan is a checkpoint's")
+    if args.adapters is not None and (args.plan or args.device is not None):
+        other = "--plan" if args.plan else "--device"
+        raise UsageError(f"`--adapters` and `{other}` are both given; expected one: each is a report of its own")
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -195,6 +202,7 @@ and without trust_remote_code in transformers' own class. Upload it with: hf upl
   diffusiongemma info --model sudoku --json
   diffusiongemma info --model google/diffusiongemma-26B-A4B-it
   diffusiongemma info --model google/diffusiongemma-26B-A4B-it --plan
+  diffusiongemma info --model google/diffusiongemma-26B-A4B-it --adapters 8
   diffusiongemma info --device
   diffusiongemma info --device cuda:1 --json
 """),

@@ -3,12 +3,18 @@
 The experts go through transformers' experts interface (`experts_implementation=`): `"eager"` is the loop over experts below, the
 reference; `"grouped_mm"` and `"batched_mm"` are transformers'; `"dense_mm"`, registered here, computes every expert for every
 token as two plain matrix products. Where the caller chooses none, `choose_experts` does, or whoever called `experts_by`.
+
+What an adapter adds to a stacked weight comes as `LowRank` beside the tokens (`deltas`): each expert's projection is then asked for by
+itself, `x @ weight[e].T + x @ first[e].T @ second[e].T`, and neither the stacked sum nor the stacked delta is ever written out. Knows
+nothing of who made the adapters.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import wraps
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +30,7 @@ from .layers import RMSNorm
 # fastest in bfloat16, and experts up to which "eager" is: what it computes for one expert stays in a cache, but each costs some calls.
 DENSE_LIMIT = 2**17
 EAGER_LIMIT = 16
+RANK_MULTIPLE = 8  # torch's grouped products want rows of a whole number of 16 bytes
 
 # transformers' functions, and those of this very file under their names: another version of it may be in the process, as remote code.
 EXPERTS_FUNCTIONS = ExpertsInterface()
@@ -53,6 +60,62 @@ class Router(nn.Module):
         return probabilities, weights * self.per_expert_scale[chosen], chosen
 
 
+class LowRank(NamedTuple):
+    """What adapters add to a stacked weight: `second[e] @ first[e]` to that of expert e."""
+
+    first: torch.Tensor  # (E, R, in)
+    second: torch.Tensor  # (E, out, R), scaled
+
+
+class OneByOne:
+    """A stacked weight of which an expert's matrix is made when it is asked for, and never trains."""
+
+    def __init__(self, make: Callable[[int], torch.Tensor]):
+        self.make = make
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        return self.make(expert)
+
+
+class _MadeProduct(torch.autograd.Function):
+    """`inputs @ made[expert].T`, for whose gradient the matrix is made again: kept, all of a layer's would be there at once."""
+
+    @staticmethod
+    def forward(ctx, inputs: torch.Tensor, made: OneByOne, expert: int) -> torch.Tensor:
+        ctx.made, ctx.expert, ctx.dtype = made, expert, inputs.dtype
+        return nn.functional.linear(inputs, made[expert])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return (gradient @ ctx.made[ctx.expert].to(gradient.dtype)).to(ctx.dtype), None, None
+
+
+def project(stacked: torch.Tensor | tuple | OneByOne, delta: LowRank | None, inputs: torch.Tensor, expert: int) -> torch.Tensor:
+    """`inputs @ (stacked[expert] + delta[expert]).T`: `(n, in)` to `(n, out)`; of `delta` the two tensors may be split by expert."""
+    if isinstance(stacked, OneByOne) and inputs.requires_grad and torch.is_grad_enabled():
+        output = _MadeProduct.apply(inputs, stacked, expert)
+    else:
+        output = nn.functional.linear(inputs, stacked[expert])
+    if delta is None:
+        return output
+    return output + nn.functional.linear(nn.functional.linear(inputs, delta.first[expert]), delta.second[expert])
+
+
+def adaptable(experts_class: type[nn.Module]) -> type[nn.Module]:
+    """Has `forward` take `deltas`, a `LowRank` by the name of a stacked weight, which none of transformers' implementations knows."""
+    implemented = experts_class.forward
+
+    @wraps(implemented)
+    def forward(self, hidden_states, chosen, weights, deltas: dict[str, LowRank] | None = None):
+        if not deltas:
+            return implemented(self, hidden_states, chosen, weights)
+        return adapted_experts(self, hidden_states, chosen, weights, deltas)
+
+    experts_class.forward = forward
+    return experts_class
+
+
+@adaptable
 @use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)
 class Experts(nn.Module):
     """E gated MLPs in two tensors: `gate_up_proj` (E, 2 * moe_intermediate_size, D) and `down_proj` (E, D, moe_intermediate_size)."""
@@ -70,10 +133,20 @@ class Experts(nn.Module):
         return eager_experts(self, hidden_states, chosen, weights)
 
 
-def eager_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def split_by_expert(stacked: torch.Tensor | OneByOne) -> torch.Tensor | tuple[torch.Tensor, ...] | OneByOne:
+    """What gives an expert's matrix by its index. Indexing a tensor that trains would give each expert a gradient as large as all."""
+    trains = isinstance(stacked, torch.Tensor) and stacked.requires_grad and torch.is_grad_enabled()
+    return stacked.unbind() if trains else stacked
+
+
+def eager_experts(
+    self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, deltas: dict[str, LowRank] | None = None
+) -> torch.Tensor:
     """`Experts.forward`, one expert after the other. Waits for the device, to learn how many tokens each expert has. Of experts that make
     their weights at every use, and have `one_by_one` for it, those alone are made that have tokens."""
     stacked = self.one_by_one() if hasattr(self, "one_by_one") else self
+    gate_up_proj, down_proj = split_by_expert(stacked.gate_up_proj), split_by_expert(stacked.down_proj)
+    deltas = {name: LowRank(*map(split_by_expert, delta)) for name, delta in (deltas or {}).items()}
     order = chosen.flatten().argsort(stable=True)  # expert by expert
     counts = chosen.flatten().bincount(minlength=self.num_experts)[: self.num_experts].tolist()
     token, weight = order // chosen.shape[1], weights.flatten()[order, None]
@@ -83,8 +156,9 @@ def eager_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
         if count == 0:
             continue
         rows, end = token[end : end + count], end + count
-        gate, up = nn.functional.linear(hidden_states.index_select(0, rows), stacked.gate_up_proj[expert]).chunk(2, dim=-1)
-        partial = nn.functional.linear(self.act_fn(gate).mul_(up), stacked.down_proj[expert])
+        gate_up = project(gate_up_proj, deltas.get("gate_up_proj"), hidden_states.index_select(0, rows), expert)
+        gate, up = gate_up.chunk(2, dim=-1)
+        partial = project(down_proj, deltas.get("down_proj"), self.act_fn(gate).mul_(up), expert)
         output.index_add_(0, rows, partial.to(dtype).mul_(weight[end - count : end]))
     return output.to(hidden_states.dtype)
 
@@ -101,8 +175,51 @@ def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
     return weighted.reshape(-1, experts * double // 2) @ self.down_proj.transpose(1, 2).reshape(experts * double // 2, -1)
 
 
-def _prove_grouped(device: torch.device, dtype: torch.dtype, hidden_size: int, size: int):
-    """Three experts of the model's own sizes, which decide whether a kernel takes them; one of them chosen by nobody."""
+def grouped_with_deltas(
+    self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, deltas: dict[str, LowRank]
+) -> torch.Tensor:
+    """`eager_experts` with `deltas` in three grouped products a projection, and no wait for the device."""
+    tokens, active = chosen.shape
+    experts, order = chosen.flatten().sort(stable=True)  # (N * A)
+    ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True).to(torch.int32)
+
+    def product(inputs: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
+        return nn.functional.grouped_mm(inputs, stacked.transpose(1, 2), offs=ends)
+
+    def projected(inputs: torch.Tensor, name: str) -> torch.Tensor:
+        output = product(inputs, getattr(self, name))
+        if name not in deltas:
+            return output
+        lacking = -deltas[name].first.shape[1] % RANK_MULTIPLE
+        first, second = nn.functional.pad(deltas[name].first, (0, 0, 0, lacking)), nn.functional.pad(deltas[name].second, (0, lacking))
+        return output + product(product(inputs, first), second)
+
+    gate, up = projected(hidden_states[order // active], "gate_up_proj").chunk(2, dim=-1)
+    partial = projected(self.act_fn(gate) * up, "down_proj")
+    places = torch.arange(tokens * active, device=order.device)
+    partial = partial[torch.empty_like(order).scatter(0, order, places)].view(tokens, active, -1)
+    return (partial * weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+
+@torch.compiler.disable  # how many tokens each expert has is for no graph
+def adapted_experts(
+    self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, deltas: dict[str, LowRank]
+) -> torch.Tensor:
+    """`Experts.forward` with what adapters add: by grouped products where the experts are computed by them elsewhere than on a CPU and
+    they are proven, and else one expert after the other."""
+    device, dtype = arithmetic(self)
+    way = self.config._experts_implementation
+    way = (_asked.get() or choose_experts(self)) if way == "auto" else way
+    plain = way == "grouped_mm" and not hasattr(self, "one_by_one") and not getattr(self, "_is_expert_parallel", False)
+    if plain and device.type not in ("cpu", "meta") and hidden_states.dtype == dtype and not torch.is_autocast_enabled(device.type):
+        if works(GROUPED_ADAPTERS, device, dtype, self.hidden_dim, self.intermediate_dim):
+            return grouped_with_deltas(self, hidden_states, chosen, weights, deltas)
+    return eager_experts(self, hidden_states, chosen, weights, deltas)
+
+
+def _three_experts(device: torch.device, dtype: torch.dtype, hidden_size: int, size: int) -> tuple[Experts, tuple, dict[str, LowRank]]:
+    """Three experts of the model's own sizes, which decide whether a kernel takes them; one of them chosen by nobody. With tokens, and
+    deltas of rank 3."""
 
     def waves(*shape: int) -> torch.Tensor:  # made on the device: the released model's experts are large
         return torch.arange(math.prod(shape), dtype=torch.float32, device=device).mul_(0.7).sin_().view(shape)
@@ -114,15 +231,31 @@ def _prove_grouped(device: torch.device, dtype: torch.dtype, hidden_size: int, s
         setattr(experts, name, nn.Parameter((waves(*weight.shape) / weight.shape[-1] ** 0.5).to(dtype)))
     hidden = waves(7, hidden_size).to(dtype)
     chosen = torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [2, 0], [0, 2], [2, 0]], dtype=torch.int64, device=device)
-    weights = waves(7, 2).abs()
-    got = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, chosen, weights)
-    return got, eager_experts(experts, hidden, chosen, weights)
+    deltas = {
+        name: LowRank(waves(3, 3, weight.shape[2]).to(dtype) / weight.shape[2] ** 0.5, waves(3, weight.shape[1], 3).to(dtype))
+        for name, weight in experts.named_parameters()
+    }
+    return experts, (hidden, chosen, waves(7, 2).abs()), deltas
+
+
+def _prove_grouped(*case):
+    experts, tokens, _ = _three_experts(*case)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, *tokens), eager_experts(experts, *tokens)
+
+
+def _prove_adapters(*case):
+    experts, tokens, deltas = _three_experts(*case)
+    return grouped_with_deltas(experts, *tokens, deltas), eager_experts(experts, *tokens, deltas)
 
 
 # 3 %: half precision, and TF32 where it is on.
 GROUPED_EXPERTS = FastPath(
     "grouped experts", "one expert is computed after another, which is slower", lambda device, *case: None, _prove_grouped, 0.03,
     cases=((torch.bfloat16, 2816, 704), (torch.float32, 64, 48)),
+)  # fmt: skip
+GROUPED_ADAPTERS = FastPath(
+    "grouped adapters of experts", "one expert with its adapters is computed after another, which is slower", lambda device, *case: None,
+    _prove_adapters, 0.03, cases=((torch.bfloat16, 2816, 704),),
 )  # fmt: skip
 
 
@@ -173,6 +306,8 @@ def chosen_experts(self: Experts, *args: torch.Tensor) -> torch.Tensor:
         way = "grouped_mm" if arithmetic(self)[0].type == "cpu" else way
     else:
         way = _asked.get() or way
+        if way == "grouped_mm" and hasattr(self, "one_by_one") and args[0].requires_grad and torch.is_grad_enabled():
+            way = "eager"  # a grouped product would keep all that was made for it, of every layer, for the gradient
     return EXPERTS_FUNCTIONS.get(way, eager_experts)(self, *args)
 
 
@@ -181,4 +316,7 @@ for _name, _function in {"dense_mm": dense_experts, "auto": chosen_experts}.item
     ALL_EXPERTS_FUNCTIONS.register(_name, _function)  # transformers takes the name of a registered function alone
 
 
-__all__ = ["GROUPED_EXPERTS", "Experts", "Router", "choose_experts", "dense_experts", "eager_experts", "experts_by"]
+__all__ = [
+    "GROUPED_ADAPTERS", "GROUPED_EXPERTS", "Experts", "LowRank", "OneByOne", "Router", "choose_experts", "dense_experts", "eager_experts",
+    "experts_by", "grouped_with_deltas",
+]  # fmt: skip

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..layers.configuration import DiffusionGemmaConfig
 from ..weights.loading import DOWNLOAD
 from ..weights.saving import finish, replacing
+from .adapted_experts import fit, in_few_bits
 from .adapter_names import (
     CANVAS,
     PROMPT,
@@ -176,10 +177,17 @@ class AdapterMixin:
     """`load_adapter` of both model classes, and what peft may merge."""
 
     def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
-        """As in torch; peft, which walks before it merges, then finds wrappers that refuse it, where two stacks hold the same weights."""
-        if getattr(self, "peft_config", None) and (block := block_of(self)[0]).prompt_stack is not block.decoder:
-            guard(block.decoder, block.prompt_stack)
-        yield from super().named_modules(*args, **kwargs)
+        """As in torch; peft, which walks over a model after it has wrapped modules and before it merges, then finds wrappers that are
+        `fit`; and that refuse to merge, where two stacks hold the same weights, or some lie in few bits."""
+        may_merge = True
+        if getattr(self, "peft_config", None):
+            if (block := block_of(self)[0]).prompt_stack is not block.decoder:
+                guard(block.decoder, block.prompt_stack)
+            may_merge = not any(in_few_bits(module) for _, module in super().named_modules())
+        for name, module in super().named_modules(*args, **kwargs):
+            if is_wrapper(module):
+                fit(module, may_merge)
+            yield name, module
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, *args, **kwargs):
         """As in transformers. An adapter with a delta for each pass pulls the passes apart, and a line says so.

@@ -11,19 +11,24 @@ projection of all of them. `experts_implementation="eager"` has it one at a time
 that fits. How such a model is made, loaded and saved: `four_bit`.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from ..layers.experts import Experts
+from ..layers.experts import Experts, LowRank, OneByOne
 from .fp8 import FixedDtypes, frozen
 from .registry import stack_experts
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 PACKED = {"gate_up_proj": "gate_up_packed", "down_proj": "down_packed"}
 AT_ONCE = 2**20  # numbers that are quantised together on a CPU, for which 20 bytes each are taken: a multiple of every block size
+
+_looked_at: ContextVar["FourBitExperts | None"] = ContextVar("_looked_at", default=None)  # by who walks over modules in this thread
 
 
 def kernels():
@@ -58,17 +63,6 @@ def quantize(values: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch
     return torch.cat(packed), torch.cat(scales)
 
 
-class OneByOne:
-    """A stacked weight of which an expert is dequantised when it is asked for."""
-
-    def __init__(self, experts: "FourBitExperts", name: str):
-        self.experts, self.name = experts, name
-
-    def __getitem__(self, expert: int) -> torch.Tensor:
-        shape = self.experts.shapes[self.name][1:]
-        return self.experts.numbers(self.name, expert * shape.numel(), shape.numel()).view(shape)
-
-
 class FourBitExperts(FixedDtypes, Experts):
     """`Experts` whose two tensors are dequantised at every use; each is a uint8 parameter and a float32 one of its scales.
 
@@ -94,9 +88,29 @@ class FourBitExperts(FixedDtypes, Experts):
             self.register_parameter(packed, frozen(*self.shapes[name], dtype=dtype))
             self.register_parameter(f"{packed}_scale", frozen(self.sizes(name)[1], dtype=torch.float32))
 
-    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Args and Returns as `Experts.forward`."""
-        return super().forward(hidden_states.to(self.dtype), chosen, weights).to(hidden_states.dtype)
+    def forward(
+        self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, deltas: dict[str, LowRank] | None = None
+    ) -> torch.Tensor:
+        """Args and Returns as `Experts.forward`; `deltas` in the dtype of the hidden states."""
+        deltas = {name: LowRank(*(each.to(self.dtype) for each in delta)) for name, delta in (deltas or {}).items()}
+        return super().forward(hidden_states.to(self.dtype), chosen, weights, deltas).to(hidden_states.dtype)
+
+    def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch. While who walks over a model's modules looks at these, they show the names of the weights that they stand for, too:
+        so peft finds what `target_parameters` names, in the order of the plain experts, in which it nests its wrappers."""
+        for name, module in super().named_modules(*args, **kwargs):
+            _looked_at.set(self if module is self else None)
+            try:
+                yield name, module
+            finally:
+                _looked_at.set(None)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in torch; and see `named_modules`: the weights that these stand for come on the meta device, without numbers."""
+        if _looked_at.get() is self and not recurse:
+            for name, shape in self.shapes.items():
+                yield name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), requires_grad=False)
+        yield from super().named_parameters(prefix, recurse, *args, **kwargs)
 
     def sizes(self, name: str) -> tuple[int, int]:
         """Bytes and scales of a stacked weight."""
@@ -140,8 +154,16 @@ class FourBitExperts(FixedDtypes, Experts):
     down_proj = property(lambda self: self.dequantized("down_proj"))
 
     def one_by_one(self) -> SimpleNamespace:
-        """Both stacked weights, to be asked for experts."""
-        return SimpleNamespace(**{name: OneByOne(self, name) for name in PACKED})
+        """Both stacked weights, to be asked for experts: of the tensors that are in place now, also when that is done for a gradient and
+        Accelerate has taken them away again."""
+        held = copy.copy(self)
+        held._parameters = dict(self._parameters)
+
+        def matrix(name: str, expert: int) -> torch.Tensor:
+            shape = self.shapes[name][1:]
+            return held.numbers(name, expert * shape.numel(), shape.numel()).view(shape)
+
+        return SimpleNamespace(**{name: OneByOne(partial(matrix, name)) for name in PACKED})
 
     def plain(self, dtype: torch.dtype, like: Experts) -> Experts:
         """`like` with these weights in `dtype`, dequantised expert by expert."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
-from ..layers.experts import Experts, eager_experts
+from ..layers.experts import Experts, LowRank, OneByOne, eager_experts
 from .fp8_apart import MatricesApart
 from .fp8_math import E4M3, dequantize, fp8_grouped_product, fp8_product
 from .registry import stack_experts
@@ -81,8 +81,9 @@ class FP8Experts(FixedDtypes, nn.Module):
     """`Experts` in FP8: `gate_up_proj` e4m3 (E, 2 * I, D) and `down_proj` e4m3 (E, D, I), with float32
     `gate_up_scale` and `down_scale` (E, rows, 1). Rows are sorted by expert and go through one grouped product a projection.
 
-    A parametrisation of a weight, as peft puts one there for `target_parameters`, acts on the numbers that the weight stands for: they
-    are dequantised in front of it, and the experts computed in the hidden states' dtype.
+    With adapters, peft's for `target_parameters`, experts are computed in the hidden states' dtype by the numbers that the weights stand
+    for: one at a time, dequantised when it is asked for, with its `deltas` beside it. A parametrisation of a weight acts on those numbers,
+    too, on all of them at once.
 
     Args:
         experts: whose sizes and activation to take; its weights are not read.
@@ -100,13 +101,16 @@ class FP8Experts(FixedDtypes, nn.Module):
             self.register_parameter(name, frozen(*shape, dtype=dtype))
             self.register_parameter(scale_name(name), frozen(*shape[:-1], 1, dtype=torch.float32))
 
-    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Args: `hidden_states` (N, D), `chosen` int64 (N, A), `weights` (N, A). Returns `(N, D)`."""
-        if is_parametrized(self):
-            dtype = hidden_states.dtype
-            # One after the other: indexing would give each expert a gradient as large as all of them.
-            plain = {name: self._parametrized(name).to(dtype).unbind() for name in self.WEIGHTS}
-            return eager_experts(SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **plain), hidden_states, chosen, weights)
+    def forward(
+        self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, deltas: dict[str, LowRank] | None = None
+    ) -> torch.Tensor:
+        """Args: `hidden_states` (N, D), `chosen` int64 (N, A), `weights` (N, A); `deltas`: by a weight's name what adapters add, in the
+        dtype of the hidden states. Returns `(N, D)`."""
+        if deltas or is_parametrized(self):
+            made = {name: self._one_by_one(name, hidden_states.dtype) for name in self.WEIGHTS}
+            return eager_experts(
+                SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **made), hidden_states, chosen, weights, deltas
+            )
         return self._routed(hidden_states, chosen, weights, self.gate_up_proj, self.down_proj)
 
     def _routed(
@@ -122,13 +126,17 @@ class FP8Experts(FixedDtypes, nn.Module):
         partial = partial[torch.empty_like(order).scatter(0, order, places)].view(tokens, active, -1)
         return torch.bmm(weights.to(partial.dtype).unsqueeze(1), partial).squeeze(1)
 
-    def _parametrized(self, name: str) -> torch.Tensor:
-        """A stacked weight in float32, its parametrisations applied."""
-        steps = self.parametrizations[name] if is_parametrized(self, name) else ()
-        weight = dequantize(steps.original if steps else getattr(self, name), getattr(self, scale_name(name)), torch.float32)
+    def _one_by_one(self, name: str, dtype: torch.dtype) -> OneByOne | tuple[torch.Tensor, ...]:
+        """The numbers that a stacked weight stands for, by expert; with a parametrisation made of all of them in float32."""
+        scale = getattr(self, scale_name(name))
+        if not is_parametrized(self, name):
+            weight = self._parameters[name]
+            return OneByOne(lambda expert: dequantize(weight[expert], scale[expert], dtype))
+        steps = self.parametrizations[name]
+        weight = dequantize(steps.original, scale, torch.float32)
         for step in steps:
             weight = step(weight)
-        return weight
+        return weight.to(dtype).unbind()  # indexing would give each expert a gradient as large as all of them
 
     def stack(self) -> None:
         """Puts weights that lie in a checkpoint's files into memory, stacked: there are none here (see `CheckpointFP8Experts`)."""
@@ -196,10 +204,12 @@ class CheckpointFP8Experts(FP8Experts):
         FP8Experts._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 
     @torch.compiler.disable  # nothing of this is for a graph: a loop over files
-    def forward(self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, deltas: dict[str, LowRank] | None = None
+    ) -> torch.Tensor:
         """As `FP8Experts.forward`."""
-        if is_parametrized(self):
-            return super().forward(hidden_states, chosen, weights)
+        if deltas or is_parametrized(self):
+            return super().forward(hidden_states, chosen, weights, deltas)
         return self._routed(hidden_states, chosen, weights, *(self._parameters[name] for name in self.WEIGHTS))
 
 
