@@ -225,3 +225,12 @@ def test_an_adapter_of_more_experts_than_are_computed_together(tmp_path):
         found.append(logits(model))
     for each in found[1:]:
         close(each, found[0])
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_compiled_layers_have_their_adapters(kind, checkpoint):
+    model = adapted(checkpoint, kind)
+    expected = logits(model)
+    for layer in model.get_base_model().model.decoder.layers:
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    close(logits(model), expected, 1e-5)

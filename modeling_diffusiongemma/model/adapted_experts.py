@@ -23,8 +23,10 @@ FEW_BITS = (FP8Linear, FP8Experts, FourBitExperts)
 
 def why_general(wrapper: nn.Module) -> str | None:
     """What a wrapper holds, or has around it, that is more than plain LoRA of a stacked weight; None where it holds nothing else."""
-    from peft.tuners.lora.layer import ParamWrapper
-
+    try:
+        from peft.tuners.lora.layer import ParamWrapper
+    except ImportError:
+        return "this version of peft has no such wrapper"
     if any(getattr(type(wrapper), name, None) is not getattr(ParamWrapper, name) for name in ("forward", "get_delta_weight", "get_param")):
         return f"it is a {type(wrapper).__name__}"
     if any(wrapper.lora_bias.values()) or any(wrapper.use_dora.values()) or wrapper.lora_variant:

@@ -6,9 +6,9 @@ those of bitsandbytes (NF4: Dettmers et al. 2023, arXiv 2305.14314), whose funct
 5.23's quantiser for bitsandbytes looks at `nn.Linear` and does not reach the experts; its quantiser for torchao can be told their
 names, and then fails for the reasons above.
 
-Experts are dequantised when they are used: on a CPU one at a time, those alone that have tokens; elsewhere, by the grouped product, one
-projection of all of them. `experts_implementation="eager"` has it one at a time everywhere. This is slower than the plain model wherever
-that fits. How such a model is made, loaded and saved: `four_bit`.
+Experts are dequantised when they are used: on a CPU, and wherever a gradient goes through them, one at a time, those alone that have
+tokens; else by the grouped product, one projection of all of them. `experts_implementation="eager"` has it one at a time everywhere. This
+is slower than the plain model wherever that fits. How such a model is made, loaded and saved: `four_bit`.
 """
 
 import copy
@@ -98,6 +98,9 @@ class FourBitExperts(FixedDtypes, Experts):
     def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
         """As in torch. While who walks over a model's modules looks at these, they show the names of the weights that they stand for, too:
         so peft finds what `target_parameters` names, in the order of the plain experts, in which it nests its wrappers."""
+        if torch.compiler.is_compiling():  # nobody adapts anything then, and no graph holds what a thread looks at
+            yield from super().named_modules(*args, **kwargs)
+            return
         for name, module in super().named_modules(*args, **kwargs):
             _looked_at.set(self if module is self else None)
             try:
@@ -107,7 +110,7 @@ class FourBitExperts(FixedDtypes, Experts):
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         """As in torch; and see `named_modules`: the weights that these stand for come on the meta device, without numbers."""
-        if _looked_at.get() is self and not recurse:
+        if not recurse and _looked_at.get() is self:
             for name, shape in self.shapes.items():
                 yield name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), requires_grad=False)
         yield from super().named_parameters(prefix, recurse, *args, **kwargs)
