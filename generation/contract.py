@@ -162,7 +162,15 @@ class EmbedsTokens(Protocol):
         """What gives ids int64 `(B, C)` their embeddings `(B, C, D)`."""
 
 
-OFFERS = (WalksVocabulary, RecordsSteps, Compiles, RoundsAsReference, ChecksPrompts, EmbedsTokens)
+class SharesWeights(Protocol):
+    """May be offered by a model of whose weights each of several processes may hold a share: a pass of one is then a pass of all."""
+
+    def in_step(self) -> AbstractContextManager:
+        """A context around the whole of `generate`, in which a pass waits until every process does one; at its end, whatever was raised,
+        this process does passes until the others have come to theirs."""
+
+
+OFFERS = (WalksVocabulary, RecordsSteps, Compiles, RoundsAsReference, ChecksPrompts, EmbedsTokens, SharesWeights)
 
 
 # What transformers' `generate` is made of. The mixin has these three of its own.
@@ -240,5 +248,5 @@ def _misfits(given: Any, protocol: type, images: Sequence[str] = ()) -> Iterator
 
 __all__ = [
     "CanvasConfig", "ChecksPrompts", "Compiles", "EmbedsTokens", "GeneratesCanvases", "PassOutput", "RecordsSteps", "RoundsAsReference",
-    "TextConfig", "WalksVocabulary", "check_contract",
+    "SharesWeights", "TextConfig", "WalksVocabulary", "check_contract",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """`generate`: block-diffusion generation for any model that keeps `contract.GeneratesCanvases`. Nothing here knows how it works inside."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,17 @@ def arithmetic(model, config: DiffusionGenerationConfig) -> Iterator[None]:
         yield
 
 
+def in_step(generate: Callable) -> Callable:
+    """`generate` inside the model's `in_step`, where it has one: what is refused before a pass must not leave other processes waiting."""
+
+    @functools.wraps(generate)
+    def together(self, *args, **kwargs):
+        with self.in_step() if hasattr(self, "in_step") else contextlib.nullcontext():
+            return generate(self, *args, **kwargs)
+
+    return together
+
+
 class DiffusionGenerationMixin(GenerationMixin):
     """Gives a model `generate` by block diffusion.
 
@@ -101,6 +113,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             return
 
     @torch.no_grad()
+    @in_step
     @takes_cache
     @reads_arguments
     def generate(

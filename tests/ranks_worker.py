@@ -1,4 +1,4 @@
-"""One rank of tests/test_ranks.py: `python ranks_worker.py WAY FILE`, with torchrun's variables. Writes what it found to FILE."""
+"""One rank of tests/test_ranks.py: `ranks_worker.py WAY FOLDER`, with torchrun's variables. Writes what it found to FOLDER/RANK.pt."""
 
 import os
 import sys
@@ -77,7 +77,7 @@ def trainer(rank):
     """The Trainer with a copy of the model on each rank, evaluating rows of different lengths while it trains."""
     rows = [([7] * CHUNKS, [8] * 25), *(([5, 6] * n, [9] * (3 * n)) for n in range(1, 6))]
     arguments = TrainingArguments(
-        output_dir=f"{sys.argv[2]}.folder", max_steps=2, per_device_train_batch_size=1, per_device_eval_batch_size=1, logging_steps=1,
+        output_dir=sys.argv[2], max_steps=2, per_device_train_batch_size=1, per_device_eval_batch_size=1, logging_steps=1,
         eval_strategy="steps", eval_steps=1, save_strategy="no", use_cpu=True, ddp_backend="gloo", report_to="none", disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -96,5 +96,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = int(os.environ["RANK"])
-    torch.save({"fsdp": fsdp, "trainer": trainer}[sys.argv[1]](rank), sys.argv[2])
+    torch.save({"fsdp": fsdp, "trainer": trainer}[sys.argv[1]](rank), f"{sys.argv[2]}/{rank}.pt")
     distributed.destroy_process_group()

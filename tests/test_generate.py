@@ -381,7 +381,7 @@ UNSUPPORTED = {
     "num_beams": 4, "use_cache": False, "output_attentions": True, "output_hidden_states": True, "output_logits": True,
     "guidance_scale": 2.0, "length_penalty": 0.5, "early_stopping": True, "penalty_alpha": 0.6, "forced_bos_token_id": 5,
     "renormalize_logits": True, "encoder_repetition_penalty": 1.2, "prompt_lookup_num_tokens": 3, "watermarking_config": {},
-    "assistant_model": object(), "assistant_tokenizer": object(), "synced_gpus": True, "prefix_allowed_tokens_fn": print,
+    "assistant_model": object(), "assistant_tokenizer": object(), "synced_gpus": 3, "prefix_allowed_tokens_fn": print,
     "custom_generate": "x", "use_model_defaults": True, "negative_prompt_ids": torch.ones(2, 3),
 }  # fmt: skip
 

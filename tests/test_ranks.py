@@ -1,38 +1,10 @@
 """Several processes that share one model's weights do the same passes, whatever their rows and random numbers: two of them, on a CPU."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import ranks_worker
 import torch
 from small_models import CANVAS, VOCAB, small_model
-
-ROOT = Path(__file__).parents[1]
-WORLD = 2
-
-
-def run_ranks(way, folder):
-    """What each rank found. A rank that waits for a pass the other does not do is ended by the timeout."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
-    ranks = []
-    for rank in range(WORLD):
-        environment = {**os.environ, **{name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}}
-        command = [sys.executable, str(ROOT / "tests" / "ranks_worker.py"), way, str(folder / f"{rank}.pt")]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        said = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * WORLD, "\n".join(said)[-6000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+from two_processes import WORLD, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +44,7 @@ def test_ranks_draw_differently():
 
 def test_sharded_training_and_evaluation_are_those_of_one_process(alone, tmp_path):
     """FSDP2: before, ranks gathered different things where one drew self-conditioning, had a longer prompt, or more canvases."""
-    for found, expected in zip(run_ranks("fsdp", tmp_path), alone, strict=True):
+    for found, expected in zip(run_ranks("ranks_worker.py", "fsdp", tmp_path), alone, strict=True):
         weights, ours = found.pop("weights"), expected["weights"]
         for name, value in found.items():  # gradients are summed in another order, and four steps make more of it
             torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -82,6 +54,6 @@ def test_sharded_training_and_evaluation_are_those_of_one_process(alone, tmp_pat
 
 def test_trainer_trains_and_evaluates_on_two_ranks(tmp_path):
     """Every rank has all weights; what it gathers are losses, gradients, and logits of rows of different lengths."""
-    found = run_ranks("trainer", tmp_path)
+    found = run_ranks("ranks_worker.py", "trainer", tmp_path)
     assert torch.equal(found[0]["losses"], found[1]["losses"]) and bool(found[0]["losses"].isfinite().all())
     assert found[0]["losses"].shape == (4,) and found[0]["shapes"] == [(6, 3 * CANVAS, VOCAB)] * 2

@@ -68,7 +68,6 @@ WHY_REFUSED = {
     "forced_bos_token_id": "positions are not written in order", "output_attentions": "call the model for them",
     "output_hidden_states": "call the model for them",
     "constraints": "`constraint` takes a language: `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins`",
-    "synced_gpus": "ranks would have to agree on every pass, see generation/README.md",
     "watermarking_config": "it marks tokens by their left neighbour, which changes while a canvas is denoised",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 # Arguments of GenerationMixin.generate that mean nothing here: refused by name unless they are None or False.
 FOREIGN_ARGUMENTS = (
     "assistant_model", "assistant_tokenizer", "custom_generate", "negative_prompt_attention_mask", "negative_prompt_ids",
-    "prefix_allowed_tokens_fn", "synced_gpus", "use_model_defaults",
+    "prefix_allowed_tokens_fn", "use_model_defaults",
 )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ def resolve_config(
     Raises:
         ValueError: an argument that is unknown, out of range or not honoured, by name.
     """
+    if (synced := kwargs.pop("synced_gpus", None)) not in (None, True, False):  # what it asks for happens wherever weights are shared
+        raise ValueError(f"`synced_gpus` is {shown(synced)}; expected True, False or None")
     for name in FOREIGN_ARGUMENTS:
         value = kwargs.pop(name, None)
         if value is not None and value is not False:

@@ -22,6 +22,7 @@ from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
 from ..training.loss import balancing_loss, block_diffusion_loss
 from ..training.objective import Objective
+from ..training.ranks import in_step
 from ..training.score import Score, score_responses
 from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
@@ -46,6 +47,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     generation_config_class = DiffusionGenerationConfig  # PreTrainedModel's own would come first otherwise
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     objective = Objective()  # what `labels` of whole examples mean; set another on a model
 
@@ -157,6 +159,11 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """A context in which both passes run their layers compiled: `compiling.compiled_layers`."""
         stacks = {self.model.decoder, self.model.prompt_stack}
         return compiled_layers([layer for stack in stacks for layer in stack.layers], compile_config)
+
+    def in_step(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which ranks that share the weights do the same passes, whatever each of them generates: `ranks.in_step`."""
+        stacks = {self.model.decoder, self.model.prompt_stack}
+        return in_step(self, list(stacks), lambda: self.causal_logits(torch.zeros(1, 1, dtype=torch.int64, device=self.device)))
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:
         """How likely a response is, prompts with images included: `score.score_responses`."""

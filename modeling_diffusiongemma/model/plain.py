@@ -51,14 +51,15 @@ def why_not_plain(module: nn.Module, kind: type[nn.Linear] | type[ScaledEmbeddin
         return "has a `max_norm`" if module.max_norm is not None else None if whole else "holds a part of its rows"
     if module.bias is not None:
         return "has a bias"
-    return "has hooks" if has_hooks(module) else None
+    return "has hooks" if has_hooks(module, gathering=False) else None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook is called when `module`, or one inside of it, is."""
+def has_hooks(module: nn.Module, gathering: bool = True) -> bool:
+    """Whether a hook is called when `module`, or one inside of it, is; those by which FSDP2 gathers weights count if `gathering`."""
     if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks:
         return True
-    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
+    hooks = (hook for each in module.modules() for hook in (*each._forward_hooks.values(), *each._forward_pre_hooks.values()))
+    return any(gathering or not str(getattr(hook, "__module__", None)).startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
 def attached(module: nn.Module) -> str | None:

@@ -1,8 +1,12 @@
 """What ranks that share one model's weights must agree on.
 
 Where weights are sharded (FSDP2, FSDP, DeepSpeed's ZeRO-3), every pass gathers them from all ranks: a pass that one rank does and another
-does not ends in a hang or an abort. So no number of passes may depend on a rank's own rows or random numbers.
+does not ends in a hang or an abort. So no number of passes may depend on a rank's own rows or random numbers; where it must, as in
+generation, ranks that are finished do passes for those that are not (`in_step`).
 """
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import distributed, nn
@@ -34,4 +38,69 @@ def largest(count: int, groups: list, device: torch.device) -> int:
     return int(found)
 
 
-__all__ = ["gathering_groups", "largest"]
+def _check_gathered(stacks: Sequence[nn.Module], inside: set[nn.Module], groups: list) -> None:
+    """What `stacks` hold beside the modules of their layers, `inside`, must be whole on every rank."""
+    from torch.distributed.tensor import DTensor
+
+    ranks = set(distributed.get_process_group_ranks(groups[0]))
+    for stack in stacks:
+        for name, module in stack.named_modules():
+            for each, parameter in () if module in inside else module.named_parameters(recurse=False):
+                # Weights that tensor parallelism divides stay so: their mesh has other ranks.
+                if isinstance(parameter, DTensor) and ranks <= set(parameter.device_mesh.mesh.flatten().tolist()):
+                    raise ValueError(
+                        f"`{name}.{each}` is sharded by FSDP2 and not gathered for `generate`; expected a call of "
+                        "`torch.distributed.fsdp.register_fsdp_forward_method(model, 'generate')` after `fully_shard(model)`, and "
+                        "`reshard_after_forward=False` for what is sharded beside the layers"
+                    )
+
+
+@contextlib.contextmanager
+def in_step(model: nn.Module, stacks: Sequence[nn.Module], one_pass: Callable[[], object]) -> Iterator[None]:
+    """A context in which a pass through one of `stacks` waits until every rank does one. At its end this rank does `one_pass` after the
+    other until all ranks have come to theirs, whatever was raised here. Without FSDP2 nothing happens.
+
+    What FSDP2 shards beside the layers is gathered once, at the beginning: what lies between two passes then gathers nothing, and passes
+    of all kinds gather the same.
+
+    Args:
+        stacks: modules with `layers`, through which their calls run in order.
+        one_pass: a small pass through embedding, one of them and head.
+
+    Raises:
+        ValueError: weights beside the layers that are not gathered, or are given back after every use.
+    """
+    groups = gathering_groups(model)
+    if not groups:
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    inside = {module for stack in stacks for layer in stack.layers for module in layer.modules()}
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units, sharded = [unit for unit in units if unit is not model and unit not in inside], bool(units)
+    if not sharded:  # by FSDP or ZeRO-3, whose units are others
+        yield
+        return
+
+    def wait(*_) -> None:
+        _check_gathered(stacks, inside, groups)
+        largest(1, groups, next(model.parameters()).device)
+
+    for unit in units:
+        unit.unshard()
+    _check_gathered(stacks, inside, groups)
+    hooks = [stack.register_forward_pre_hook(wait) for stack in stacks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        while largest(0, groups, next(model.parameters()).device):
+            one_pass()
+        one_pass()  # a unit gives nothing back before all of its modules have run
+        for unit in units:
+            unit.reshard()
+
+
+__all__ = ["gathering_groups", "in_step", "largest"]

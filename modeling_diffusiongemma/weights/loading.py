@@ -226,6 +226,8 @@ class LoadingMixin:
         writes, before = self.should_save_on_this_rank(is_main_process), self.config.architectures
         in_place = distributed_checkpoint or not writes  # of a distributed checkpoint every rank writes files
         self._keys_to_ignore_on_save = set(self.held_twice())
+        if state_dict is not None and self._is_tied():  # gathered from other ranks, the two are no longer one tensor
+            self._keys_to_ignore_on_save.add("lm_head.weight")
         try:
             with contextlib.nullcontext(save_directory) if in_place else replacing(save_directory, variant) as folder:
                 super().save_pretrained(
@@ -246,13 +248,17 @@ class LoadingMixin:
         # Once more: the other ranks must not read before the files are in their places.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
+    def _is_tied(self) -> bool | None:
+        """Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not.
+        None where there is no head, or where weights are offloaded and nothing tells."""
+        head, embedding = (getattr(module, "weight", None) for module in (self.get_output_embeddings(), self.get_input_embeddings()))
+        return None if head is None or embedding is None or head.is_meta or embedding.is_meta else head is embedding
+
     def _save_config_and_code(self, folder: str | os.PathLike, remote_code: bool, card: bool) -> None:
         """config.json with or without an `auto_map` of ours, whatever the config in memory was loaded with; and the code."""
         config = copy.deepcopy(self.config)
-        # Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not.
-        head, embedding = (getattr(module, "weight", None) for module in (self.get_output_embeddings(), self.get_input_embeddings()))
-        if head is not None and embedding is not None and not (head.is_meta or embedding.is_meta):  # offloaded, nothing tells
-            config.tie_word_embeddings = head is embedding
+        if (tied := self._is_tied()) is not None:
+            config.tie_word_embeddings = tied
         mapped = {name: value for name, value in (getattr(config, "auto_map", None) or {}).items() if name not in REGISTERED}
         config.auto_map = mapped | (auto_map() if remote_code else {})
         if not config.auto_map:

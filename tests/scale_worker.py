@@ -1,0 +1,180 @@
+"""One rank of tests/test_scale.py: `scale_worker.py WAY FOLDER`, with the variables of torchrun or `accelerate launch`. Writes what it
+found to FOLDER/RANK.pt."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from small_models import PAD, small_model
+from torch import distributed
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_diffusiongemma import BlockDiffusionCollator
+
+STEPS, SAVED, LEARNING_RATE, CLIPPED = 4, 2, 1e-2, 1.0
+LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "target_parameters": ["experts.gate_up_proj"], "lora_alpha": 16}
+SETTINGS = {"max_denoising_steps": 7, "seed": 3, "eos_token_id": []}
+
+
+def rows(world=2):
+    """One row for each step and rank, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for place in range(STEPS * world):
+        ids = torch.randint(5, 90, (3 + 5 * (place % 3) + 12,), generator=generator).tolist()
+        drawn.append((ids[: -4 - 3 * (place % 2)], ids[-4 - 3 * (place % 2) :]))
+    return drawn
+
+
+def seed(step, rank):
+    """Ranks draw noise and self-conditioning differently."""
+    torch.manual_seed(100 * step + rank)
+
+
+def asked(rank):
+    """A rank's prompts, and how many tokens behind them: rank 0 does several times the passes of rank 1."""
+    ids = torch.randint(8, 90, (2 + rank, 7 + 3 * rank), generator=torch.Generator().manual_seed(rank))
+    return ids, SETTINGS | {"max_new_tokens": 24 - 15 * rank}
+
+
+def answers(model, rank):
+    model.eval()
+    ids, settings = asked(rank)
+    return model.generate(ids, **settings)
+
+
+def on_text(model):
+    """Full tuning on text: the vision tower learns nothing, and an optimizer that has no state of it could not be loaded again."""
+    model.model.encoder.requires_grad_(False)
+    return model
+
+
+def with_lora(model):
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(**LORA))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zeros at first, which would teach lora_A nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+def batch(step, rank):
+    return BlockDiffusionCollator(pad_token_id=PAD)([rows()[2 * step + rank]])
+
+
+def on_a_cpu():
+    """Accelerate takes FSDP for accelerators alone: here it is told that this process has one, which is the CPU."""
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+
+
+def loop(accelerator, folder):
+    """A training loop by hand, which stops after `SAVED` steps, begins again from what it saved, and generates in between."""
+    rank, losses = accelerator.process_index, []
+    model = on_text(small_model()).train()
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(learnt, lr=LEARNING_RATE, weight_decay=0.0))
+    register_fsdp_forward_method(model, "generate")
+    for begin in (0, SAVED):
+        if begin:
+            accelerator.load_state(folder / "state")
+        for step in range(begin, STEPS):
+            model.train()
+            seed(step, rank)
+            loss = model(**batch(step, rank)).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), CLIPPED)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            if step + 1 == SAVED and not begin:
+                answers(model, rank)
+                accelerator.save_state(folder / "state")
+    return {"losses": torch.stack(losses), "answers": answers(model, rank)}
+
+
+def refused(model, rank):
+    """What each rank is told where rank 0 asks wrongly."""
+    ids, settings = asked(rank)
+    try:
+        model.generate(ids, **settings, **({"max_new_tokns": 3} if rank == 0 else {}))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class Each(TrainerCallback):
+    """Seeds each step, and answers prompts when the Trainer evaluates."""
+
+    def __init__(self):
+        self.answers = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        seed(state.global_step, args.process_index)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.answers.append(answers(model, args.process_index))
+        model.train()
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+def arguments(folder, **more):
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=1, per_device_eval_batch_size=1, logging_steps=1,
+        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=CLIPPED, eval_strategy="steps",
+        eval_steps=STEPS, save_strategy="steps", save_steps=SAVED, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=False, logging_nan_inf_filter=False, **more,
+    )  # fmt: skip
+
+
+def trainer(folder, adapt):
+    """Trains, saves, and goes on in a new Trainer from the checkpoint in the middle."""
+    found, losses = {}, []
+    for resumed in (False, True):
+        each, model = Each(), adapt(small_model())
+        run = InOrder(
+            model=model, args=arguments(folder / "run"), data_collator=BlockDiffusionCollator(pad_token_id=PAD), train_dataset=rows(),
+            eval_dataset=rows()[:3], callbacks=[each],
+        )  # fmt: skip
+        run.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{SAVED}") if resumed else None)
+        log = run.state.log_history
+        losses += [entry["loss"] for entry in log if "loss" in entry][SAVED if resumed else 0 :]
+        found |= {"answers": each.answers[-1], "eval loss": torch.tensor([entry["eval_loss"] for entry in log if "eval_loss" in entry])}
+        found["sharded"] = sum(isinstance(module, FSDPModule) for module in run.model.modules())
+        run.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        run.save_model(str(folder / f"model{int(resumed)}"))
+    return found | {"losses": torch.tensor(losses)}
+
+
+def accelerated(folder):
+    on_a_cpu()
+    accelerator = Accelerator()
+    found = {"type": str(accelerator.distributed_type), "world": accelerator.num_processes, "loop": loop(accelerator, folder)}
+    model = small_model()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    found["unregistered"] = refused(model, 1)
+    register_fsdp_forward_method(model, "generate")
+    found["refused"] = refused(model, accelerator.process_index)
+    for name, adapt in (("full", on_text), ("lora", with_lora)):
+        found[name] = trainer(folder / name, adapt)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    way, folder = sys.argv[1], Path(sys.argv[2])
+    found = {"accelerated": accelerated}[way](folder)
+    torch.save(found, folder / f"{os.environ['RANK']}.pt")
+    distributed.destroy_process_group()

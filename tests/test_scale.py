@@ -1,0 +1,118 @@
+"""Training and generating with weights that ranks share: two processes on a CPU give one process's losses, weights, tokens and files."""
+
+import json
+import re
+
+import pytest
+import scale_worker
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from scale_worker import SAVED, STEPS, answers, on_text, with_lora
+from small_models import small_model
+from two_processes import ROOT, WORLD, launch
+
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+
+DOCS = ROOT / "docs" / "scale.md"
+LOSSES = {"atol": 1e-3, "rtol": 1e-4}  # gradients are summed in another order, and four steps make more of it
+WEIGHTS = {"atol": 1e-3, "rtol": 1e-3}
+
+
+def learnt_alone(model):
+    """One process that does every rank's row in turn and takes the mean of their gradients: losses `(ranks, steps)`."""
+    parameters = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=scale_worker.LEARNING_RATE, weight_decay=0.0), torch.zeros(WORLD, STEPS)
+    for step in range(STEPS):
+        for rank in range(WORLD):
+            scale_worker.seed(step, rank)
+            loss = model(**scale_worker.batch(step, rank)).loss
+            (loss / WORLD).backward()
+            losses[rank, step] = loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, scale_worker.CLIPPED)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory):
+    """What two ranks of `accelerate launch` found, with the config file of docs/scale.md, and where they saved."""
+    folder = tmp_path_factory.mktemp("accelerated")
+    (folder / "fsdp2.yaml").write_text(re.search(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[1], encoding="utf-8")
+    return launch(folder / "fsdp2.yaml", "scale_worker.py", "accelerated", folder, "--mixed_precision", "no"), folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Losses and models of one process, for full tuning and for LoRA."""
+    models = {"full": on_text(small_model()), "lora": with_lora(small_model())}
+    return {name: (learnt_alone(model), model) for name, model in models.items()}
+
+
+def reloaded(name, folder):
+    """A whole model from what the ranks saved, in this process."""
+    saved = folder / name / "model0"
+    if name == "full":
+        return DiffusionGemmaForMaskedBlockLM.from_pretrained(saved)
+    return PeftModel.from_pretrained(small_model(), saved)
+
+
+def test_accelerate_shards_layers(accelerated):
+    """Three layers, embedding and head together, and the whole. A launcher that falls back to copies of the model, or to processes that
+    know nothing of each other, gives losses that look right."""
+    for found in accelerated[0]:
+        assert found["type"] == "DistributedType.FSDP" and found["world"] == WORLD
+        assert found["full"]["sharded"] == found["lora"]["sharded"] == 6
+
+
+def test_a_loop_by_hand_gives_one_process_losses(accelerated, alone):
+    for rank, found in enumerate(accelerated[0]):
+        torch.testing.assert_close(found["loop"]["losses"][:STEPS], alone["full"][0][rank], **LOSSES)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_trainer_gives_one_process_losses_and_weights(accelerated, alone, name):
+    for found in accelerated[0]:
+        torch.testing.assert_close(found[name]["losses"][:STEPS], alone[name][0].mean(dim=0), **LOSSES)
+    weights = dict(reloaded(name, accelerated[1]).named_parameters())
+    for key, parameter in alone[name][1].named_parameters():
+        torch.testing.assert_close(weights[key], parameter, **WEIGHTS, check_device=False, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["loop", "full", "lora"])
+def test_a_sharded_checkpoint_goes_on_bit_for_bit(accelerated, name):
+    for found in accelerated[0]:
+        losses = found[name]["losses"]
+        assert torch.equal(losses[SAVED:STEPS], losses[STEPS:])
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_tokens_inside_training_are_those_of_one_process(accelerated, name):
+    """Rank 0 does several times the passes of rank 1. Before, rank 1 came to its end and left rank 0 waiting."""
+    passes, model = [], reloaded(name, accelerated[1])
+    hook = model.get_base_model() if name == "lora" else model
+    hook.model.decoder.register_forward_hook(lambda *_: passes.append(1))
+    counts = []
+    for rank, found in enumerate(accelerated[0]):
+        assert torch.equal(answers(model, rank), found[name]["answers"])
+        counts.append(len(passes) - sum(counts))
+    assert counts[0] > 2 * counts[1]
+
+
+def test_a_rank_that_is_refused_leaves_the_others_with_their_answers(accelerated):
+    assert "max_new_tokns" in accelerated[0][0]["refused"] and accelerated[0][1]["refused"] == ""
+
+
+def test_generate_without_gathered_weights_says_what_to_call(accelerated):
+    assert all("register_fsdp_forward_method(model, 'generate')" in found["unregistered"] for found in accelerated[0])
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_gathered_files_are_those_of_one_process(accelerated, name, tmp_path):
+    saved, file = accelerated[1] / name, "model.safetensors" if name == "full" else "adapter_model.safetensors"
+    reloaded(name, accelerated[1]).save_pretrained(tmp_path)
+    assert (saved / "model0" / file).read_bytes() == (tmp_path / file).read_bytes()
+    first, second = (load_file(saved / folder / file) for folder in ("model0", "model1"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert name == "lora" or json.loads((saved / "model0" / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"]
