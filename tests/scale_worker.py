@@ -4,6 +4,7 @@ found to FOLDER/RANK.pt."""
 import os
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,13 +12,21 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
-from small_models import PAD, small_model
+from small_models import CANVAS, PAD, VOCAB, small_model
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 
-from modeling_diffusiongemma import BlockDiffusionCollator
+from modeling_diffusiongemma import (
+    BlockDiffusionCollator,
+    DiffusionGemmaForMaskedBlockLM,
+    FourBitConfig,
+    FP8Config,
+    default_checkpoint,
+)
 
 STEPS, SAVED, LEARNING_RATE, CLIPPED = 4, 2, 1e-2, 1.0
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "target_parameters": ["experts.gate_up_proj"], "lora_alpha": 16}
@@ -172,9 +181,77 @@ def accelerated(folder):
     return found
 
 
+def plans():
+    """transformers' settings for two processes by what they divide; those for experts have changed between versions."""
+    by_size = any(field.name == "ep_size" for field in fields(DistributedConfig))
+    experts = {"ep_size": 2} if by_size else {"enable_expert_parallel": True}
+    return {"matrices": {"tp_size": 2}, "experts": {"tp_size": 2, **experts}, "all": {"fsdp_size": 2}}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def measured(model):
+    """Logits of a self-conditioned canvas, and loss and gradients of a training step."""
+    drawn = torch.Generator().manual_seed(1)
+    ids, canvas = (torch.randint(8, 90, (2, length), generator=drawn) for length in (9, CANVAS))
+    conditioning = torch.randn(2, CANVAS, VOCAB, generator=drawn)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, decoder_input_ids=canvas, self_conditioning_logits=conditioning).logits
+    seed(0, 0)
+    loss = model.train()(**BlockDiffusionCollator(pad_token_id=PAD)(rows()[:2])).loss
+    loss.backward()
+    gradients = {name: whole(each.grad).clone() for name, each in model.named_parameters() if each.grad is not None}
+    return {"logits": logits, "loss": loss.detach(), "gradients": gradients}
+
+
+def answered(model, day):
+    """What the checkpoint that ships says, with torch's own random numbers."""
+    tokenizer = AutoTokenizer.from_pretrained(default_checkpoint())
+    chat = [{"role": "user", "content": f"Write October {day}, 2052 as an ISO date."}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    register_fsdp_forward_method(model, "generate")  # does nothing where FSDP2 shards nothing
+    return tokenizer.decode(model.generate(**inputs, canvas_length=16, max_new_tokens=16)[0], skip_special_tokens=True)
+
+
+def refusal(folder, **settings):
+    try:
+        DiffusionGemmaForMaskedBlockLM.from_pretrained(folder, **settings)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def divided(folder):
+    distributed.init_process_group("gloo")
+    rank, found = distributed.get_rank(), {}
+    for heads in (1, 2):
+        if rank == 0:
+            small_model(num_global_key_value_heads=heads).save_pretrained(folder / f"heads{heads}")
+        distributed.barrier()
+    cases = [(name, 2, settings) for name, settings in plans().items()] + [("one key head", 1, {"tp_size": 2})]
+    for name, heads, settings in cases:
+        model = DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / f"heads{heads}", distributed_config=DistributedConfig(**settings))
+        found[name] = measured(model) | {"why": model.why_dense(torch.device("cpu"))}
+        found[name]["divided"] = sorted(each for each, value in model.named_parameters() if isinstance(value, DTensor))
+        model.save_pretrained(folder / name)
+    for name, settings in plans().items():
+        model = DiffusionGemmaForMaskedBlockLM.from_pretrained(default_checkpoint(), distributed_config=DistributedConfig(**settings))
+        torch.manual_seed(rank)
+        found[name]["answer"] = answered(model, 2 + rank if name == "all" else 2)
+        found[name]["drawn"] = torch.rand(1).item()
+    tensor = {"distributed_config": DistributedConfig(tp_size=2)}
+    found["four bits"] = refusal(default_checkpoint(), quantization_config=FourBitConfig(), **tensor)
+    found["eight bits"] = refusal(default_checkpoint(), quantization_config=FP8Config(), **tensor)
+    rules = {"model.decoder.layers.*.self_attn.k_proj": "colwise"}
+    found["rules"] = refusal(folder / "heads1", distributed_config=DistributedConfig(tp_size=2, tp_plan=rules))
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     way, folder = sys.argv[1], Path(sys.argv[2])
-    found = {"accelerated": accelerated}[way](folder)
+    found = {"accelerated": accelerated, "divided": divided}[way](folder)
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
     distributed.destroy_process_group()

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from scale_worker import SAVED, STEPS, answers, on_text, with_lora
 from small_models import small_model
-from two_processes import ROOT, WORLD, launch
+from two_processes import ROOT, WORLD, launch, run_ranks
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
 
@@ -116,3 +116,65 @@ def test_gathered_files_are_those_of_one_process(accelerated, name, tmp_path):
     first, second = (load_file(saved / folder / file) for folder in ("model0", "model1"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert name == "lora" or json.loads((saved / "model0" / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"]
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """What two ranks found between which transformers' plans divide a model, and where they saved."""
+    folder = tmp_path_factory.mktemp("divided")
+    return run_ranks("scale_worker.py", "divided", folder), folder
+
+
+@pytest.fixture(scope="module")
+def undivided():
+    return {heads: scale_worker.measured(small_model(num_global_key_value_heads=heads)) for heads in (1, 2)}
+
+
+PLANS = {name: 1 if name == "one key head" else 2 for name in (*scale_worker.plans(), "one key head")}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_gives_one_process_logits_loss_and_gradients(divided, undivided, name):
+    expected = undivided[PLANS[name]]
+    for found in divided[0]:
+        torch.testing.assert_close(found[name]["logits"], expected["logits"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[name]["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+        assert found[name]["gradients"].keys() == expected["gradients"].keys()
+        for key, gradient in expected["gradients"].items():
+            got, size = found[name]["gradients"][key], gradient.abs().max().item()
+            torch.testing.assert_close(got, gradient, atol=1e-4 * size, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_divides_what_it_is_for(divided, name):
+    names = divided[0][0][name]["divided"]
+    assert any("experts.gate_up_proj" in each for each in names)
+    if name == "one key head":  # which would be cut
+        assert not any("self_attn" in each for each in names) and any("mlp" in each for each in names)
+    if name == "all":
+        assert any("self_conditioning" in each for each in names)
+
+
+@pytest.mark.parametrize("name", scale_worker.plans())
+def test_ranks_of_a_plan_answer_alike_whatever_their_random_numbers(divided, name):
+    """With random numbers of their own, ranks that compute one answer together would finish at different steps, and wait for ever."""
+    first, second = (found[name] for found in divided[0])
+    if name == "all":  # each has a question of its own
+        assert "2052-10-02" in first["answer"] and "2052-10-03" in second["answer"] and first["drawn"] != second["drawn"]
+    else:
+        assert first["answer"] == second["answer"] and "2052-10-02" in first["answer"] and first["drawn"] == second["drawn"]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_divided_model_is_saved_as_it_was_loaded(divided, name):
+    saved, loaded = (divided[1] / folder / "model.safetensors" for folder in (name, f"heads{PLANS[name]}"))
+    assert saved.read_bytes() == loaded.read_bytes()
+
+
+def test_why_a_divided_head_is_not_walked_is_said(divided):
+    assert divided[0][0]["matrices"]["why"] == "`lm_head` holds no plain weight"
+
+
+@pytest.mark.parametrize(("name", "told"), [("four bits", "FourBitConfig"), ("eight bits", "FP8Config"), ("rules", "self_attn.k_proj")])
+def test_what_cannot_be_divided_is_refused_by_name(divided, name, told):
+    assert all(told in found[name] for found in divided[0])

@@ -44,7 +44,7 @@ class Router(nn.Module):
 
     def __init__(self, config: DiffusionGemmaTextConfig):
         super().__init__()
-        self.top_k = config.top_k_experts
+        self.top_k, self.num_experts = config.top_k_experts, config.num_experts
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
@@ -164,11 +164,12 @@ def eager_experts(
 
 
 def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`Experts.forward` with every expert computed for every token; the experts not chosen get the weight 0."""
+    """`Experts.forward` with every expert computed for every token; the experts not chosen get the weight 0. The id E, as in transformers'
+    implementations, means an expert that another rank holds."""
     stacked = self.gate_up_proj
     experts, double, _ = stacked.shape
-    routing = torch.zeros_like(hidden_states[:, :1]).repeat(1, experts)
-    routing = routing.scatter(-1, chosen, weights.to(routing.dtype))  # (N, E)
+    routing = torch.zeros_like(hidden_states[:, :1]).repeat(1, experts + 1)
+    routing = routing.scatter(-1, chosen, weights.to(routing.dtype))[:, :experts]  # (N, E)
     gate_up = nn.functional.linear(hidden_states, stacked.reshape(experts * double, -1))
     gate, up = gate_up.view(-1, experts, double).chunk(2, dim=-1)  # (N, E, I)
     weighted = self.act_fn(gate) * up * routing[..., None]

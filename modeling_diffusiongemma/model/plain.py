@@ -19,6 +19,7 @@ from torch.nn.modules import module as hooks_of_all_modules
 from generation.call.plan import mixes_adapters
 
 from ..layers.layers import ScaledEmbedding
+from .divided import divided_mean, is_divided
 
 FORWARDS = {kind: kind.forward for kind in (nn.Linear, ScaledEmbedding)}  # before anybody replaces one
 BRINGING = ("AlignDevicesHook", "CpuOffload")  # Accelerate's hooks that move weights and leave values as they are
@@ -106,6 +107,8 @@ def expected_embedding(embedding: nn.Module, probabilities: torch.Tensor) -> tor
     if why_not_plain(embedding, ScaledEmbedding) is None:
         with brought_in(embedding) as weight:
             return embedding.expect(probabilities.to(weight.device)).to(probabilities.device)
+    if is_divided(embedding):
+        return divided_mean(embedding, probabilities)
     total = None
     copies = len(probabilities) if mixes_adapters(embedding) else 1  # each row of the batch has rows of its own then
     ids = torch.arange(probabilities.shape[-1], dtype=torch.int64, device=probabilities.device)

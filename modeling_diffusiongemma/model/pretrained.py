@@ -13,6 +13,7 @@ from ..layers.configuration import DiffusionGemmaConfig
 from ..layers.experts import Experts, Router, experts_by
 from ..weights.loading import LoadingMixin
 from .adapters import AdapterMixin
+from .divided import fit_plan
 
 
 class DiffusionGemmaBlockPreTrainedModel(AdapterMixin, LoadingMixin, PreTrainedModel):
@@ -43,6 +44,13 @@ class DiffusionGemmaBlockPreTrainedModel(AdapterMixin, LoadingMixin, PreTrainedM
             why = "it takes no mask, and images and padding need one"
             raise ValueError(f"`attn_implementation` is {attn_implementation!r}; expected 'sdpa', 'eager' or 'flex_attention': {why}")
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        """As in transformers, with plans that fit (`divided.fit_plan`)."""
+        if mesh is not None:
+            fit_plan(model, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, mesh)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """As in transformers, whose class ties its two stacks by `tie_word_embeddings`, too: what it saves without is two models in one,

@@ -38,6 +38,23 @@ def largest(count: int, groups: list, device: torch.device) -> int:
     return int(found)
 
 
+def same_draws(model: nn.Module) -> None:
+    """Gives ranks between which `model` is divided by tensor parallelism the random state of the first of them: they compute the same rows,
+    and what they draw must be the same. Ranks that are not divided keep theirs."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return
+    group = (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+    device = torch.device(mesh.device_type)
+    state = torch.get_rng_state().to(device)
+    distributed.broadcast(state, distributed.get_global_rank(group, 0), group)
+    torch.set_rng_state(state.cpu())
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state().to(device)
+        distributed.broadcast(state, distributed.get_global_rank(group, 0), group)
+        torch.cuda.set_rng_state(state.cpu())
+
+
 def _check_gathered(stacks: Sequence[nn.Module], inside: set[nn.Module], groups: list) -> None:
     """What `stacks` hold beside the modules of their layers, `inside`, must be whole on every rank."""
     from torch.distributed.tensor import DTensor
@@ -58,7 +75,8 @@ def _check_gathered(stacks: Sequence[nn.Module], inside: set[nn.Module], groups:
 @contextlib.contextmanager
 def in_step(model: nn.Module, stacks: Sequence[nn.Module], one_pass: Callable[[], object]) -> Iterator[None]:
     """A context in which a pass through one of `stacks` waits until every rank does one. At its end this rank does `one_pass` after the
-    other until all ranks have come to theirs, whatever was raised here. Without FSDP2 nothing happens.
+    other until all ranks have come to theirs, whatever was raised here. Ranks of tensor parallelism, which do the same passes anyway, draw
+    the same from here on (`same_draws`). Without either nothing happens.
 
     What FSDP2 shards beside the layers is gathered once, at the beginning: what lies between two passes then gathers nothing, and passes
     of all kinds gather the same.
@@ -70,6 +88,7 @@ def in_step(model: nn.Module, stacks: Sequence[nn.Module], one_pass: Callable[[]
     Raises:
         ValueError: weights beside the layers that are not gathered, or are given back after every use.
     """
+    same_draws(model)
     groups = gathering_groups(model)
     if not groups:
         yield
@@ -103,4 +122,4 @@ def in_step(model: nn.Module, stacks: Sequence[nn.Module], one_pass: Callable[[]
             unit.reshard()
 
 
-__all__ = ["gathering_groups", "in_step", "largest"]
+__all__ = ["gathering_groups", "in_step", "largest", "same_draws"]

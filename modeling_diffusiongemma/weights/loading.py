@@ -226,7 +226,7 @@ class LoadingMixin:
         writes, before = self.should_save_on_this_rank(is_main_process), self.config.architectures
         in_place = distributed_checkpoint or not writes  # of a distributed checkpoint every rank writes files
         self._keys_to_ignore_on_save = set(self.held_twice())
-        if state_dict is not None and self._is_tied():  # gathered from other ranks, the two are no longer one tensor
+        if self._is_tied():  # gathered from other ranks, the two are no longer one tensor
             self._keys_to_ignore_on_save.add("lm_head.weight")
         try:
             with contextlib.nullcontext(save_directory) if in_place else replacing(save_directory, variant) as folder:
@@ -247,6 +247,11 @@ class LoadingMixin:
             raise
         # Once more: the other ranks must not read before the files are in their places.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+    def gather_sharded_state_dict_for_save(self, *args, **kwargs) -> dict:
+        """As in transformers, which under FSDP2 gathers all of the model again, without what is not saved."""
+        gathered = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        return {name: tensor for name, tensor in gathered.items() if name not in self._keys_to_ignore_on_save}
 
     def _is_tied(self) -> bool | None:
         """Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not.
