@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pytest
 import scale_worker
@@ -12,7 +13,7 @@ from scale_worker import SAVED, STEPS, answers, on_text, with_lora
 from small_models import small_model
 from two_processes import ROOT, WORLD, launch, run_ranks
 
-from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, default_checkpoint
 
 DOCS = ROOT / "docs" / "scale.md"
 LOSSES = {"atol": 1e-3, "rtol": 1e-4}  # gradients are summed in another order, and four steps make more of it
@@ -178,3 +179,11 @@ def test_why_a_divided_head_is_not_walked_is_said(divided):
 @pytest.mark.parametrize(("name", "told"), [("four bits", "FourBitConfig"), ("eight bits", "FP8Config"), ("rules", "self_attn.k_proj")])
 def test_what_cannot_be_divided_is_refused_by_name(divided, name, told):
     assert all(told in found[name] for found in divided[0])
+
+
+def test_the_memory_of_each_plan_is_a_table(capsys):
+    main = runpy.run_path(str(ROOT / "benchmarks" / "scale_memory.py"))["main"]
+    main(["--gpus", "2", "--config", default_checkpoint()])
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line[0].strip() for line in lines] == ["plan", "DDP, any number", "FSDP2, 2", "TP, 2", "EP alone, 2"]
+    assert {len(line) for line in lines} == {5}

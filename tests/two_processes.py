@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-WORLD, PATIENCE = 2, 120  # seconds until a rank that waits for a pass the other does not do is ended
+WORLD, PATIENCE = 2, 300  # seconds until a rank that waits for a pass the other does not do is ended
 
 
 def free_port():
