@@ -27,6 +27,7 @@ from modeling_diffusiongemma import (
     FP8Config,
     default_checkpoint,
 )
+from modeling_diffusiongemma.training import pieces
 
 STEPS, SAVED, LEARNING_RATE, CLIPPED = 4, 2, 1e-2, 1.0
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "target_parameters": ["experts.gate_up_proj"], "lora_alpha": 16}
@@ -169,6 +170,7 @@ def trainer(folder, adapt):
 
 def accelerated(folder):
     on_a_cpu()
+    pieces.NUMBERS = 5 * VOCAB  # tokens go through the head five at a time, and once more on the way back
     accelerator = Accelerator()
     found = {"type": str(accelerator.distributed_type), "world": accelerator.num_processes, "loop": loop(accelerator, folder)}
     model = small_model()
