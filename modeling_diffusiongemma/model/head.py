@@ -22,7 +22,7 @@ from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
 from ..training.loss import balancing_loss, block_diffusion_loss
 from ..training.objective import Objective
-from ..training.ranks import in_step, same_draws
+from ..training.ranks import in_step
 from ..training.score import Score, score_responses
 from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
@@ -167,7 +167,6 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Score:
         """How likely a response is, prompts with images included: `score.score_responses`."""
-        same_draws(self)
         return score_responses(self, input_ids, labels, attention_mask, **kwargs)
 
     def save_pretrained(self, save_directory, *args, remote_code: bool | None = None, **kwargs):
@@ -304,7 +303,6 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if input_ids is None:
             raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
         attention_mask = plain_mask("attention_mask", attention_mask)
-        same_draws(self)
         objective = self.objective
         trained = block_diffusion_loss(
             self, input_ids, labels, attention_mask, canvases=objective.canvases, canvas_length=objective.canvas_length, **given

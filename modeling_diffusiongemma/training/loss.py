@@ -21,7 +21,7 @@ from generation.rules.noise import Noise, UniformNoise
 from ..layers.outputs import PassOutput
 from .canvases import IGNORED, check_labels, conversations, cut_canvases, random_canvas, training_view
 from .pieces import expected_embeddings, token_losses
-from .ranks import gathering_groups
+from .ranks import gathering_groups, same_draws
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
@@ -127,6 +127,7 @@ def block_diffusion_loss(
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     documents = conversations(position_ids, input_ids, real)
     check_labels(input_ids, labels, attention_mask, documents)
+    same_draws(model)
     config, rows = model.config.text_config, input_ids.shape[0]
     canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
     clean = cut_canvases(input_ids, labels, canvas_length, config.pad_token_id)

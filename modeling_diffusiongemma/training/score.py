@@ -11,7 +11,7 @@ from generation.rules.noise import UniformNoise
 
 from .canvases import IGNORED, check_labels, cut_canvases, training_view
 from .loss import corrupt, noise_proportions
-from .ranks import gathering_groups, largest
+from .ranks import gathering_groups, largest, same_draws
 
 MODES = ("diffusion", "autoregressive")
 SAMPLES = integer(2, 2**20)  # two at least, for a standard error
@@ -62,6 +62,7 @@ def score_responses(
     check_images(input_ids, images.get("pixel_values"), model.config.image_token_id)
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     check_labels(input_ids, labels, attention_mask)
+    same_draws(model)
     target = labels != IGNORED
     tokens = target.sum(dim=1)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
