@@ -1,0 +1,141 @@
+"""`transformers.Trainer` for this model: what it trains with is Trainer's, and stays so. Added is what no causal model needs.
+
+- The loss by noise proportion is logged beside the loss, to every tracker.
+- A loss or a gradient that is not finite ends the run before it changes a weight, and says which rows it came from.
+- Evaluation generates answers and logs how many are right, how many tokens a pass gave, and how many steps a canvas took.
+- Evaluation draws its random numbers apart: training goes on as if it had not been.
+- A run goes on from a checkpoint that is whole and its kind, or says what differs.
+
+They are methods, not callbacks: a `TrainerCallback` is not shown what the model returned, and what it adds to a log comes after the
+trackers have had it.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from .answers import Answer, Answering, answer_examples, apart, summary
+from .by_noise import LossByNoise
+from .finite import refuse_gradients, refuse_loss
+from .ranks import gathering_groups
+from .resuming import last_checkpoint, record_of, refuse_other, write_record
+
+COLUMNS = ("prompt", "response", "completion", "messages", "tools")  # of examples; Trainer takes columns for unused that no model has
+
+
+class BlockDiffusionTraining:
+    """The methods, for `Trainer` or a class derived from it, in front of which it is to stand.
+
+    Args:
+        answering (`Answering`, *optional*): how evaluation generates. Default: it gives the loss alone.
+        args, kwargs: Trainer's. `data_collator` is a `BlockDiffusionCollator`.
+
+    Attributes:
+        answers: the last evaluation's, a list of `Answer`.
+    """
+
+    def __init__(self, *args, answering: Answering | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.answering = answering
+        self.answers: list[Answer] = []
+        self.by_noise = LossByNoise()
+        self.batches = 0  # of the step under way
+        self._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, *COLUMNS, self.args.length_column_name]
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """As Trainer's own; NotFinite in training where it is none."""
+        loss, output = Trainer.compute_loss(self, model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self.by_noise.add(output.canvas_losses, output.noise_proportions)
+            if not bool(loss.detach().isfinite()):
+                where = self.state.global_step + 1, self.batches + 1
+                refuse_loss(loss, output, inputs, self.model, *where, self.train_dataset, self.data_collator)
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.batches += 1
+        if self.accelerator.sync_gradients:
+            self.batches = 0
+            if self.accelerator.scaler is None:
+                refuse_gradients(self.model, self.state.global_step + 1)
+        return loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            one_process = self.accelerator.num_processes == 1
+            logs = logs | self.by_noise.take(None if one_process else lambda totals: self.accelerator.reduce(totals, "sum"))
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As Trainer's; with `answering`, its measures too. The same random numbers every time, and none of training's."""
+        mode = self.model.training
+        with apart(self.args.seed):
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.answering is not None:
+                self.answers = self.generate_answers(dataloader.dataset)
+                output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in summary(self.answers).items()})
+        self.model.train(mode)
+        return output
+
+    def generate_answers(self, examples) -> list[Answer]:
+        """`answer_examples` of a dataset, every process a share of them; where weights are sharded, all together, each the same."""
+        examples = [example for _, example in zip(range(self.answering.limit or 2**62), examples, strict=False)]
+        places = range(len(examples))
+        shared = self.accelerator.num_processes > 1 and not gathering_groups(self.model)
+        if shared:
+            places = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        found = answer_examples(model, self.data_collator, [examples[place] for place in places], self.answering, places)
+        if shared:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
+        return found
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As Trainer's. True: from the last checkpoint that is whole.
+
+        Raises:
+            ValueError: there is no such checkpoint, it is not whole, or it is another run's.
+            NotFinite: a loss or a gradient.
+        """
+        self.batches, self.by_noise = 0, LossByNoise()
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"`resume_from_checkpoint` is True, and {self.args.output_dir!r} holds no whole checkpoint; expected one")
+            resume_from_checkpoint = str(found)
+        if resume_from_checkpoint:
+            refuse_other(resume_from_checkpoint, self.record())
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of its run (`resuming.record_of`)."""
+        examples = None
+        with contextlib.suppress(TypeError):  # data that is read once through has no length
+            examples = len(self.train_dataset)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return record_of(model, self.args, examples)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:  # a checkpoint, and not the model that is published
+            write_record(output_dir, self.record())
+
+
+class BlockDiffusionTrainer(BlockDiffusionTraining, Trainer):
+    """`transformers.Trainer` with `BlockDiffusionTraining`.
+
+        trainer = BlockDiffusionTrainer(
+            model=model, args=arguments, data_collator=BlockDiffusionCollator(tokenizer), train_dataset=data, eval_dataset=unseen,
+            answering=Answering(batch_size=32),
+        )
+        trainer.train()
+    """  # fmt: skip
+
+
+__all__ = ["BlockDiffusionTrainer", "BlockDiffusionTraining"]
