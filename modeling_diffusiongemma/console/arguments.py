@@ -77,6 +77,15 @@ def integer(smallest: int) -> Callable[[str], int]:
     return lambda given: int(fitting(given, re.fullmatch(r"-?\d+", given) and int(given) >= smallest, f"an integer >= {smallest}"))
 
 
+def positive(given: str) -> float:
+    fits = re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", given, re.IGNORECASE) and 0 < float(given) < float("inf")
+    return float(fitting(given, fits, "a number above 0, such as 1e-3"))
+
+
+def adapter_folder(given: str) -> str:
+    return fitting(given, Path(given, "adapter_config.json").is_file(), "a folder with an adapter_config.json")
+
+
 def size(given: str) -> str:
     fits = re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", given, re.IGNORECASE)
     return fitting(given, fits, "a number and KB, MB, GB or TB, such as 5GB")
@@ -94,6 +103,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="'text' or 'sudoku' (shipped), a folder, or a Hub repository owner/name (default: text)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """What a command that generates takes of `train --lora`."""
+    parser.add_argument("--adapter", type=adapter_folder, metavar="FOLDER", help="of PEFT, on top of the model's weights; needs peft")
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +158,6 @@ def json_line(about: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
-    "checkpoint_name", "fitting", "integer", "json_line", "read_line", "say", "setting", "size", "with_reader", "words",
+    "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_adapter", "add_common", "add_generation",
+    "checkpoint_name", "fitting", "integer", "json_line", "positive", "read_line", "say", "setting", "size", "with_reader", "words",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ A command's arguments and the exit codes stand in `usage.py`, what it does in a 
 on standard error; a traceback means a bug.
 """
 
+import argparse
 from collections.abc import Sequence
 
 from .arguments import PROGRAM, UsageError, say, with_reader
@@ -15,7 +16,15 @@ from .generate import run as generate
 from .info import run as info
 from .usage import parse
 
-RUNS = {"generate": generate, "fill": fill, "chat": chat, "bench": bench, "export": export, "info": info}
+
+def train(args: argparse.Namespace) -> int:
+    """As the others; what it imports takes seconds more."""
+    from .train import run
+
+    return run(args)
+
+
+RUNS = {"generate": generate, "fill": fill, "chat": chat, "bench": bench, "train": train, "export": export, "info": info}
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 
 

@@ -59,6 +59,13 @@ def load_model(path: str, **arguments):
     return AutoModelForCausalLM.from_pretrained(path, **arguments).eval()
 
 
+def adapted(model, folder: str):
+    """The model with a PEFT adapter in its layers, unmerged: quantised weights can have one too."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder).get_base_model().eval()
+
+
 class Session:
     """A model, its tokenizer and how it is to generate.
 
@@ -71,6 +78,8 @@ class Session:
         self.tokenizer = load_tokenizer(args.model.path)
         loading = {name: getattr(args, name) for name in ("device", "dtype", "quantize", "max_memory", "offload_folder")}
         self.model = load_model(args.model.path, **loading_arguments(**loading))
+        if args.adapter is not None:
+            self.model = adapted(self.model, args.adapter)
         ends = self.settings.get("eos_token_id", self.model.generation_config.eos_token_id)
         ends = [ends] if isinstance(ends, int) else ends or []
         self.hidden_ids = {*ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..version import VERSION
-from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, say, size, with_reader, words
+from .arguments import PROGRAM, UsageError, add_adapter, add_common, add_generation, integer, positive, say, size, with_reader, words
 from .constrained import add_constraint, add_fields, hint_at_choices
-from .placement import DTYPES, add_loading
+from .examples import BEGUN, read_examples
+from .placement import DTYPES, add_loading, quantization_name
 
 DESCRIPTION = "Text by block diffusion: a canvas of noise is denoised, all tokens in parallel, until it stands still."
 EXAMPLES = """\
@@ -61,6 +62,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
     add_constraint(parser)
     add_loading(parser)
+    add_adapter(parser)
     add_generation(parser)
 
 
@@ -89,6 +91,7 @@ def fill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
     add_fields(parser)
     add_loading(parser)
+    add_adapter(parser)
     add_generation(parser)
 
 
@@ -103,6 +106,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
     add_loading(parser)
+    add_adapter(parser)
     add_generation(parser)
 
 
@@ -114,6 +118,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
     parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
     add_loading(parser)
+    add_adapter(parser)
     add_generation(parser)
 
 
@@ -155,6 +160,54 @@ def info_check(args: argparse.Namespace) -> None:
         raise UsageError(f"`--adapters` and `{other}` are both given; expected one: each is a report of its own")
 
 
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="FILE", help='examples, a line each: {"prompt": ..., "response": ...} or {"messages": [...]}')
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the result goes; new or empty, but for --resume")
+    parser.add_argument("--lora", action="store_true", help="train an adapter, which needs peft, and leave the weights as they are")
+    parser.add_argument("--rank", type=integer(1), default=8, metavar="N", help="of the adapter's matrices (default: 8)")
+    parser.add_argument("--experts", action="store_true", help="adapt the experts too, beside attention and dense layers")
+    parser.add_argument("--merge", action="store_true", help="write a checkpoint with the adapter in its weights, and no adapter")
+    parser.add_argument("--eval", metavar="FILE", help="unseen examples: answers are generated and judged before and after")
+    parser.add_argument("--eval-every", type=integer(1), metavar="N", help="steps between evaluations on the way (default: none)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=integer(1), default=3, metavar="N", help="times through the examples (default: 3)")
+    length.add_argument("--steps", type=integer(1), metavar="N", help="optimizer steps, instead of --epochs")
+    parser.add_argument("--batch-size", type=integer(1), default=8, metavar="N", help="examples a step (default: 8)")
+    parser.add_argument("--lr", type=positive, metavar="X", help="highest learning rate (default: 1.5e-4 with --lora, else 5e-5)")
+    parser.add_argument("--canvas-length", type=integer(1), metavar="N", help="train on narrower canvases, which is faster")
+    parser.add_argument("--max-length", type=integer(1), metavar="N", help="most tokens of an example (default: the model's)")
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of order, noise and adapter (default: 0)")
+    parser.add_argument("--save-every", type=integer(1), metavar="N", help="steps between checkpoints (default: a fifth of the run)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, of the same command line")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--report-to", nargs="+", metavar="NAME", help="trackers of transformers, such as tensorboard or wandb")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, the checkpoint's)")
+    parser.add_argument("--quantize", type=quantization_name, metavar="NAME", help="of the frozen weights under --lora: fp8 or 4bit")
+
+
+def train_check(args: argparse.Namespace) -> None:
+    if not args.lora and (given := [name for name in ("experts", "merge", "quantize") if getattr(args, name)]):
+        raise UsageError(f"`--{given[0]}` is given without `--lora`; expected both: it is about an adapter")
+    if args.merge and args.quantize:
+        raise UsageError("`--merge` and `--quantize` are both given; expected one: quantised weights are left as they are")
+    if args.eval_every and not args.eval:
+        raise UsageError("`--eval-every` is given without `--eval`; expected a file of unseen examples")
+    if args.device not in (None, "cpu", "cuda"):
+        raise UsageError(f"`--device` is {args.device!r}; expected cpu or cuda")
+    folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"`--out` is {args.out!r}, which is a file; expected a folder")
+    begun = folder.is_dir() and any(folder.glob("checkpoint-*"))
+    if args.resume and not begun:
+        raise UsageError(f"`--resume` is given, and {args.out!r} holds no checkpoint; expected one to go on from")
+    if not args.resume and folder.is_dir() and any(path.name != BEGUN for path in folder.iterdir()):
+        hint = "or `--resume`, to go on from its last checkpoint" if begun else "since nothing is written over"
+        raise UsageError(f"`--out` is {args.out!r}, which is not empty; expected a new or empty folder, {hint}")
+    for path in filter(None, (args.data, args.eval)):
+        read_examples(path)
+
+
 COMMANDS: tuple[Command, ...] = (
     Command("generate", "answer prompts from arguments, a file or a pipe", generate_arguments, generate_check, """\
   diffusiongemma generate "Write 3 March 1998 as an ISO date." "What is 0.1 g in kg?"
@@ -188,6 +241,14 @@ Ctrl-C drops the answer being written. Green: accepted by the step; magenta: cor
   diffusiongemma bench
   diffusiongemma bench --model ./my-checkpoint --device cuda --dtype bfloat16 --batch-size 4
   diffusiongemma bench --prompt "Write a poem about canvases." --preset fast --json
+"""),
+    Command("train", "teach a checkpoint from a file of examples", train_arguments, train_check, """\
+  diffusiongemma train data.jsonl --out runs/mine --lora --eval unseen.jsonl
+  diffusiongemma train data.jsonl --out runs/mine --steps 200 --lr 1e-3 --canvas-length 64
+  diffusiongemma train data.jsonl --out runs/mine --lora --model google/diffusiongemma-26B-A4B-it --quantize 4bit
+  diffusiongemma train data.jsonl --out runs/mine --lora --resume      # after it was killed
+
+--out then holds a checkpoint, for --model, or with --lora an adapter, for --adapter of generate, fill, chat and bench.
 """),
     Command("export", "write a checkpoint as a Hub repository that brings its own code", export_arguments, export_check, """\
   diffusiongemma export ./my-repository
