@@ -1,68 +1,76 @@
-"""Teaches the shipped text checkpoint a job it does not know, with transformers' Trainer: dates in another style.
+"""Teaches the shipped text checkpoint a JSON job it does not know, from 200 examples, with transformers' Trainer.
 
-    python examples/finetune.py --out runs/european
+    python examples/finetune.py --out runs/tickets
 
-A minute or two on two CPU cores. The checkpoint it writes loads like any other.
+OUTPUT
 """
 
 import argparse
-import datetime
+import json
 import random
 import sys
+import time
 
 import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from jobs.dates import DATE
+from jobs.dates import FORMS as DATE_FORMS
+from jobs.dates import draw_date, write_date
+from jobs.job import is_held_out
+from jobs.number_words import content_of_number, spell
 from modeling_diffusiongemma import BlockDiffusionCollator, default_checkpoint
+from modeling_diffusiongemma.training.answers import Answering
+from modeling_diffusiongemma.training.trainer import BlockDiffusionTrainer
+
+GOODS = ("boxes", "books", "mugs", "lamps")
+FORMS = ("Ticket: {count} {goods}, due {date}", "Ticket: by {date} send {count} {goods}")
+CANVAS = 32  # tokens, as long as the answers, where the checkpoint's is 256
 
 
-def example(rng: random.Random, split: str) -> dict[str, str]:
-    """A date in one of the written forms the checkpoint knows, and the same day as DD/MM/YYYY, which it does not."""
-    request, iso = DATE.sample(rng, split)
-    day = datetime.date.fromisoformat(iso)
-    return {"prompt": f"European: {request}", "response": f"{day:%d/%m/%Y}"}
-
-
-def accuracy(model, tokenizer, examples: list[dict[str, str]]) -> float:
-    chats = [[{"role": "user", "content": one["prompt"]}] for one in examples]
-    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
-    sequences = model.eval().generate(**inputs, canvas_length=16, max_new_tokens=16, seed=0)
-    answers = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(answer == one["response"] for answer, one in zip(answers, examples, strict=True)) / len(examples)
+def ticket(rng: random.Random, split: str) -> dict[str, str]:
+    """A date and a number in words, which the checkpoint can read, in sentences that it does not know, under keys that it does not know.
+    No date and no number of one split is in the other."""
+    held_out = split == "test"
+    date, goods = draw_date(rng, held_out), rng.choice(GOODS)
+    count = rng.choice([number for number in range(2, 1000) if is_held_out(content_of_number(number)) == held_out])
+    request = rng.choice(FORMS).format(count=spell(count), goods=goods, date=write_date(date, rng.choice(DATE_FORMS)))
+    return {"prompt": request, "response": json.dumps({"ship": date.isoformat(), "units": count, "of": goods})}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the new checkpoint")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     set_seed(args.seed)
     rng = random.Random(args.seed)
     path = default_checkpoint()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    model.config.canvas_length = 16  # train on a canvas as short as the answers, then go back
-    print("measuring on 50 unseen dates, then training; the first steps are the slowest", file=sys.stderr, flush=True)
-    unseen = [example(rng, "test") for _ in range(50)]
-    before = accuracy(model, tokenizer, unseen)
-    trainer = Trainer(
+    canvas_length, model.config.canvas_length = model.config.canvas_length, CANVAS
+    trainer = BlockDiffusionTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=args.out, max_steps=args.steps, per_device_train_batch_size=32, learning_rate=1e-3, lr_scheduler_type="cosine",
-            warmup_steps=10, logging_steps=10, save_strategy="no", report_to="none", remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(), seed=args.seed,
+            output_dir=args.out, max_steps=args.steps, per_device_train_batch_size=16, learning_rate=1e-3, lr_scheduler_type="cosine",
+            warmup_steps=10, logging_steps=10, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), seed=args.seed,
         ),
-        train_dataset=Dataset.from_list([example(rng, "train") for _ in range(32 * args.steps)]),
+        train_dataset=[ticket(rng, "train") for _ in range(200)],
+        eval_dataset=[ticket(rng, "test") for _ in range(50)],
         data_collator=BlockDiffusionCollator(tokenizer),
+        answering=Answering(batch_size=50),
     )  # fmt: skip
+    print("measuring on 50 unseen tickets, then training; the first steps are the slowest", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    before, seen = trainer.evaluate(), trainer.answers[0]
     trainer.train()
-    model.config.canvas_length = 256
+    after, learned = trainer.evaluate(), trainer.answers[0]
+    model.config.canvas_length = canvas_length
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    after = accuracy(model, tokenizer, unseen)
-    print(f"exact on 50 unseen dates: {before:.0%} before, {after:.0%} after {args.steps} steps; saved to {args.out}")
+    print(f"{seen.prompt}\n  before  {seen.answer}\n  after   {learned.answer}")
+    for name in ("exact_match", "steps_per_canvas", "tokens_per_forward"):
+        print(f"{name:19s} {before['eval_' + name]:6.2f} before {after['eval_' + name]:6.2f} after {args.steps} steps")
+    print(f"{time.perf_counter() - started:.0f} s; saved to {args.out}")
 
 
 if __name__ == "__main__":
