@@ -20,6 +20,7 @@ from jobs.job import is_held_out
 from jobs.number_words import content_of_number, spell
 from modeling_diffusiongemma import BlockDiffusionCollator, default_checkpoint
 from modeling_diffusiongemma.training.answers import Answering
+from modeling_diffusiongemma.training.objective import Objective
 from modeling_diffusiongemma.training.trainer import BlockDiffusionTrainer
 
 GOODS = ("boxes", "books", "mugs", "lamps")
@@ -41,13 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for the new checkpoint")
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--unseen", type=int, default=50, help="tickets that are not trained on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     set_seed(args.seed)
     rng = random.Random(args.seed)
     path = default_checkpoint()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    canvas_length, model.config.canvas_length = model.config.canvas_length, CANVAS
+    model.objective = Objective(canvas_length=CANVAS)
     trainer = BlockDiffusionTrainer(
         model=model,
         args=TrainingArguments(
@@ -55,16 +57,15 @@ def main() -> None:
             warmup_steps=10, logging_steps=10, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), seed=args.seed,
         ),
         train_dataset=[ticket(rng, "train") for _ in range(200)],
-        eval_dataset=[ticket(rng, "test") for _ in range(50)],
+        eval_dataset=[ticket(rng, "test") for _ in range(args.unseen)],
         data_collator=BlockDiffusionCollator(tokenizer),
-        answering=Answering(batch_size=50),
+        answering=Answering({"canvas_length": CANVAS}, batch_size=args.unseen),
     )  # fmt: skip
-    print("measuring on 50 unseen tickets, then training; the first steps are the slowest", file=sys.stderr, flush=True)
+    print("measuring on unseen tickets, then training; the first steps are the slowest", file=sys.stderr, flush=True)
     started = time.perf_counter()
     before, seen = trainer.evaluate(), trainer.answers[0]
     trainer.train()
     after, learned = trainer.evaluate(), trainer.answers[0]
-    model.config.canvas_length = canvas_length
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{seen.prompt}\n  before  {seen.answer}\n  after   {learned.answer}")

@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback
 from modeling_diffusiongemma import BlockDiffusionCollator
 from modeling_diffusiongemma.training.answers import Answering, answer_examples, asked, summary
 from modeling_diffusiongemma.training.by_noise import NAMES, LossByNoise
-from modeling_diffusiongemma.training.finite import NotFinite
+from modeling_diffusiongemma.training.callbacks import GrowingCanvas
+from modeling_diffusiongemma.training.finite import NotFinite, conversations, places_in
 from modeling_diffusiongemma.training.resuming import RECORD, last_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,16 @@ def test_nan_names_step_batch_rows_and_examples_and_leaves_the_weights(tmp_path)
     assert "rows [1] of 2, examples [1] of the data" in str(told.value)
     assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
     assert sorted(losses(run)) == [1, 2]
+
+
+def test_rows_of_a_packed_batch_are_found_in_the_data():
+    """Two conversations lie in the row, and neither is its neighbour's; ids of text that is not there match nothing."""
+    collator, data = BlockDiffusionCollator(pad_token_id=PAD, packing=True, max_length=24), examples(8)
+    batch = collator(data[2:6])
+    lying = set().union(*(conversations(batch, row) for row in range(len(batch["input_ids"]))))
+    wanted = sorted(place for place, one in enumerate(data) if tuple(one["prompt"] + one["response"]) in lying)
+    assert len(batch["input_ids"]) < 4 and places_in(data, collator, lying) == wanted == [2, 3, 4, 5]
+    assert places_in(iter(data), collator, lying) == [] and places_in(data, collator, {(1, 2)}) == []
 
 
 def test_nan_of_weights_names_the_weights(tmp_path):
@@ -247,6 +258,27 @@ def test_switches_of_trainer_train(switches, tmp_path):
     run.train()
     assert all(0.7 * 2 * math.log(VOCAB) < loss < 1.5 * 2 * math.log(VOCAB) for loss in losses(run).values())
     assert math.isfinite(run.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_canvases_grow_by_the_progress_of_training_and_go_on_growing(kind, tmp_path):
+    """A resumed run begins with the first objective, and is at the length of its step."""
+    if kind == "lora":
+        pytest.importorskip("peft")
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append(model.objective.canvas_length)
+
+    straight = trainer(built(kind), tmp_path, [GrowingCanvas((3, 5, 10)), Watch()], max_steps=6, save_strategy="steps", save_steps=4)
+    straight.train()
+    assert seen == [3, 3, 5, 5, 10, 10]
+    resumed = trainer(built(kind), tmp_path, [GrowingCanvas((3, 5, 10)), Watch()], max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert seen[6:] == [10, 10] and losses(resumed) == losses(straight)
+    with pytest.raises(ValueError, match="lengths"):
+        GrowingCanvas((3, 0))
 
 
 # Resuming

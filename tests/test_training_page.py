@@ -38,6 +38,6 @@ def test_commands_of_the_page_run(capsys, monkeypatch, tmp_path):
 
 
 def test_example_learns_from_its_first_steps(here, tmp_path):
-    printed, left = here("finetune.py", "--out", str(tmp_path / "out"), "--steps", "2")
-    assert left is None and re.search(r"exact_match +0\.00 before +0\.\d+ after 2 steps", printed)
+    printed, left = here("finetune.py", "--out", str(tmp_path / "out"), "--steps", "2", "--unseen", "3")
+    assert left is None and re.search(r"exact_match +0\.00 before +\d\.\d+ after 2 steps", printed)
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -27,6 +27,8 @@ def problem(example: Any) -> str | None:
     given = [name for name in RESPONSES if name in example]
     if "prompt" not in example or len(given) != 1:
         return f"the keys {sorted(example)}; {FORMS}"
+    if all(isinstance(example[name], list) for name in ("prompt", *given)):  # messages, as TRL allows
+        return problem_of_messages(example["prompt"] + example[given[0]])
     for name in ("prompt", *given):
         if not filled(example[name]):
             return f"`{name}` is {example[name]!r}; expected text"
@@ -65,10 +67,10 @@ def refuse(path: str, problems: list[tuple[int, str]]) -> None:
         raise UsageError(f"{path} is wrong in {len(problems)} of its lines:\n{told}{more}")
 
 
-def read_examples(path: str) -> list[tuple[int, dict[str, Any]]]:
-    """The examples of a file, each with the number of its line; UsageError for a file that cannot be read, holds none, or holds something
+def read_examples(path: str) -> tuple[list[int], list[dict[str, Any]]]:
+    """The lines of a file's examples, from 1, and the examples; UsageError for a file that cannot be read, holds none, or holds something
     else."""
-    found, problems = [], []
+    places, examples, problems = [], [], []
     for place, line in lines_of(path):
         try:
             example = json.loads(line)
@@ -77,11 +79,12 @@ def read_examples(path: str) -> list[tuple[int, dict[str, Any]]]:
             continue
         if (what := problem(example)) is not None:
             problems.append((place, what))
-        found.append((place, example))
+        places.append(place)
+        examples.append(example)
     refuse(path, problems)
-    if not found:
+    if not examples:
         raise UsageError(f"{path} holds no example; {FORMS} a line")
-    return found
+    return places, examples
 
 
-__all__ = ["BEGUN", "RESPONSES", "read_examples", "refuse"]
+__all__ = ["BEGUN", "read_examples", "refuse"]

@@ -19,10 +19,11 @@ from transformers.trainer_callback import PrinterCallback
 from ..training.answers import Answering, asked
 from ..training.by_noise import NAMES
 from ..training.collator import BlockDiffusionCollator
+from ..training.objective import Objective
 from ..training.trainer import BlockDiffusionTrainer
 from ..weights.saving import replacing
 from .arguments import UsageError, json_line, say
-from .examples import BEGUN, RESPONSES, read_examples, refuse
+from .examples import BEGUN, read_examples, refuse
 from .placement import checked_device, loading_arguments
 from .session import load_model, load_tokenizer, read_config
 
@@ -60,12 +61,6 @@ class Bar(ProgressCallback):
         pass
 
 
-def pairs(path: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """Lines and examples of a file; a completion is a response."""
-    places, examples = zip(*read_examples(path), strict=True)
-    return list(places), [{"response" if name == RESPONSES[1] else name: value for name, value in example.items()} for example in examples]
-
-
 def refuse_long(path: str, places: list[int], examples: list[dict[str, Any]], collator, most: int) -> None:
     """UsageError for examples that the chat template refuses, or of more than `most` tokens."""
     from tqdm import tqdm
@@ -74,11 +69,11 @@ def refuse_long(path: str, places: list[int], examples: list[dict[str, Any]], co
     bar = tqdm(examples, unit="example", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
     for place, example in zip(places, bar, strict=True):
         try:
-            row = collator([example])
+            length = len(collator.read(example).ids)
         except Exception as error:  # jinja2's errors have no base class that is a ValueError
             problems.append((place, str(error)))
             continue
-        if (length := row["input_ids"].shape[1]) > most:
+        if length > most:
             response = len(asked(collator, example)[1])
             problems.append(
                 (place, f"{length} tokens, of which its last response takes {response}; expected at most {most} (`--max-length`)")
@@ -179,8 +174,8 @@ def tell(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    places, examples = pairs(args.data)
-    unseen_places, unseen = pairs(args.eval) if args.eval else ([], None)
+    places, examples = read_examples(args.data)
+    unseen_places, unseen = read_examples(args.eval) if args.eval else ([], None)
     begun = begin(args)
     device, plotted = checked_device(args.device), importlib.util.find_spec("matplotlib") is not None
     if args.lora and importlib.util.find_spec("peft") is None:
@@ -199,14 +194,14 @@ def run(args: argparse.Namespace) -> int:
 
     set_seed(args.seed)  # what a new adapter begins with
     model = load_model(args.model.path, **loading_arguments(device, args.dtype, args.quantize))
-    canvas_length = model.config.canvas_length
-    model.config.canvas_length = args.canvas_length or canvas_length
+    model.objective = Objective(canvas_length=args.canvas_length)
     trained = with_adapter(model, args) if args.lora else model
     arguments = training_arguments(args, len(examples), device)
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one GPU: Trainer would copy the model to all that there are
+    settings = {"canvas_length": args.canvas_length} if args.canvas_length else {}
     trainer = BlockDiffusionTrainer(
         model=trained, args=arguments, data_collator=collator, train_dataset=examples, eval_dataset=unseen, processing_class=tokenizer,
-        callbacks=[Lines()], answering=Answering(batch_size=args.batch_size, seed=args.seed) if args.eval else None,
+        callbacks=[Lines()], answering=Answering(settings, args.batch_size, args.seed) if args.eval else None,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -224,7 +219,6 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     start = [{"step": 0, **{f"eval_{name}": value for name, value in result["before"].items()}}] if result["before"] else []
     result["log"] = start + trainer.state.log_history
-    model.config.canvas_length = canvas_length
     save(trained.merge_and_unload() if args.merge else trained, tokenizer, args, result, plotted)
     tell(result, args)
     return 0

@@ -14,8 +14,6 @@ import numpy
 import torch
 from transformers import set_seed
 
-from .loss import IGNORED
-
 
 class Answer(NamedTuple):
     """One example's: `prompt` (its text, its messages before the response, or its token ids), what the model wrote, the `response` that
@@ -76,10 +74,9 @@ def apart(seed: int) -> Iterator[None]:
 
 def asked(collator, example: tuple | Mapping) -> tuple[list[int], list[int]]:
     """Ids of an example in front of its last response, and those of that response."""
-    row = collator([example])
-    ids, target = row["input_ids"][0].tolist(), (row["labels"][0] != IGNORED).tolist()
-    end = len(target) - target[::-1].index(True)
-    begin = next(place for place in range(end - 1, -1, -1) if not target[place - 1])
+    ids, targets = collator.read(example)
+    end = len(targets) - targets[::-1].index(True)
+    begin = next(place for place in range(end - 1, -1, -1) if not targets[place - 1])
     return ids[:begin], ids[begin:end]
 
 

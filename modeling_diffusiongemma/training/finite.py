@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from .canvases import cut_canvases
+
 SEARCHED = 100_000  # examples of the data, at most, that a row is looked for among; each is collated
 SHOWN = 5  # names of weights in a message
 
@@ -22,9 +24,11 @@ class NotFinite(ValueError):
         self.step, self.rows, self.examples = step, rows, examples
 
 
-def infinite_rows(losses: torch.Tensor, rows: torch.Tensor) -> list[int]:
-    """Rows of which a canvas's loss is not finite: `losses` (N,) of canvases, and whose `rows` int64 (N,) they are."""
-    return sorted(set(rows[~losses.isfinite()].tolist()))
+def rows_of_canvases(inputs: Mapping[str, torch.Tensor], canvas_length: int, count: int) -> torch.Tensor:
+    """Which row each of `count` canvases of a loss is of, int64 `(count,)`: all of each row, row by row, or one of each."""
+    there = cut_canvases(inputs["input_ids"], inputs["labels"], canvas_length, 0).there
+    rows = there.nonzero()[:, 0]
+    return rows if len(rows) == count else torch.arange(len(there), dtype=torch.int64, device=there.device)
 
 
 def infinite_weights(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
@@ -46,8 +50,7 @@ def places_in(dataset, collator, wanted: set[tuple[int, ...]]) -> list[int]:
         return []
     found = []
     for place in range(min(len(dataset), SEARCHED)):
-        one = collator([dataset[place]])
-        if wanted & conversations({name: value.cpu() for name, value in one.items()}, 0):
+        if tuple(collator.read(dataset[place]).ids) in wanted:
             found.append(place)
     return found
 
@@ -56,11 +59,13 @@ def refuse_loss(loss: torch.Tensor, output, inputs: Mapping[str, torch.Tensor], 
     """Raises NotFinite for a loss that is not finite, and says where it comes from as far as can be found out.
 
     Args:
-        output: the model's, with `canvas_losses` and `canvas_rows`; inputs: what it got.
+        output: the model's, with `canvas_losses`; inputs: what it got.
+        model: `DiffusionGemmaForMaskedBlockLM`, or a PEFT model around one.
         step, batch: the optimizer step, and the batch of those that make it, both from 1.
         dataset, collator: where the rows are looked for.
     """
-    rows = infinite_rows(output.canvas_losses, output.canvas_rows)
+    losses, canvas_length = output.canvas_losses, model.objective.canvas_length or model.config.canvas_length
+    rows = sorted(set(rows_of_canvases(inputs, canvas_length, len(losses))[~losses.isfinite()].tolist()))
     weights = infinite_weights(model.named_parameters())
     count = inputs["input_ids"].shape[0]
     wanted = set().union(*(conversations(inputs, row) for row in rows)) if rows and not weights else set()

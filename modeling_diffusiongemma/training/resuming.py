@@ -8,6 +8,7 @@ that have been trained, and says nothing. What is written here beside a checkpoi
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ def flat(value: Any, name: str) -> dict[str, Any]:
 
 
 def record_of(model, args, examples: int | None) -> dict[str, Any]:
-    """What a run is, by names: the model's config, its adapters', and what decides which examples a step sees.
+    """What a run is, by names: the model's config and objective, its adapters', and what decides which examples a step sees.
 
     Args:
         model: `DiffusionGemmaForMaskedBlockLM`, or a PEFT model around one.
         args: `transformers.TrainingArguments`.
         examples: how many the training data holds, where that is known.
     """
-    found = flat(model.config.to_dict(), "config")
+    found = flat(model.config.to_dict(), "config") | flat(asdict(model.objective), "objective")
     for name, adapter in getattr(model, "peft_config", {}).items():
         found |= flat(adapter.to_dict(), f"adapter {name}")
     return found | {

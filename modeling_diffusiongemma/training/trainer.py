@@ -42,6 +42,7 @@ class BlockDiffusionTraining:
         self.answers: list[Answer] = []
         self.by_noise = LossByNoise()
         self.batches = 0  # of the step under way
+        self.begun: dict[str, Any] = {}  # what the run was when it began: callbacks may change the objective
         self._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, *COLUMNS, self.args.length_column_name]
 
@@ -103,18 +104,18 @@ class BlockDiffusionTraining:
             ValueError: there is no such checkpoint, it is not whole, or it is another run's.
             NotFinite: a loss or a gradient.
         """
-        self.batches, self.by_noise = 0, LossByNoise()
+        self.batches, self.by_noise, self.begun = 0, LossByNoise(), self.record()
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir)
             if found is None:
                 raise ValueError(f"`resume_from_checkpoint` is True, and {self.args.output_dir!r} holds no whole checkpoint; expected one")
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
-            refuse_other(resume_from_checkpoint, self.record())
+            refuse_other(resume_from_checkpoint, self.begun)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint says of its run (`resuming.record_of`)."""
+        """What a checkpoint says of its run (`resuming.record_of`), as it is now."""
         examples = None
         with contextlib.suppress(TypeError):  # data that is read once through has no length
             examples = len(self.train_dataset)
@@ -124,7 +125,7 @@ class BlockDiffusionTraining:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:  # a checkpoint, and not the model that is published
-            write_record(output_dir, self.record())
+            write_record(output_dir, self.begun)
 
 
 class BlockDiffusionTrainer(BlockDiffusionTraining, Trainer):
