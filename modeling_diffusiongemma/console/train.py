@@ -16,6 +16,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments, s
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
+from ..layers.adapter_targets import lora_targets
 from ..training.answers import Answering, asked
 from ..training.by_noise import NAMES
 from ..training.collator import BlockDiffusionCollator
@@ -85,10 +86,7 @@ def with_adapter(model, args: argparse.Namespace):
     """The model with a new LoRA adapter around it."""
     from peft import LoraConfig, get_peft_model
 
-    projections = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-    targets: dict[str, Any] = {"target_modules": rf"model\.decoder\.layers\..*\.({projections})"}
-    if args.experts:
-        targets["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+    targets = lora_targets(model, experts=args.experts)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, **targets))
 
 
