@@ -28,9 +28,9 @@ class BuildWithCards(build_py):
 
 
 images = ["pillow", "torchvision"]  # transformers' Gemma4Processor needs torchvision for its video part
-train = ["datasets", "tqdm"]
+train = ["datasets", "tqdm", "matplotlib", "peft"]
 serve = ["openai>=3.54,<4", "fastapi>=0.165,<1", "uvicorn>=0.54,<1", "starlette", "pydantic>=2", "rich"]  # transformers' "serving"
-diffusers = ["diffusers>=0.42.1,<0.43"]  # drives the model by names of transformers' class: modeling_diffusiongemma/model/views.py
+diffusers = ["diffusers>=0.42.1,<0.43"]  # drives the model by names of transformers' class: modeling_diffusiongemma/drop_in
 lm_eval = ["lm-eval>=0.4.13,<0.5"]
 test = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "datasets", "packaging", "pillow", "peft"]
 

@@ -55,7 +55,7 @@ def small_config(vocab_size: int, hidden_size: int, layers: int, canvas_length: 
 def given_side(pair: str, side: str) -> Template:
     """A pair "digits = words" of which `side` is a blank."""
     digits, words = pair.split(" = ")
-    return Template("{digits} = " + words if side == "digits" else digits + " = {words}")
+    return Template("{digits:4} = " + words if side == "digits" else digits + " = {words}")
 
 
 class TextRecipe:

@@ -23,6 +23,7 @@ from .model.block_model import DiffusionGemmaBlockModel  # noqa: E402
 from .model.head import DiffusionGemmaForMaskedBlockLM  # noqa: E402
 from .training.collator import BlockDiffusionCollator  # noqa: E402
 from .training.loss import block_diffusion_loss  # noqa: E402
+from .training.objective import Objective  # noqa: E402
 from .training.rollout import Rollout  # noqa: E402
 from .training.score import Score  # noqa: E402
 from .weights.auto import register  # noqa: E402
@@ -33,6 +34,6 @@ register(DiffusionGemmaForMaskedBlockLM, DiffusionGemmaForBlockDiffusion, Diffus
 
 __all__ = [
     "BlockDiffusionCollator", "BlockModelOutput", "DiffusionGemmaBlockModel", "DiffusionGemmaConfig", "DiffusionGemmaForMaskedBlockLM",
-    "DiffusionGemmaTextConfig", "FP8Config", "FourBitConfig", "MaskedBlockOutput", "Rollout", "Score", "block_diffusion_loss",
+    "DiffusionGemmaTextConfig", "FP8Config", "FourBitConfig", "MaskedBlockOutput", "Objective", "Rollout", "Score", "block_diffusion_loss",
     "default_checkpoint", "lora_targets",
 ]  # fmt: skip
