@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from measure import heading, machine, markdown, say
+from measure import heading, machine, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     rng = random.Random(7)
     prompts = [JOB.sample(rng, "test")[0] for _ in range(args.cases)]
     Measured().add(model, tokenizer, prompts[:1], [0], {})  # the first call of a process is slower
-    say(heading("long_answers.py", arguments, machine("cpu", args.threads)))
+    print(heading("long_answers.py", arguments, machine("cpu", args.threads)) + "\n")
     rows = []
     for batch in args.batches:
         found = {way: Measured() for way in WAYS}

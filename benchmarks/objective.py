@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from measure import PeakMemory, heading, machine, markdown, peak_mib, say
+from measure import PeakMemory, heading, machine, markdown, peak_mib
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
@@ -30,6 +30,10 @@ def build(vocab_size: int, hidden_size: int, layers: int, canvas_length: int) ->
     model = DiffusionGemmaForMaskedBlockLM(small_config(vocab_size, hidden_size, layers, canvas_length, 10_000.0, **ids)).train()
     model.set_experts_implementation("dense_mm")
     return model
+
+
+def random_ids(count: int, seed: int, vocab_size: int) -> list[int]:
+    return torch.randint(128, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def learn(model, batch: dict, **settings) -> tuple[float, float, int]:
@@ -50,28 +54,30 @@ def learn(model, batch: dict, **settings) -> tuple[float, float, int]:
 def best(model, ways: dict, rounds: int) -> dict[str, list[float]]:
     """Of each way the least seconds and the least peak of some rounds, the ways taking turns, and its canvases."""
     found = {name: [float("inf"), float("inf"), 0] for name in ways}
-    for _ in range(rounds + 1):  # the first warms up
+    for turn in range(rounds + 1):  # the first warms up
         for name, (batch, settings) in ways.items():
-            seconds, peak, canvases = learn(model, batch, **settings)
-            if _:
-                found[name] = [min(found[name][0], seconds), min(found[name][1], peak), canvases]
+            seconds, peak, count = learn(model, batch, **settings)
+            if turn:
+                found[name] = [min(found[name][0], seconds), min(found[name][1], peak), count]
     return found
 
 
-def canvases(rounds: int) -> str:
+def canvases(rounds: int, less: int) -> str:
     """Prompts of 128 tokens, responses of 1,024: eight canvases of 128."""
-    model = build(640, 192, 6, 128)
-    pairs = [([5] * 128, torch.randint(128, 640, (1024,), generator=torch.Generator().manual_seed(row)).tolist()) for row in range(2)]
+    model = build(640, 192, 6, 128 // less)
+    pairs = [
+        ([5] * 128, torch.randint(128, 640, (1024 // less,), generator=torch.Generator().manual_seed(row)).tolist()) for row in range(2)
+    ]
     batch = dict(BlockDiffusionCollator(pad_token_id=0)(pairs))
     found = best(model, {way: (batch, {"canvases": way, "keep_logits": False}) for way in ("one", "all")}, rounds)
     rows = [[way, count, f"{seconds:.2f}", f"{seconds / count:.3f}", f"{peak:.0f}"] for way, (seconds, peak, count) in found.items()]
     return markdown(["canvases of a row", "learned", "s", "s a canvas", "MiB"], rows)
 
 
-def packing(rounds: int) -> str:
+def packing(rounds: int, less: int) -> str:
     """64 conversations of 16 to 256 tokens, half of each its response, on canvases of 64."""
     model, rng = build(640, 192, 6, 64), random.Random(0)
-    sizes = [rng.choice((8, 12, 16, 24, 32, 128)) for _ in range(64)]
+    sizes = [rng.choice((8, 12, 16, 24, 32, 128)) for _ in range(64 // less)]
     pairs = [([rng.randint(128, 639) for _ in range(size)], [rng.randint(128, 639) for _ in range(size)]) for size in sizes]
     ways = {
         "padded": BlockDiffusionCollator(pad_token_id=0)(pairs),
@@ -85,10 +91,12 @@ def packing(rounds: int) -> str:
     return markdown(["rows", "tokens", "s", "response tokens/s", "MiB"], rows)
 
 
-def head(rounds: int) -> str:
+def head(rounds: int, less: int) -> str:
     """Two responses of 512 tokens at 262,144 ids on a small backbone, so that the head is what is measured."""
-    model = build(2**18, 64, 1, 256)
-    pairs = [([5] * 8, torch.randint(128, 2**18, (512,), generator=torch.Generator().manual_seed(row)).tolist()) for row in range(2)]
+    model = build(2**18 // less, 64, 1, 256)
+    pairs = [
+        ([5] * 8, torch.randint(128, 2**18 // less, (512,), generator=torch.Generator().manual_seed(row)).tolist()) for row in range(2)
+    ]
     batch = dict(BlockDiffusionCollator(pad_token_id=0)(pairs))
     found = best(
         model, {name: (batch, {"keep_logits": kept}) for name, kept in (("whole logits of the canvases", True), ("pieces", False))}, rounds
@@ -105,10 +113,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a smoke run on an eighth of everything, whose numbers mean nothing")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    say(heading("objective.py", arguments, machine("cpu", args.threads)))
-    say(TABLES[args.table](args.rounds))
+    print(heading("objective.py", arguments, machine("cpu", args.threads)) + "\n")
+    print(TABLES[args.table](args.rounds, 8 if args.quick else 1))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", choices=sorted(RECIPES), nargs="?", default="text")
     parser.add_argument("--cases", type=int, default=50, help="unseen inputs (of each job)")
     parser.add_argument("--checkpoint", help="default: the shipped one")
-    parser.add_argument("--canvas-length", type=int, help="of every line (default: 64 for text, whose own is 256; sudoku's own 81)")
+    parser.add_argument("--canvas-length", type=int, help="of every line (default: the checkpoint's: 256 for text, 81 for sudoku)")
     parser.add_argument("--only", help="lines whose name holds this")
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(arguments)
-    args.canvas_length = args.canvas_length or {"text": 64, "sudoku": 81}[args.recipe]
+    args.canvas_length = args.canvas_length or {"text": 256, "sudoku": 81}[args.recipe]
     return args
 
 

@@ -278,3 +278,18 @@ def test_full_size_makes_checkpoints_and_runs_every_way(tmp_path):
 def test_a_measurement_that_takes_the_last_memory_is_stopped(tmp_path):
     options = ["--shrink", "--folder", tmp_path, "--ways", "bf16", "--least-free", "1000000"]
     assert "| bf16 | stopped: less than 1000000.0 GiB were left |" in run("full_size.py", *options)
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"), [("canvases", ["| one | 2 |", "| all | 16 |"]), ("packing", ["| padded | 8x"]), ("head", ["| pieces | 4 |"])]
+)
+def test_objective_measures_its_ways(table, rows):
+    printed = run("objective.py", table, "--quick", "--rounds", "1", "--threads", "1")
+    assert all(row in printed for row in rows), printed
+
+
+def test_long_answers_are_timed_in_both_ways():
+    printed = run("long_answers.py", "--cases", "2", "--single", "1", "--batches", "1", "2", "--threads", "1")
+    assert [line.split(" | ")[:2] for line in printed.splitlines() if "iffusion | " in line or "autoreg" in line] == [
+        ["| 1", "diffusion"], ["| 1", "autoregressive"], ["| 2", "diffusion"], ["| 2", "autoregressive"],
+    ]  # fmt: skip
