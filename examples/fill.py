@@ -5,9 +5,10 @@ python examples/fill.py --watch     and their canvases, step by step
 python examples/fill.py "{year}-{month:1-2}-03" --prompt "Write 3 March 1998 as an ISO date."
 
 It shows blanks of counted tokens, blanks whose length the model finds, fields with languages of their own, JSON of which some values are
-given, and tokens erased from an answer (`Pins`). All of them are answers of jobs that this small checkpoint has learnt, with prompts that
-say what is wanted: text on the right tells it where a blank ends and what is left to write, but it does not argue with its prompt
-("{amount} g", where 250 g are asked for in kg, becomes "0.25 g"). In a text unlike its answers ("The date is {date}.") it fills in a date,
+given, and tokens erased from an answer (`Pins`). All of them are answers of jobs that this small checkpoint has learnt. Of a pair of a
+number in digits and in words the prompt says nothing: what is filled in is read off the other side, to the right of the blank or to the
+left. Of the others it says what is wanted: text on the right tells where a blank ends and what is left to write, but does not argue with
+the prompt ("{amount} g", where 250 g are asked for in kg, becomes "0.25 g"). In a text unlike its answers ("The date is {date}.") it fills in a date,
 as the template demands, and a wrong one. `diffusiongemma fill` does the same in a console.
 """
 
@@ -22,6 +23,7 @@ from generation import CanvasStreamer, Choice, Pins, Regex, Template
 from modeling_diffusiongemma import default_checkpoint
 
 CANVAS = 64  # tokens
+PAIR = "Any number in digits and in words."  # neither number below was in the checkpoint's training, in any form
 DATE = Regex(r"(19|20)\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])")
 
 
@@ -34,6 +36,8 @@ class Case(NamedTuple):
 
 
 CASES = [
+    Case(PAIR, Template("{digits:4} = five thousand two hundred and sixty"), "5260 = five thousand two hundred and sixty"),
+    Case(PAIR, Template("2648 = {words}"), "2648 = two thousand six hundred and forty-eight"),
     Case("Write 3 March 1998 as an ISO date.", Template("{year}-{month:1-2}-03"), "1998-03-03"),
     Case("Sort in ascending order: 31, 7, 56, 24", Template("{below}, 24, {above}"), "7, 24, 31, 56"),
     Case("Write 648 in words.", Template("{hundreds} hundred and {tens}-eight"), "six hundred and forty-eight"),
