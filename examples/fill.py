@@ -8,8 +8,8 @@ It shows blanks of counted tokens, blanks whose length the model finds, fields w
 given, and tokens erased from an answer (`Pins`). All of them are answers of jobs that this small checkpoint has learnt. Of a pair of a
 number in digits and in words the prompt says nothing: what is filled in is read off the other side, to the right of the blank or to the
 left. Of the others it says what is wanted: text on the right tells where a blank ends and what is left to write, but does not argue with
-the prompt ("{amount} g", where 250 g are asked for in kg, becomes "0.25 g"). In a text unlike its answers ("The date is {date}.") it fills in a date,
-as the template demands, and a wrong one. `diffusiongemma fill` does the same in a console.
+the prompt ("{amount} g", where 250 g are asked for in kg, becomes "0.25 g"). In a text unlike its answers ("The date is {date}.") it fills
+in a date, as the template demands, and a wrong one. `diffusiongemma fill` does the same in a console.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from generation import Template
 from jobs import TEXT_JOBS, sudoku
+from jobs.days import draw_over_short_month
 from jobs.note_variety import draw_varied
 from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
 from modeling_diffusiongemma import BlockDiffusionCollator
@@ -184,20 +185,22 @@ class TextFurtherRecipe(TextRecipe):
     start = "text"
     SHORT_JOBS = {"date": 2, "number_to_words": 2, "words_to_number": 2, "units": 3, "sort": 3, "number_pair": 4}
     SHAPES = (
-        Shape(0.38, {"days": 1}, 256, 288, 8, 0.25, head=46),
-        Shape(0.30, {"note_to_json": 1}, 64, 144, 32),
-        Shape(0.14, SHORT_JOBS, 24, 64, 64),
-        Shape(0.18, {**SHORT_JOBS, "note_to_json": 16}, 256, 144, 12, 0.5, head=88),
+        Shape(0.50, {"days": 1}, 256, 288, 8, 0.25, head=46),
+        Shape(0.23, {"note_to_json": 1}, 64, 144, 32),
+        Shape(0.12, SHORT_JOBS, 24, 64, 64),
+        Shape(0.15, {**SHORT_JOBS, "note_to_json": 16}, 256, 144, 12, 0.5, head=88),
     )
-    VARIED = 0.7  # of the notes: composed sentences
+    HARDER = {"note_to_json": (0.7, draw_varied), "days": (0.5, draw_over_short_month)}  # what share of a job's examples is drawn otherwise
+
+    def draw(self, rng: random.Random, name: str) -> tuple[str, str]:
+        """One training example of a job."""
+        share, draw = self.HARDER.get(name, (0.0, None))
+        return draw(rng) if rng.random() < share else TEXT_JOBS[name].sample(rng, "train")
 
     def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
         shape = rng.choices(self.SHAPES, weights=[shape.share for shape in self.SHAPES])[0]
         names = rng.choices([*shape.jobs], weights=[*shape.jobs.values()], k=max(1, shape.rows * size // self.defaults["batch_size"]))
-        pairs = [
-            draw_varied(rng) if name == "note_to_json" and rng.random() < self.VARIED else TEXT_JOBS[name].sample(rng, "train")
-            for name in names
-        ]
+        pairs = [self.draw(rng, name) for name in names]
         options = {"canvas_length": shape.canvas, "causal": rng.random() < shape.causal}
         return self.collate(pairs, shape.canvas, shape.length, shape.head), options
 

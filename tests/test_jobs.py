@@ -9,6 +9,7 @@ import pytest
 
 from jobs import SPLITS, TEXT_JOBS, is_held_out
 from jobs.dates import FORMS, ISO_FORM, read_date, write_date
+from jobs.days import draw_over_short_month
 from jobs.note_variety import compose, draw_varied
 from jobs.note_words import ITEMS, NAMES, TEST_TEMPLATES, TRAIN_TEMPLATES
 from jobs.notes import KEYS, expand, read_note
@@ -228,6 +229,15 @@ def test_days_roll_over_months_and_leap_years():
     days = ["2024-02-27", "2024-02-28", "2024-02-29", *(f"2024-03-{day:02}" for day in range(1, 12))]
     assert check(prompt, ", ".join(days)) and not check(prompt, ", ".join(days[:-1])) and not check(prompt, ",".join(days))
     assert not check("The 14 days from 27 February 2023 on.", ", ".join(days))
+
+
+def test_lists_over_short_months_are_of_the_training_split():
+    rng, job = random.Random(1), TEXT_JOBS["days"]
+    for _ in range(200):
+        prompt, response = draw_over_short_month(rng)
+        first, last = (date.fromisoformat(day) for day in (response[:10], response[-10:]))
+        assert job.check(prompt, response) and first.month in (2, 4, 6, 9, 11) and last.month == first.month + 1
+        assert not any(is_held_out(content) for content in job.content(prompt, response))
 
 
 @pytest.mark.parametrize(("answer", "right"), [
