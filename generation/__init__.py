@@ -15,12 +15,13 @@ from .rules.state import CanvasState
 from .rules.stopping import Never, StableAndConfident, StoppingRule
 from .watch.events import CommitEvent, StepEvent, stream_events, stream_text
 from .watch.terminal import CanvasStreamer
+from .watch.trace import Trace
 from .watch.watcher import Watcher
 
 __all__ = [
     "Automaton", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint", "DiffusionGenerationConfig",
     "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema",
     "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler", "Proposal", "Regex", "Sampler",
-    "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores", "UniformNoise", "Wanted",
-    "Watcher", "stream_events", "stream_text",
+    "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores", "Trace", "UniformNoise",
+    "Wanted", "Watcher", "stream_events", "stream_text",
 ]  # fmt: skip

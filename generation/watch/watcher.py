@@ -7,6 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..rules.prediction import Prediction
+from ..rules.schedule import TemperatureSchedule
 from ..rules.state import CanvasState
 
 
@@ -17,6 +18,9 @@ class Watcher:
     """
 
     wants_logits = False
+
+    def begin(self, schedule: TemperatureSchedule) -> None:
+        """Generation begins, before `start`; `schedule` has the temperature of every denoising step. Told to watchers of this class."""
 
     def start(self, prompt: torch.Tensor) -> None:
         """`prompt` int64 (B, P)."""
