@@ -62,3 +62,11 @@ def test_steps_are_changed_as_each_way_says(here):
     assert all('{"name": "Edwin", "quantity": 73' in line for line in ways[1].splitlines()[1:])
     assert all(json.loads(answer)["quantity"] == 37 for place, answer in enumerate(answers) if place != 1)
     assert ways[3].count("noise 0.75") == ways[4].count("noise 0.75") == 1, "a run that ends at step 3 keeps the schedule of 12"
+
+
+def test_trace_prints_what_its_docstring_shows(here):
+    printed, error = here("trace.py")
+    steps = re.findall(r"^  step +(\d+)  +(\d+) stand  +(\d+) accepted", printed, re.MULTILINE)
+    stand = [int(count) for _, count, _ in steps]
+    assert error is None and [int(step) for step, _, _ in steps] == [*range(1, len(steps) + 1)]
+    assert stand == sorted(stand) and f", {stand[-1]} tokens;" in printed and '"quantity": 54' in printed

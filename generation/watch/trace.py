@@ -76,9 +76,14 @@ class RowCanvas(NamedTuple):
 
     def revisions(self) -> torch.Tensor:
         """Int64 (n,): how often each kept token's argmax changed after the position was first accepted."""
+        return self.revised().sum(dim=0)
+
+    def revised(self) -> torch.Tensor:
+        """Bool (t, n): the steps that changed the argmax of a kept position after it had been accepted."""
         argmax, accepted = self.argmax[:, : len(self.tokens)], self.accepted[:, : len(self.tokens)]
-        accepted_before = accepted.cumsum(dim=0)[:-1] > 0
-        return ((argmax[1:] != argmax[:-1]) & accepted_before).sum(dim=0)
+        found = torch.zeros_like(accepted)
+        found[1:] = (argmax[1:] != argmax[:-1]) & (accepted.cumsum(dim=0)[:-1] > 0)
+        return found
 
     def stood_at(self) -> torch.Tensor:
         """Int64 (n,): the step, counted up from 0 inside the canvas, since which each kept token's argmax is the last one."""
@@ -110,10 +115,10 @@ def rank_correlation(values: torch.Tensor) -> float | None:
 class Trace(Watcher):
     """Records what `generate(watcher=trace)` does; a second call begins it anew.
 
-    Of B rows it keeps 11 bytes a position and step until the canvas is committed, where the canvas is (0.1 MB for a row of 256 positions and
-    48 steps), and on the host from then on. On a GPU a step costs four small kernels there, and an event for the time; the host waits for
-    the device where a canvas is committed, and nowhere before, but for a constraint on the text: to count what could stand at a position
-    `generate` waits at every step for any watcher. Without a trace nothing of it exists.
+    Until a canvas is committed it keeps 11 bytes of each row, position and step where the canvas is, 0.1 MB for 48 steps of 256 positions,
+    and on the host from then on. On a GPU a step costs four small kernels and an event for the time, and the host waits for the device
+    where a canvas is committed alone; but under a constraint on the text `generate` waits at every step for any watcher, to count what
+    could stand at a position. Without a trace nothing of it exists.
 
     `prompt` int32 (B, P), empty where it was given as embeddings; `canvases`: a `CanvasTrace` for each; `finish_reasons`: as in
     `DiffusionGenerationOutput`.

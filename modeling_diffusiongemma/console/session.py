@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from generation.call.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
 from generation.call.settings import resolve_config
+from generation.watch.watcher import Watcher
 
 from .arguments import MODEL_TYPE, UsageError
 from .placement import loading_arguments
@@ -99,12 +100,14 @@ class Session:
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def answer(
-        self, prompts: Sequence[str | list[dict[str, str]]], streamer: BaseStreamer | None = None, constraint=None
-    ) -> list[dict[str, Any]]:
-        """Generates; `num_return_sequences` answers a prompt, those of the first prompt first. `constraint`: of every one."""
+        self, prompts: Sequence[str | list[dict[str, str]]], streamer: BaseStreamer | None = None, constraint=None,
+        watcher: Watcher | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Generates; `num_return_sequences` answers a prompt, those of the first prompt first. `constraint`: of every one; `watcher`: is
+        told of every step."""
         inputs = self.encode(prompts)
-        asked = {**inputs, **self.settings, "streamer": streamer, "tokenizer": self.tokenizer, "return_dict_in_generate": True}
-        asked |= {} if constraint is None else {"constraint": constraint}
+        asked = {**inputs, **self.settings, "streamer": streamer, "watcher": watcher, "tokenizer": self.tokenizer}
+        asked |= {"return_dict_in_generate": True} | ({} if constraint is None else {"constraint": constraint})
         if self.settings.get("backend") == "reference":  # it draws from torch's global generator, as transformers does
             torch.manual_seed(self.seed)
         else:

@@ -102,6 +102,27 @@ def fill_check(args: argparse.Namespace) -> None:
         raise UsageError(f"TEMPLATE is {args.template!r}, which has no blank; expected one, such as {{name:1-8}}")
 
 
+def trace_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", type=words, metavar="PROMPT", help="what to answer")
+    parser.add_argument("--html", metavar="FILE", help="a page that plays the denoising, for any browser, without a network")
+    parser.add_argument("--png", metavar="FILE", help="a picture, positions by steps, coloured by entropy; needs matplotlib")
+    parser.add_argument("--save", metavar="FILE", help="the trace itself, in safetensors, for generation.Trace.load")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    add_constraint(parser)
+    add_loading(parser)
+    add_adapter(parser)
+    add_generation(parser)
+
+
+def trace_check(args: argparse.Namespace) -> None:
+    given = {name: Path(value) for name in ("html", "png", "save") if (value := getattr(args, name)) is not None}
+    for name, path in given.items():
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise UsageError(f"`--{name}` is {str(path)!r}; expected a file in a folder that is there")
+    if len({path.absolute() for path in given.values()}) < len(given):
+        raise UsageError(f"`--{'` and `--'.join(given)}` name one file; expected one for each")
+
+
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
@@ -227,6 +248,13 @@ COMMANDS: tuple[Command, ...] = (
   diffusiongemma fill "{year}-03-{day}" --regex "year=\\d{4}" --regex "day=\\d\\d" --prompt "Write 3 March 1998 as an ISO date." --watch
   diffusiongemma fill "It is a {kind}." --choices "kind=letter|invoice|complaint" --prompt "What is this? ..." --json
 """ + WATCHED),
+    Command("trace", "show how an answer came about, step by step", trace_arguments, trace_check, """\
+  diffusiongemma trace "Write 3 March 1998 as an ISO date." --html date.html
+  diffusiongemma trace "Write 648 in words." --html out.html --png out.png --save out.safetensors
+  diffusiongemma trace "Write 3 March 1998 as an ISO date." --regex "\\d{4}-\\d\\d-\\d\\d" --seed 0 --json
+
+files that are there already are written over. The page: left and right go a step, space plays; point at a token for its entropy.
+"""),
     Command("chat", "talk to the model and watch its canvas", chat_arguments, None, """\
   diffusiongemma chat
   diffusiongemma chat --model ./my-checkpoint --device cuda --preset fast

@@ -1,0 +1,60 @@
+"""`diffusiongemma trace`: an answer, how it came about in numbers, and that as a page, a picture and a file."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from generation.watch.pictures import draw_trace, trace_page
+from generation.watch.trace import Trace
+
+from .arguments import UsageError, json_line
+from .constrained import constraint_of, refuse_reference
+from .session import Session, generation_settings
+
+TITLES = {
+    "tokens": "tokens of the answer",
+    "steps": "denoising steps of each canvas",
+    "seconds": "seconds, prompt pass and commits in them",
+    "revisions": "changes of tokens that had been accepted",
+    "revised": "tokens that these changed",
+    "order": "order in which tokens stood: 1 from the left, -1 from the right",
+    "wasted": "steps after all tokens of a canvas stood",
+}
+
+
+def shown(value: int | float | list | None) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    return "at once" if value is None else f"{value:.2f}" if isinstance(value, float) else f"{value:,}"
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = generation_settings(args)
+    if (settings.get("num_return_sequences") or 1) > 1:
+        raise UsageError("`num_return_sequences` is above 1; expected 1: one answer is traced at a time")
+    if settings.get("decoding") == "autoregressive":
+        raise UsageError("`decoding` is 'autoregressive', which has no denoising steps; expected another")
+    if (constraint := constraint_of(args)) is not None:
+        refuse_reference(settings)
+    if args.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("matplotlib is not installed, which `--png` needs; expected it: pip install 'modeling-diffusiongemma[bench]'")
+    session, trace = Session(args), Trace()
+    prompt = args.prompt if args.raw else [{"role": "user", "content": args.prompt}]
+    (answer,) = session.answer([prompt], constraint=constraint, watcher=trace)
+    summary = trace.summary()
+    if args.html is not None:
+        Path(args.html).write_text(trace_page(trace, session.tokenizer, args.prompt), encoding="utf-8")
+    if args.png is not None:
+        draw_trace(trace, session.tokenizer, args.png)
+    if args.save is not None:
+        trace.save(args.save)
+    if args.json:
+        print(json_line({"prompt": args.prompt, **answer, **summary}), flush=True)
+        return 0
+    print(answer["text"], "", "| measure | value |", "|---|---|", sep="\n")
+    for name, title in TITLES.items():
+        print(f"| {title} | {shown(summary[name])} |", flush=True)
+    return 0
+
+
+__all__ = ["run"]
