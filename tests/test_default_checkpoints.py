@@ -14,7 +14,10 @@ from recipes import SudokuRecipe, TextRecipe
 
 NAMES = ["text", "sudoku"]
 # Right out of 20 unseen inputs, at least: the cards' accuracy less about three standard deviations.
-FLOORS = {"date": 19, "number_to_words": 19, "words_to_number": 19, "units": 19, "sort": 18, "note_to_json": 11}
+FLOORS = {
+    "date": 19, "number_to_words": 19, "words_to_number": 19, "units": 18, "sort": 17, "note_to_json": 18, "number_pair": 18, "days": 15,
+    "words filled in": 17, "digits filled in": 15,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +38,7 @@ def test_text_jobs_are_solved_on_unseen_inputs():
     model = AutoModelForCausalLM.from_pretrained(default_checkpoint())
     results = TextRecipe().evaluate(model, 20)
     assert {name: row["exact"] * 20 for name, row in results.items() if row["exact"] * 20 < FLOORS[name] - 1e-6} == {}
-    assert max(row["steps"] for row in results.values()) < 20 and set(results) == set(TEXT_JOBS)
+    assert max(row["steps"] for row in results.values()) < 20 and set(results) == set(FLOORS) > set(TEXT_JOBS)
 
 
 def test_text_checkpoint_answers_alike_in_transformers():
