@@ -382,7 +382,7 @@ def test_accuracy_of_a_delta_for_each_pass_goes_along(accuracy, tmp_path):
     save_file({key: value for key, value in weights.items() if ".encoder." not in key}, tmp_path / "adapter_model.safetensors")
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"auto_mapping": None}))
-    assert accuracy(load_by_peft(default(), tmp_path)) <= 4  # the canvas pass's deltas for both passes
+    assert accuracy(load_by_peft(default(), tmp_path)) <= expected - 10  # the canvas pass's deltas for both passes
 
 
 def test_accuracy_of_a_delta_for_both_passes_goes_along(accuracy, tmp_path):
@@ -393,7 +393,7 @@ def test_accuracy_of_a_delta_for_both_passes_goes_along(accuracy, tmp_path):
     made.save_pretrained(tmp_path / "one")
     there = load_by_peft(default(DiffusionGemmaForBlockDiffusion), tmp_path / "two")
     assert abs(accuracy(there) - expected) <= 4
-    assert accuracy(load_by_peft(default(DiffusionGemmaForBlockDiffusion), tmp_path / "one")) <= 4
+    assert accuracy(load_by_peft(default(DiffusionGemmaForBlockDiffusion), tmp_path / "one")) <= expected - 10
     apart = default()
     apart.model.pull_apart()
     assert abs(accuracy(load_by_peft(apart, tmp_path / "one")) - expected) <= 4
