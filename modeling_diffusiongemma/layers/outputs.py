@@ -52,8 +52,8 @@ class MaskedBlockOutput(CacheOutput):
         causal_loss (scalar float32, *optional*): nats, mean next-token cross-entropy of the prompt pass over the response.
         aux_loss (scalar float32, *optional*): `loss.balancing_loss` of both passes' router logits, padding left out; `top_k_experts` where
             experts are used equally, more where choices and probability gather on the same ones.
-        canvas_losses, noise_proportions (float32 `(canvases,)`, *optional*): of the training objective, as in `loss.TrainingLoss`; in
-            training alone.
+        canvas_losses, noise_proportions (float32 `(canvases,)`, *optional*), canvas_rows (`int64 (canvases,)`, *optional*): of the training
+            objective, as in `loss.TrainingLoss`; in training alone.
     """
 
     loss: torch.Tensor | None = None
@@ -68,6 +68,7 @@ class MaskedBlockOutput(CacheOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None
     canvas_losses: torch.Tensor | None = None
+    canvas_rows: torch.Tensor | None = None
     noise_proportions: torch.Tensor | None = None
 
 

@@ -311,7 +311,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if trained.balancing is not None:
             loss = loss + routing_settings(self.config)[1] * trained.balancing.to(loss.device)
         # In evaluation Trainer gathers whatever is put out from all ranks, which have other numbers of canvases.
-        names = ("canvas_losses", "noise_proportions") if self.training else ()
+        names = ("canvas_losses", "canvas_rows", "noise_proportions") if self.training else ()
         by_canvas = {name: getattr(trained, name) for name in names}
         return MaskedBlockOutput(
             loss=loss, logits=trained.logits, **by_canvas,

@@ -57,6 +57,14 @@ def conversations(position_ids: torch.Tensor | None, input_ids: torch.Tensor, re
     return None if bool((numbers <= 1).all()) else numbers
 
 
+def first_tokens(real: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    """Bool `(B, P)`: tokens before which nothing stands in their conversation. Args: as in `training_view`."""
+    before = torch.nn.functional.pad(real[:, :-1], (1, 0))
+    if documents is not None:
+        before[:, 1:] &= documents[:, 1:] == documents[:, :-1]
+    return ~before
+
+
 def check_labels(
     input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, documents: torch.Tensor | None = None
 ) -> None:
@@ -72,10 +80,7 @@ def check_labels(
     real = torch.ones_like(target) if attention_mask is None else attention_mask.bool()
     if bool((target & ~real).any()):
         raise ValueError("`labels` and `attention_mask` disagree; expected every target to be a real token")
-    begins = torch.nn.functional.pad(~real[:, :-1], (1, 0), value=True)
-    if documents is not None:
-        begins[:, 1:] |= documents[:, 1:] != documents[:, :-1]
-    if bool((target & begins).any()):
+    if bool((target & first_tokens(real, documents)).any()):
         raise ValueError("`labels` begins with a target; expected at least one prompt token before the response")
 
 
@@ -112,8 +117,7 @@ def training_view(model, cache: Cache, canvases: Canvases, real: torch.Tensor, d
     rows, count, length = canvases.ids.shape
     before = real.cumsum(dim=1)  # real tokens up to and with each
     if documents is not None:
-        begin = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True) & real
-        before = before - torch.where(begin, before - 1, 0).cummax(dim=1).values
+        before = before - torch.where(first_tokens(real, documents) & real, before - 1, 0).cummax(dim=1).values
     before = before.gather(1, canvases.start - 1)  # (B, K), of its conversation
     positions = (before[..., None] + torch.arange(length, device=before.device)).flatten(1)
     real = torch.cat((real, real.new_ones(rows, count * length)), dim=1)

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from .canvases import cut_canvases
-
 SEARCHED = 100_000  # examples of the data, at most, that a row is looked for among; each is collated
 SHOWN = 5  # names of weights in a message
 
@@ -22,13 +20,6 @@ class NotFinite(ValueError):
     def __init__(self, message: str, step: int, rows: list[int], examples: list[int]):
         super().__init__(message)
         self.step, self.rows, self.examples = step, rows, examples
-
-
-def rows_of_canvases(inputs: Mapping[str, torch.Tensor], canvas_length: int, count: int) -> torch.Tensor:
-    """Which row each of `count` canvases of a loss is of, int64 `(count,)`: all of each row, row by row, or one of each."""
-    there = cut_canvases(inputs["input_ids"], inputs["labels"], canvas_length, 0).there
-    rows = there.nonzero()[:, 0]
-    return rows if len(rows) == count else torch.arange(len(there), dtype=torch.int64, device=there.device)
 
 
 def infinite_weights(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
@@ -59,13 +50,12 @@ def refuse_loss(loss: torch.Tensor, output, inputs: Mapping[str, torch.Tensor], 
     """Raises NotFinite for a loss that is not finite, and says where it comes from as far as can be found out.
 
     Args:
-        output: the model's, with `canvas_losses`; inputs: what it got.
+        output: the model's, with `canvas_losses` and `canvas_rows`; inputs: what it got.
         model: `DiffusionGemmaForMaskedBlockLM`, or a PEFT model around one.
         step, batch: the optimizer step, and the batch of those that make it, both from 1.
         dataset, collator: where the rows are looked for.
     """
-    losses, canvas_length = output.canvas_losses, model.objective.canvas_length or model.config.canvas_length
-    rows = sorted(set(rows_of_canvases(inputs, canvas_length, len(losses))[~losses.isfinite()].tolist()))
+    rows = output.canvas_rows[~output.canvas_losses.isfinite()].unique().tolist()
     weights = infinite_weights(model.named_parameters())
     count = inputs["input_ids"].shape[0]
     wanted = set().union(*(conversations(inputs, row) for row in rows)) if rows and not weights else set()

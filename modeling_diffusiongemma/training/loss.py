@@ -68,6 +68,7 @@ class TrainingLoss(NamedTuple):
         diffusion, causal: the two losses, scalars, nats; the second None where it was left out.
         prefilled, denoised: what the prompt pass and the canvas pass put out.
         canvas_losses: float32 `(canvases,)`, nats, the mean over each canvas, without gradient; row by row, those that are there.
+        canvas_rows: int64 `(canvases,)`, which row of the batch each is of.
         noise_proportions: float32 `(canvases,)`, t of each; None where the canvases were given.
         balancing: the balancing loss, a scalar, where it was asked for.
     """
@@ -78,6 +79,7 @@ class TrainingLoss(NamedTuple):
     prefilled: PassOutput
     denoised: PassOutput
     canvas_losses: torch.Tensor
+    canvas_rows: torch.Tensor
     noise_proportions: torch.Tensor | None = None
     balancing: torch.Tensor | None = None
 
@@ -186,7 +188,8 @@ def block_diffusion_loss(
         passes = ((prefilled.router_logits, real[:, :length]), (denoised.router_logits, there))
         balancing = balancing_loss(passes, config.top_k_experts)
     each = losses.detach().view(-1, canvas_length).mean(dim=1)
-    return TrainingLoss(logits, losses.mean(), causal_loss, prefilled, denoised, each, proportions, balancing)
+    rows_of = clean.there.nonzero()[:, 0]
+    return TrainingLoss(logits, losses.mean(), causal_loss, prefilled, denoised, each, rows_of, proportions, balancing)
 
 
 __all__ = [
