@@ -176,13 +176,20 @@ def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
     return weighted.reshape(-1, experts * double // 2) @ self.down_proj.transpose(1, 2).reshape(experts * double // 2, -1)
 
 
+def by_expert(chosen: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For grouped products: the choices `(N, A)` expert by expert, int64 `(N * A,)`; where each expert's end, int32 `(E,)`; and the places
+    of the choices in that order, int64 `(N * A,)`, which puts what was made of them back."""
+    ids, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True).to(torch.int32)
+    return order, ends, torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+
+
 def grouped_with_deltas(
     self: Experts, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, deltas: dict[str, LowRank]
 ) -> torch.Tensor:
     """`eager_experts` with `deltas` in three grouped products a projection, and no wait for the device."""
     tokens, active = chosen.shape
-    experts, order = chosen.flatten().sort(stable=True)  # (N * A)
-    ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True).to(torch.int32)
+    order, ends, back = by_expert(chosen, self.num_experts)
 
     def product(inputs: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
         return nn.functional.grouped_mm(inputs, stacked.transpose(1, 2), offs=ends)
@@ -196,9 +203,7 @@ def grouped_with_deltas(
         return output + product(product(inputs, first), second)
 
     gate, up = projected(hidden_states[order // active], "gate_up_proj").chunk(2, dim=-1)
-    partial = projected(self.act_fn(gate) * up, "down_proj")
-    places = torch.arange(tokens * active, device=order.device)
-    partial = partial[torch.empty_like(order).scatter(0, order, places)].view(tokens, active, -1)
+    partial = projected(self.act_fn(gate) * up, "down_proj")[back].view(tokens, active, -1)
     return (partial * weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 
@@ -318,6 +323,6 @@ for _name, _function in {"dense_mm": dense_experts, "auto": chosen_experts}.item
 
 
 __all__ = [
-    "GROUPED_ADAPTERS", "GROUPED_EXPERTS", "Experts", "LowRank", "OneByOne", "Router", "choose_experts", "dense_experts", "eager_experts",
-    "experts_by", "grouped_with_deltas",
+    "GROUPED_ADAPTERS", "GROUPED_EXPERTS", "Experts", "LowRank", "OneByOne", "Router", "by_expert", "choose_experts", "dense_experts",
+    "eager_experts", "experts_by", "grouped_with_deltas",
 ]  # fmt: skip

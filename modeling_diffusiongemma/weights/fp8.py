@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
-from ..layers.experts import Experts, LowRank, OneByOne, eager_experts
+from ..layers.experts import Experts, LowRank, OneByOne, by_expert, eager_experts
 from .fp8_apart import MatricesApart
 from .fp8_math import E4M3, dequantize, fp8_grouped_product, fp8_product
 from .registry import stack_experts
@@ -117,13 +117,11 @@ class FP8Experts(FixedDtypes, nn.Module):
         self, hidden_states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
     ) -> torch.Tensor:
         tokens, active = chosen.shape
-        experts, order = chosen.flatten().sort(stable=True)  # (N * A)
-        ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True).to(torch.int32)
+        order, ends, back = by_expert(chosen, self.num_experts)
         gate_up = fp8_grouped_product(hidden_states, order // active, gate_up_proj, self.gate_up_scale, ends)
         gate, up = gate_up.chunk(2, dim=-1)
         places = torch.arange(tokens * active, device=order.device)
-        partial = fp8_grouped_product(self.act_fn(gate) * up, places, down_proj, self.down_scale, ends)
-        partial = partial[torch.empty_like(order).scatter(0, order, places)].view(tokens, active, -1)
+        partial = fp8_grouped_product(self.act_fn(gate) * up, places, down_proj, self.down_scale, ends)[back].view(tokens, active, -1)
         return torch.bmm(weights.to(partial.dtype).unsqueeze(1), partial).squeeze(1)
 
     def _one_by_one(self, name: str, dtype: torch.dtype) -> OneByOne | tuple[torch.Tensor, ...]:
