@@ -16,9 +16,9 @@ from transformers.utils import cached_file
 from generation.call.configuration import RELEASED_DEFAULTS, SPECIAL_TOKENS, DiffusionGenerationConfig
 
 from ..model.head import DiffusionGemmaForMaskedBlockLM
-from ..weights.adapter_memory import count_adapters, tuning_table
+from ..weights.adapter_memory import tuning_table
 from ..weights.loading import damaged_files
-from ..weights.plans import CPU_RESERVE, GIB, GPU_RESERVE, table
+from ..weights.plans import CPU_RESERVE, GIB, GPU_RESERVE, PRECISIONS, table
 from ..weights.safetensors_files import INDEX, SINGLE
 from .arguments import UsageError, json_line
 from .device_report import FAILED, describe_device, device_table, prove_all
@@ -142,7 +142,7 @@ def report_adapters(path: str, rank: int, as_json: bool) -> int:
         for (precision, experts), memory in found.items():
             print(json_line({"precision": precision, "rank": rank, "experts": experts, **memory._asdict(), "total": memory.total}))
         return 0
-    counts = [f"{count_adapters(config, DiffusionGemmaForMaskedBlockLM, rank, experts):,}" for experts in (True, False)]
+    counts = [f"{found[PRECISIONS[0], experts].adapters // torch.float32.itemsize:,}" for experts in (True, False)]
     about = f"An adapter of rank {rank} has {counts[0]} parameters, without experts {counts[1]}, in float32"
     print("\n".join(lines) + f"\n\nGiB. {about}. What a pass computes comes on top.")
     return 0

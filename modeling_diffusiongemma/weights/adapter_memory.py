@@ -50,18 +50,24 @@ def tuning_memory(config, model_class: type[PreTrainedModel], precision: str, ra
         raise ValueError(f"`precision` is {precision!r}; expected one of {PRECISIONS}")
     if rank < 1:
         raise ValueError(f"`rank` is {rank!r}; expected a positive number")
+    return _with_adapters(_weights(config, model_class, precision), count_adapters(config, model_class, rank, experts))
+
+
+def _weights(config, model_class: type[PreTrainedModel], precision: str) -> int:
     model = sized(config, model_class, precision)
-    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    adapters = torch.float32.itemsize * count_adapters(config, model_class, rank, experts)
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _with_adapters(weights: int, count: int) -> TuningMemory:
+    adapters = torch.float32.itemsize * count
     return TuningMemory(weights, adapters, adapters, 2 * adapters)
 
 
 def tuning_table(config, model_class: type[PreTrainedModel], rank: int) -> tuple[list[str], dict[tuple[str, bool], TuningMemory]]:
     """Lines of a Markdown table in GiB, and what they are made of, by precision and whether experts are adapted."""
-    found = {
-        (precision, experts): tuning_memory(config, model_class, precision, rank, experts)
-        for precision in PRECISIONS for experts in (True, False)
-    }  # fmt: skip
+    weights = {precision: _weights(config, model_class, precision) for precision in PRECISIONS}  # each builds the model once
+    counts = {experts: count_adapters(config, model_class, rank, experts) for experts in (True, False)}
+    found = {(precision, experts): _with_adapters(size, count) for precision, size in weights.items() for experts, count in counts.items()}
     columns = ["adapted", "weights", "weights, GiB", "adapter", "gradients", "AdamW", "together"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (precision, experts), memory in found.items():
