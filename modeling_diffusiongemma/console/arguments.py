@@ -105,13 +105,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
 
 
-def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """What a command that generates takes of `train --lora`."""
-    parser.add_argument("--adapter", type=adapter_folder, metavar="FOLDER", help="of PEFT, on top of the model's weights; needs peft")
-
-
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """What a command that generates takes."""
+    parser.add_argument("--adapter", type=adapter_folder, metavar="FOLDER", help="of PEFT, on top of the model's weights; needs peft")
     parser.add_argument("--seed", type=integer(0), metavar="N", help="same seed, same prompt: same answer (default: a new one)")
     parser.add_argument("--max-new-tokens", type=integer(1), metavar="N", help="longest answer (default: the checkpoint's)")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="whole settings, from fast to thorough (default: the checkpoint's)")
@@ -158,6 +154,6 @@ def json_line(about: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_adapter", "add_common", "add_generation",
+    "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
     "checkpoint_name", "fitting", "integer", "json_line", "positive", "read_line", "say", "setting", "size", "with_reader", "words",
 ]  # fmt: skip

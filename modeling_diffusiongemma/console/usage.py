@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..version import VERSION
-from .arguments import PROGRAM, UsageError, add_adapter, add_common, add_generation, integer, positive, say, size, with_reader, words
+from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, positive, say, size, with_reader, words
 from .constrained import add_constraint, add_fields, hint_at_choices
 from .examples import BEGUN, read_examples
 from .placement import DTYPES, add_loading, quantization_name
@@ -62,7 +62,6 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
     add_constraint(parser)
     add_loading(parser)
-    add_adapter(parser)
     add_generation(parser)
 
 
@@ -91,7 +90,6 @@ def fill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
     add_fields(parser)
     add_loading(parser)
-    add_adapter(parser)
     add_generation(parser)
 
 
@@ -110,7 +108,6 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     add_constraint(parser)
     add_loading(parser)
-    add_adapter(parser)
     add_generation(parser)
 
 
@@ -127,7 +124,6 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
     add_loading(parser)
-    add_adapter(parser)
     add_generation(parser)
 
 
@@ -139,7 +135,6 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=integer(2), default=16, metavar="N", help="denoising steps timed one by one (default: 16)")
     parser.add_argument("--rounds", type=integer(1), default=3, metavar="N", help="measurements; their median is reported (default: 3)")
     add_loading(parser)
-    add_adapter(parser)
     add_generation(parser)
 
 
