@@ -11,7 +11,6 @@ the first `--single` cases are timed, larger batches take all of them.
 import argparse
 import random
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,31 +20,8 @@ from measure import heading, machine, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from jobs import TEXT_JOBS
 from modeling_diffusiongemma import default_checkpoint
-
-WAYS = {"diffusion": {}, "autoregressive": {"decoding": "autoregressive", "do_sample": False}}
-JOB = TEXT_JOBS["days"]
-
-
-class Measured:
-    """Sums over the batches of one way and one batch size."""
-
-    def __init__(self):
-        self.seconds, self.tokens, self.passes, self.right, self.cases = 0.0, 0, 0, 0, 0
-
-    def add(self, model, tokenizer, prompts: list[str], seeds: list[int], settings: dict) -> None:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
-        started = time.perf_counter()
-        output = model.generate(**inputs, seed=seeds, return_dict_in_generate=True, **settings)
-        self.seconds += time.perf_counter() - started
-        new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        answers = tokenizer.batch_decode(new, skip_special_tokens=True)
-        self.right += sum(JOB.check(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
-        self.tokens += int(output.lengths.sum())
-        self.passes += int(output.denoising_steps.sum()) or int(output.lengths.sum())
-        self.cases += len(prompts)
+from race import JOB, WAYS, Measured
 
 
 def main(arguments: list[str]) -> None:
@@ -71,11 +47,10 @@ def main(arguments: list[str]) -> None:
             for way, settings in WAYS.items():
                 some = cases[first : first + batch]
                 found[way].add(model, tokenizer, some, list(range(first, first + len(some))), settings)
-        speeds = {way: each.tokens / each.seconds for way, each in found.items()}
         for way, each in found.items():
             rows.append([
                 batch, way, f"{each.right} of {each.cases}", f"{each.passes / each.cases:.1f}", f"{each.tokens / each.cases:.0f}",
-                f"{speeds[way]:,.0f}", f"{speeds[way] / speeds['autoregressive']:.1f}",
+                f"{each.speed:,.0f}", f"{each.speed / found['autoregressive'].speed:.1f}",
             ])  # fmt: skip
             print("|", " | ".join(map(str, rows[-1])), "|", file=sys.stderr, flush=True)
     print(markdown(["batch", "decoding", "exact", "passes", "tokens", "tokens/s", "ratio"], rows))

@@ -16,8 +16,7 @@ import modeling_diffusiongemma
 from generation import CanvasStreamer
 from generation.watch.terminal import Cell
 from jobs import TEXT_JOBS, sudoku
-
-RACED = 5  # long answers
+from race import race
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -87,28 +86,6 @@ def run_text(prompts: dict[str, str], delay: float) -> list[dict]:
     return rows
 
 
-def race(prompts: list[str]) -> str:
-    """Answers that fill a canvas, by denoising and one token at a time with the same weights: what each way writes in a second."""
-    model, tokenizer = load("text")
-    speeds, said = [], []
-    for way, settings in (("denoising", {}), ("one token at a time", {"decoding": "autoregressive", "do_sample": False})):
-        tokens, passes, right, seconds = 0, 0, 0, 0.0
-        for prompt in prompts:
-            chat = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-            started = time.perf_counter()
-            output = model.generate(**inputs, seed=0, return_dict_in_generate=True, **settings)
-            seconds += time.perf_counter() - started
-            answer = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            length = int(output.lengths[0])
-            tokens, passes = tokens + length, passes + (int(output.denoising_steps[0]) or length)
-            right += TEXT_JOBS["days"].check(prompt, answer)
-        speeds.append(tokens / seconds)
-        said.append(f"  {way:20s}{passes:5d} passes, {tokens / seconds:8,.0f} tokens/s, {right} of {len(prompts)} right")
-    ratio = f"{speeds[0] / speeds[1]:.1f} times as fast by denoising"
-    return "\n".join([f"\n{tokens} tokens of {len(prompts)} long answers, same weights: {ratio}", *said])
-
-
 def run_sudoku(puzzle: str, delay: float) -> dict:
     model, tokenizer = load("sudoku")
     if sudoku.count_solutions(puzzle) != 1:
@@ -142,7 +119,7 @@ def main() -> None:
         f"{sum(row['verdict'] == 'right' for row in rows)} of {len(rows)} right, by a checker that reads only the question and the answer"
     )
     if not own and args.job in (None, "days"):
-        print(race([TEXT_JOBS["days"].sample(rng, "test")[0] for _ in range(RACED)]))
+        print("\n" + race(*load("text"), rng))
 
 
 if __name__ == "__main__":

@@ -70,3 +70,11 @@ def test_trace_prints_what_its_docstring_shows(here):
     stand = [int(count) for _, count, _ in steps]
     assert error is None and [int(step) for step, _, _ in steps] == [*range(1, len(steps) + 1)]
     assert stand == sorted(stand) and f", {stand[-1]} tokens;" in printed and '"quantity": 54' in printed
+
+
+def test_race_measures_both_ways_over_the_same_answers(here):
+    printed, error = here("race.py", "--seed", "3")
+    assert error is None and re.match(r"\d+ tokens of 5 long answers, same weights: [\d.]+ times as fast by denoising\n", printed)
+    assert (
+        len(re.findall(r"^  (?:denoising|one token at a time) +\d+ passes, +[\d,]+ tokens/s, \d of 5 right$", printed, re.MULTILINE)) == 2
+    )
