@@ -27,6 +27,7 @@ os.environ.setdefault("DIFFUSIONGEMMA_CACHE", os.path.join(tempfile.gettempdir()
 
 import tiny  # noqa: E402
 from make_fp8_checkpoint import write_fp8_checkpoint  # noqa: E402
+from small_models import small_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from modeling_diffusiongemma import default_checkpoint  # noqa: E402
@@ -122,6 +123,14 @@ def tokenizer():
 def trained():
     """The shipped text checkpoint; read only."""
     return AutoModelForCausalLM.from_pretrained(default_checkpoint()).eval()
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory):
+    """The folder of `small_model()`, whose canvas pass an adapter changes by far more than any rounding does; read only."""
+    folder = tmp_path_factory.mktemp("small")
+    small_model().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

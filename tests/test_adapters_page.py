@@ -6,13 +6,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+from pages import Page
 
 from modeling_diffusiongemma import DiffusionGemmaConfig, DiffusionGemmaForMaskedBlockLM
 from modeling_diffusiongemma.weights.adapter_memory import count_adapters, tuning_memory, tuning_table
 from modeling_diffusiongemma.weights.plans import GIB, PRECISIONS
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+PAGE = Page("docs/adapters.md")
 RELEASED = ROOT / "tests" / "data" / "released"
 MODEL = DiffusionGemmaForMaskedBlockLM
 
@@ -25,22 +26,21 @@ def released():
 def test_snippets_of_the_page_run_one_after_the_other(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(PAGE.blocks) == 4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile("\n".join(blocks), "docs/adapters.md", "exec"), {"__name__": "page"})
+        PAGE.run()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_table_says_what_tuning_the_released_model_takes(released):
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| attention, MLP.*$", PAGE, re.MULTILINE)]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| attention, MLP.*$", PAGE.text, re.MULTILINE)]
     assert len(rows) == 2 * len(PRECISIONS)
     for adapted, precision, *cells in rows:
         found = [tuning_memory(released, MODEL, precision, rank, "experts" in adapted) for rank in (8, 16)]
         expected = [*found[0], found[0].total, found[1].total]
         assert cells == [f"{size / GIB:.2f}" for size in expected]
-    assert all(f"{count_adapters(released, MODEL, 8, experts):,}" in PAGE for experts in (True, False))
+    assert all(f"{count_adapters(released, MODEL, 8, experts):,}" in PAGE.text for experts in (True, False))
 
 
 def test_counted_adapters_are_those_that_peft_makes():

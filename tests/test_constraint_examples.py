@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from pages import Page
 
 from generation import JsonSchema, Regex, Template
 from generation.constraints.schema_reading import KNOWN, NOTES, ROOT_NOTES
@@ -17,21 +18,18 @@ from modeling_diffusiongemma.console.main import main
 pytest.importorskip("pydantic")
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "constraints.md").read_text(encoding="utf-8")
+PAGE = Page("docs/constraints.md")
 
 
 def test_snippets_of_the_page_run_and_print_what_it_says(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    expected = re.findall(r"^print\(.*\)  # (.*)$", "\n".join(blocks), re.MULTILINE)
-    assert len(blocks) >= 12 and len(expected) >= 15
-    exec(compile("\n".join(blocks), "docs/constraints.md", "exec"), {"__name__": "page"})
-    assert capsys.readouterr().out.splitlines() == expected
+    assert len(PAGE.blocks) >= 12 and len(PAGE.expected) >= 15
+    PAGE.run()
+    assert capsys.readouterr().out.splitlines() == PAGE.expected
 
 
 def test_commands_of_the_page_run(capsys):
-    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    commands = [shlex.split(line) for line in block.splitlines()]
+    commands = [shlex.split(line) for line in PAGE.commands()]
     assert len(commands) == 2 and {command[0] for command in commands} == {"diffusiongemma"}
     assert [main([*command[1:], "--seed", "0"]) for command in commands] == [0, 0]
     printed = capsys.readouterr().out
@@ -40,7 +38,7 @@ def test_commands_of_the_page_run(capsys):
 
 def rows_of_the_table():
     """Of each row the names in its second column, what is obeyed, and in its third, what is refused."""
-    table = PAGE.split("| of | obeyed | refused |")[1].split("\n\n")[0]
+    table = PAGE.text.split("| of | obeyed | refused |")[1].split("\n\n")[0]
     for row in re.findall(r"^\| \w.*$", table, re.MULTILINE):
         _, of, obeyed, refused, _ = row.split("|")
         yield of.strip(), *(re.findall(r"`(\$?[a-zA-Z]+)(?:: true)?`", column) for column in (obeyed, refused))
@@ -50,7 +48,7 @@ def test_keywords_of_the_table_are_obeyed_or_refused_as_it_says():
     rows = list(rows_of_the_table())
     obeyed = {name for _, names, _ in rows for name in names} - {"true", "false"}
     assert obeyed == KNOWN - NOTES - {"uniqueItems"}
-    passed = PAGE.split("Passed over")[1].split("\n\n")[0]
+    passed = PAGE.text.split("Passed over")[1].split("\n\n")[0]
     assert set(re.findall(r"`([^`]+)`", passed)) == NOTES | ROOT_NOTES
     for of, _, names in rows:
         kind = {"strings": "string", "lists": "array", "objects": "object"}.get(of, "number")
@@ -66,7 +64,7 @@ def test_keywords_of_the_table_are_obeyed_or_refused_as_it_says():
 
 
 def test_formats_of_the_table_are_those_there_are():
-    (named,) = re.findall(r"`format`: ([^|]+) \|", PAGE)
+    (named,) = re.findall(r"`format`: ([^|]+) \|", PAGE.text)
     assert named.split(", ") == list(FORMATS)
 
 
@@ -130,4 +128,4 @@ def test_picture_shows_a_text_of_the_template_at_every_step(here, tmp_path):
 
 def test_picture_of_the_page_is_of_the_shipped_checkpoint():
     picture = (ROOT / "docs" / "constraints.svg").read_text(encoding="utf-8")
-    assert "](constraints.svg)" in PAGE and picture.count(">step ") >= 4 and "right, says the checker" in picture
+    assert "](constraints.svg)" in PAGE.text and picture.count(">step ") >= 4 and "right, says the checker" in picture

@@ -10,7 +10,6 @@ import gc
 import importlib
 import os
 import pickle
-import re
 import subprocess
 import sys
 import weakref
@@ -20,6 +19,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from pages import Page
 from tiny import CANVAS, IMAGE, VOCAB, close, tokens
 from transformers import (
     AutoModel,
@@ -818,13 +818,12 @@ def test_transformers_converts_no_weights_by_these_class_names():
 def test_snippets_of_the_page_run(capsys, monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8"), re.DOTALL)
     before = transformers.DiffusionGemmaForBlockDiffusion
-    exec(compile("\n".join(blocks), "docs/drop_in.md", "exec"), {"__name__": "page"})
+    Page("docs/drop_in.md").run()
     assert capsys.readouterr().out.splitlines() == ["1998-03-03", "modeling_diffusiongemma.drop_in.model"]
     assert transformers.DiffusionGemmaForBlockDiffusion is before and (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 def test_page_names_what_takes_the_place_of_every_override():
-    page = (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")
+    page = Page("docs/drop_in.md").text
     assert [name for name in OVERRIDES if f"`{name}`" not in page] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import Page
 from tiny import CANVAS, IMAGE, PAD, VOCAB, WINDOW, caches, close, gradients, image_inputs, ours, pad_rows, pair, rows_of, tokens
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments, cache_utils
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -484,12 +485,10 @@ def test_quantized_cache_is_taken_filled(without_gradients):
 
 
 def test_snippets_of_the_page_run_and_print_what_it_says(capsys):
-    text = (ROOT / "docs" / "inside.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    expected = re.findall(r"^ *print\(.*\)  # (.*)$", "\n".join(blocks), re.MULTILINE)
-    assert len(blocks) >= 10 and len(expected) >= 12
-    exec(compile("\n".join(blocks), "docs/inside.md", "exec"), {"__name__": "page"})
-    assert capsys.readouterr().out.splitlines() == expected
+    page = Page("docs/inside.md")
+    assert len(page.blocks) >= 10 and len(page.expected) >= 12
+    page.run()
+    assert capsys.readouterr().out.splitlines() == page.expected
 
 
 def test_example_draws_the_lens_steers_the_canvas_and_counts_experts(tmp_path):

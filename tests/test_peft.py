@@ -279,22 +279,15 @@ QUANTIZED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    small_model().save_pretrained(folder)
-    return folder
-
-
-def load(checkpoint, kind, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=kind(), dtype=dtype).eval()
+def load(small_checkpoint, kind, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(small_checkpoint, quantization_config=kind(), dtype=dtype).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_model_prepared_for_training_in_few_bits_trains(kind, dtype, checkpoint):
+def test_a_model_prepared_for_training_in_few_bits_trains(kind, dtype, small_checkpoint):
     """peft makes float32 of whatever else was in half precision; what is quantised computes as before."""
-    model = peft.prepare_model_for_kbit_training(load(checkpoint, kind, dtype))
+    model = peft.prepare_model_for_kbit_training(load(small_checkpoint, kind, dtype))
     model = peft.get_peft_model(model, ADAPTERS["attention"]()).train()
     model(**batch()).loss.backward()
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -304,9 +297,9 @@ def test_a_model_prepared_for_training_in_few_bits_trains(kind, dtype, checkpoin
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_experts_in_four_bits_keep_their_numbers_when_the_model_is_cast(dtype, checkpoint):
+def test_experts_in_four_bits_keep_their_numbers_when_the_model_is_cast(dtype, small_checkpoint):
     pytest.importorskip("bitsandbytes")
-    model = load(checkpoint, FourBitConfig)
+    model = load(small_checkpoint, FourBitConfig)
     before = model.model.decoder.layers[0].experts.gate_up_proj
     model.to(dtype)
     assert model.model.decoder.layers[0].experts.gate_up_packed_scale.dtype == torch.float32
@@ -358,14 +351,14 @@ def test_lora_on_fp8_experts_is_lora_on_what_they_stand_for(parameters, experts_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_adapters_of_fp8_experts_generate_and_load_again(dtype, checkpoint, tmp_path):
+def test_adapters_of_fp8_experts_generate_and_load_again(dtype, small_checkpoint, tmp_path):
     settings = peft.LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"], **LORA)
-    model = peft.get_peft_model(load(checkpoint, FP8Config, dtype), settings).eval()
-    without = logits(load(checkpoint, FP8Config, dtype))
+    model = peft.get_peft_model(load(small_checkpoint, FP8Config, dtype), settings).eval()
+    without = logits(load(small_checkpoint, FP8Config, dtype))
     expected = logits(model)
     assert not torch.allclose(expected, without, atol=1e-2)
     assert model.generate(input_ids=prompts(2, 9)[0], **GREEDY).shape == (2, 29)
     with model.disable_adapter():
         assert torch.equal(logits(model), without)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(load(checkpoint, FP8Config, dtype), tmp_path).eval()), expected)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(load(small_checkpoint, FP8Config, dtype), tmp_path).eval()), expected)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from small_models import prompts, small_config, small_model
+from small_models import prompts, small_config
 from transformers import AutoModelForCausalLM
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FourBitConfig, FP8Config, lora_targets
@@ -27,16 +27,8 @@ def quiet():
         yield
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Weights at which a canvas pass changes by far less than an adapter changes it, whatever is rounded."""
-    folder = tmp_path_factory.mktemp("small")
-    small_model().save_pretrained(folder)
-    return folder
-
-
-def load(checkpoint, kind, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=KINDS[kind](), dtype=dtype).eval()
+def load(small_checkpoint, kind, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(small_checkpoint, quantization_config=KINDS[kind](), dtype=dtype).eval()
 
 
 def settings(model, **more):
@@ -52,8 +44,8 @@ def shake(model, seed=5):
     return model
 
 
-def adapted(checkpoint, kind, **more):
-    model = load(checkpoint, kind)
+def adapted(small_checkpoint, kind, **more):
+    model = load(small_checkpoint, kind)
     return shake(peft.get_peft_model(model, settings(model, **more))).eval()
 
 
@@ -76,8 +68,8 @@ def differ(got, expected):
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"rank_pattern": {"experts.gate_up_proj": 2}}], ids=str)
 @pytest.mark.parametrize("kind", EVERY)
-def test_one_adapter_serves_both_passes_and_can_be_switched_off(kind, more, checkpoint):
-    model, before = adapted(checkpoint, kind, **more), logits(load(checkpoint, kind))
+def test_one_adapter_serves_both_passes_and_can_be_switched_off(kind, more, small_checkpoint):
+    model, before = adapted(small_checkpoint, kind, **more), logits(load(small_checkpoint, kind))
     assert differ(logits(model), before)
     ids = prompts(2, 9)[0]
     tokens = model.generate(input_ids=ids, **GREEDY)
@@ -88,8 +80,8 @@ def test_one_adapter_serves_both_passes_and_can_be_switched_off(kind, more, chec
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_adapters_are_stacked_and_switched_from_call_to_call(kind, checkpoint):
-    model = adapted(checkpoint, kind)
+def test_adapters_are_stacked_and_switched_from_call_to_call(kind, small_checkpoint):
+    model = adapted(small_checkpoint, kind)
     model.add_adapter("other", settings(model.get_base_model(), r=2))
     shake(model, seed=6).eval()
     found = {}
@@ -104,19 +96,19 @@ def test_adapters_are_stacked_and_switched_from_call_to_call(kind, checkpoint):
 
 @pytest.mark.parametrize("to", EVERY)
 @pytest.mark.parametrize("kind", EVERY)
-def test_an_adapter_loads_onto_every_precision(kind, to, checkpoint, tmp_path):
+def test_an_adapter_loads_onto_every_precision(kind, to, small_checkpoint, tmp_path):
     """Its weights to the last bit; and it does to a model what it does when its weights are copied there."""
-    model = adapted(checkpoint, kind)
+    model = adapted(small_checkpoint, kind)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(load(checkpoint, to), tmp_path).eval()
+    loaded = peft.PeftModel.from_pretrained(load(small_checkpoint, to), tmp_path).eval()
     saved, found = (peft.get_peft_model_state_dict(each) for each in (model, loaded))
     assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
-    assert all(map(torch.equal, logits(loaded), logits(adapted(checkpoint, to))))
+    assert all(map(torch.equal, logits(loaded), logits(adapted(small_checkpoint, to))))
 
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}])
-def test_merged_and_unmerged_are_equal(more, checkpoint, tmp_path):
-    model = adapted(checkpoint, "plain", **more)
+def test_merged_and_unmerged_are_equal(more, small_checkpoint, tmp_path):
+    model = adapted(small_checkpoint, "plain", **more)
     expected = logits(model)
     model.merge_adapter()
     close(logits(model), expected)
@@ -130,10 +122,10 @@ def test_merged_and_unmerged_are_equal(more, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("more", [{}, {"target_parameters": None}], ids=["experts", "attention and MLP"])
 @pytest.mark.parametrize("kind", FEW_BITS)
-def test_merging_into_few_bits_is_refused_by_name(kind, more, checkpoint):
+def test_merging_into_few_bits_is_refused_by_name(kind, more, small_checkpoint):
     """What peft would write into is a copy in 4 bits, whose change is lost, and FP8 numbers without their scales. Before anything else is
     merged."""
-    model = adapted(checkpoint, kind, **more)
+    model = adapted(small_checkpoint, kind, **more)
     expected = logits(model)
     if kind == "4 bits" and more:  # attention and MLP are no fewer bits there
         close(logits(model.merge_and_unload()), expected)
@@ -143,31 +135,31 @@ def test_merging_into_few_bits_is_refused_by_name(kind, more, checkpoint):
             merge()
     assert all(map(torch.equal, logits(model), expected))
     model.unload()
-    assert all(map(torch.equal, logits(model.get_base_model()), logits(load(checkpoint, kind))))
+    assert all(map(torch.equal, logits(model.get_base_model()), logits(load(small_checkpoint, kind))))
 
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("4 bits", marks=needs_bitsandbytes)])
-def test_dora_of_attention_and_mlp(kind, checkpoint, tmp_path):
-    model = adapted(checkpoint, kind, target_parameters=None, use_dora=True)
+def test_dora_of_attention_and_mlp(kind, small_checkpoint, tmp_path):
+    model = adapted(small_checkpoint, kind, target_parameters=None, use_dora=True)
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert all(map(torch.equal, logits(peft.PeftModel.from_pretrained(load(checkpoint, kind), tmp_path).eval()), expected))
+    assert all(map(torch.equal, logits(peft.PeftModel.from_pretrained(load(small_checkpoint, kind), tmp_path).eval()), expected))
     close(logits(model.merge_and_unload()), expected)
 
 
-def test_dora_of_weights_in_fp8_has_no_norms(checkpoint):
+def test_dora_of_weights_in_fp8_has_no_norms(small_checkpoint):
     """peft asks torch to multiply FP8 numbers, which it does not."""
-    base = load(checkpoint, "FP8")
+    base = load(small_checkpoint, "FP8")
     with pytest.raises((NotImplementedError, RuntimeError), match="(?i)float8"):
         peft.get_peft_model(base, settings(base, target_parameters=None, use_dora=True))
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_it_trains_with_gradient_checkpointing(kind, checkpoint):
+def test_it_trains_with_gradient_checkpointing(kind, small_checkpoint):
     """The gradients are those without, and every matrix of the adapter has one."""
     ids, found = prompts(2, 13)[0], []
     for checkpointing in (False, True):
-        model = adapted(checkpoint, kind).train()
+        model = adapted(small_checkpoint, kind).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)
@@ -179,33 +171,33 @@ def test_it_trains_with_gradient_checkpointing(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_adapters_that_peft_puts_into_the_model_itself_stay_in_float32(kind, checkpoint):
+def test_adapters_that_peft_puts_into_the_model_itself_stay_in_float32(kind, small_checkpoint):
     """As transformers' `add_adapter` has it, where peft makes them in the dtype of the weights: FP8 would round what is loaded."""
-    model = load(checkpoint, kind)
+    model = load(small_checkpoint, kind)
     peft.inject_adapter_in_model(settings(model), model)
     adapters = {name: each for name, each in model.named_parameters() if ".lora_" in name}
     assert len(adapters) > 40 and {each.dtype for each in adapters.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_transformers_loads_what_was_saved(kind, checkpoint, tmp_path, adapters_of_transformers):
-    saved = adapted(checkpoint, "plain")
+def test_transformers_loads_what_was_saved(kind, small_checkpoint, tmp_path, adapters_of_transformers):
+    saved = adapted(small_checkpoint, "plain")
     saved.save_pretrained(tmp_path)
-    model = load(checkpoint, kind)
+    model = load(small_checkpoint, kind)
     model.load_adapter(str(tmp_path))
     weights = peft.get_peft_model_state_dict(saved)
     found = {name.replace(".default", ""): each for name, each in model.named_parameters() if ".lora_" in name}
     assert found.keys() == {key.removeprefix("base_model.model.") for key in weights}
     assert all(torch.equal(each, weights[f"base_model.model.{name}"]) for name, each in found.items())
-    close(logits(model), logits(adapted(checkpoint, kind)), 1e-5)
+    close(logits(model), logits(adapted(small_checkpoint, kind)), 1e-5)
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_experts_that_accelerate_moves_are_adapted_too(kind, checkpoint):
+def test_experts_that_accelerate_moves_are_adapted_too(kind, small_checkpoint):
     """Weights that are away between passes: peft's way would find none to add to."""
     from accelerate import cpu_offload
 
-    model, expected = adapted(checkpoint, kind), None
+    model, expected = adapted(small_checkpoint, kind), None
     expected = logits(model)
     experts = [layer.experts.get_base_layer() for layer in model.get_base_model().model.decoder.layers]
     for each in experts:
@@ -228,8 +220,8 @@ def test_an_adapter_of_more_experts_than_are_computed_together(tmp_path):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_compiled_layers_have_their_adapters(kind, checkpoint):
-    model = adapted(checkpoint, kind)
+def test_compiled_layers_have_their_adapters(kind, small_checkpoint):
+    model = adapted(small_checkpoint, kind)
     expected = logits(model)
     for layer in model.get_base_model().model.decoder.layers:
         layer.forward = torch.compile(layer.forward, backend="eager")

@@ -3,25 +3,22 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from pages import Page
 
 from modeling_diffusiongemma.console.main import main
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+PAGE = Page("docs/training.md")
 
 
 def test_snippets_of_the_page_run_and_print_what_it_says(capsys, monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    expected = re.findall(r"^print\(.*\)  # (.*)$", "\n".join(blocks), re.MULTILINE)
-    assert len(blocks) >= 3 and len(expected) >= 2
-    exec(compile("\n".join(blocks), "docs/training.md", "exec"), {"__name__": "page"})
+    assert len(PAGE.blocks) >= 3 and len(PAGE.expected) >= 2
+    PAGE.run()
     printed = [line for line in capsys.readouterr().out.splitlines() if not re.match(r"\{'\w+': ", line)]  # lines of Trainer's
-    assert printed == expected
+    assert printed == PAGE.expected
     assert (tmp_path / "runs/lora/adapter/adapter_model.safetensors").is_file()
 
 
@@ -31,8 +28,7 @@ def test_commands_of_the_page_run(capsys, monkeypatch, tmp_path):
     for name, days in (("tickets", range(1, 21)), ("unseen", range(21, 25))):
         asked = [(f"Ticket: by {day} March 1998 send forty-two lamps", f'{{"ship": "1998-03-{day:02d}"}}') for day in days]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"prompt": a, "response": b}) for a, b in asked))
-    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    for line in block.splitlines():
+    for line in PAGE.commands():
         assert main([*shlex.split(line)[1:], "--device", "cpu"]) == 0, capsys.readouterr().err
     assert "| exact match |" in capsys.readouterr().out
 
