@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_models import CANVAS, PAD, VOCAB, WINDOW, small_model
+from tiny import needs_flex_attention
 
 from modeling_diffusiongemma.model.head import DiffusionGemmaForMaskedBlockLM
 from modeling_diffusiongemma.training import pieces
@@ -82,7 +83,7 @@ def test_responses_are_cut_at_their_ends_and_filled():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=needs_flex_attention)])
 def test_each_canvas_sees_its_conversation_up_to_itself_and_nothing_else(model, attention):
     """Turns, packing, windows and padding: as if every canvas stood alone behind the tokens before it."""
     model.set_attn_implementation(attention)
