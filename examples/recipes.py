@@ -179,16 +179,18 @@ class Shape(NamedTuple):
 
 class TextFurtherRecipe(TextRecipe):
     """What the text checkpoint learned after its first six jobs, from which it goes on: answers that fill the canvas, numbers whose words
-    and digits tell each other, and notes in more wordings and of more words."""
+    and digits tell each other, notes in more wordings and of more words, and questions some of which have no certain answer."""
 
     name = "text-further"
     start = "text"
     SHORT_JOBS = {"date": 2, "number_to_words": 2, "words_to_number": 2, "units": 3, "sort": 3, "number_pair": 4}
     SHAPES = (
-        Shape(0.50, {"days": 1}, 256, 288, 8, 0.25, head=46),
-        Shape(0.23, {"note_to_json": 1}, 64, 144, 32),
-        Shape(0.12, SHORT_JOBS, 24, 64, 64),
-        Shape(0.15, {**SHORT_JOBS, "note_to_json": 16}, 256, 144, 12, 0.5, head=88),
+        Shape(0.47, {"days": 1}, 256, 288, 8, 0.25, head=46),
+        Shape(0.12, {"note_to_json": 1}, 64, 144, 32),
+        Shape(0.10, SHORT_JOBS, 24, 64, 64),
+        Shape(0.09, {**SHORT_JOBS, "note_to_json": 16}, 256, 144, 12, 0.5, head=88),
+        Shape(0.16, {"decision": 1}, 32, 168, 32),
+        Shape(0.06, {"decision": 1}, 256, 168, 10, 0.5, head=140),
     )
     HARDER = {"note_to_json": (0.7, draw_varied), "days": (0.5, draw_over_short_month)}  # what share of a job's examples is drawn otherwise
 

@@ -7,6 +7,7 @@ transformers and the jobs need nothing.
 
 from .dates import DATE
 from .days import DAYS
+from .decisions import DECISION
 from .job import SPLITS, Job, is_held_out
 from .notes import NOTE_TO_JSON
 from .number_pairs import NUMBER_PAIR
@@ -14,7 +15,7 @@ from .number_words import NUMBER_TO_WORDS, WORDS_TO_NUMBER
 from .sorting import SORT
 from .units import UNITS
 
-_JOBS = (DATE, NUMBER_TO_WORDS, WORDS_TO_NUMBER, UNITS, SORT, NOTE_TO_JSON, NUMBER_PAIR, DAYS)
+_JOBS = (DATE, NUMBER_TO_WORDS, WORDS_TO_NUMBER, UNITS, SORT, NOTE_TO_JSON, NUMBER_PAIR, DAYS, DECISION)
 TEXT_JOBS: dict[str, Job] = {job.name: job for job in _JOBS}
 
 __all__ = ["SPLITS", "TEXT_JOBS", "Job", "is_held_out"]
