@@ -82,10 +82,11 @@ def _draw_questions(rng: random.Random, state: str) -> dict[str, dict]:
     bag, amounts = read_bag(state), _read_amounts(state)
     if bag:
         colour = rng.choice(list(bag))
+        shuffled = dict.fromkeys(rng.sample(list(bag), len(bag)))
         questions = {
-            "colour": {"type": "choice", "instructions": "Which colour is drawn?", "criteria": dict.fromkeys(rng.sample(list(bag), len(bag)))},
+            "colour": {"type": "choice", "instructions": "Which colour is drawn?", "criteria": shuffled},
             colour: {"type": "noul", "instructions": f"Is it {colour}?"},
-        }  # fmt: skip
+        }
     elif amounts:
         names = rng.sample([amounts[0], amounts[2]], 2)
         questions = {
