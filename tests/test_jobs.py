@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import SPLITS, TEXT_JOBS, is_held_out
+from jobs import SPLITS, TEXT_JOBS, decisions, is_held_out
 from jobs.dates import FORMS, ISO_FORM, read_date, write_date
 from jobs.days import draw_over_short_month
 from jobs.note_variety import compose, draw_varied
@@ -88,7 +88,7 @@ def test_split_does_not_change_between_versions():
 @jobs
 @splits
 def test_prompts_are_short(job, split):
-    limit = 160 if job.name == "note_to_json" else 90
+    limit = {"note_to_json": 160, "decision": 180}.get(job.name, 90)
     assert max(len(prompt) for prompt, _ in draw(job, split)) <= limit
 
 
@@ -246,6 +246,44 @@ def test_lists_over_short_months_are_of_the_training_split():
 ])  # fmt: skip
 def test_pair_is_right_where_its_sides_agree(answer, right):
     assert TEXT_JOBS["number_pair"].check("Any number in digits and in words.", answer) is right
+
+
+BAG = "A bag holds 3 red and 7 blue marbles.\ncolour: Which colour is drawn? A. blue, B. red\nred: Is it red? Y or N\nAnswer as JSON."
+AMOUNTS = "Ada has 1.5 km, Ben has 1499 m.\nmore: Who has more? Ben, Ada\nada: Does Ada have more? yes or no\nAnswer as JSON, in words."
+SEATS = f"20 of 40 seats are taken.\nfull: How full is it? {', '.join(decisions.LEVELS)}\nAnswer as JSON, in words."
+
+
+@pytest.mark.parametrize(("prompt", "answer", "right"), [
+    (BAG, '{"colour": "A", "red": "N"}', True), (BAG, '{"colour": "B", "red": "Y"}', True), (BAG, '{"colour": "B", "red": "N"}', False),
+    (BAG, '{"colour": "C", "red": "N"}', False), (BAG, '{"colour": "A"}', False), (BAG, '{"colour":"A","red":"N"}', False),
+    (AMOUNTS, '{"more": "Ada", "ada": "yes"}', True), (AMOUNTS, '{"more": "Ben", "ada": "no"}', False),
+    (SEATS, '{"full": "under three quarters"}', True), (SEATS, '{"full": "under a half"}', False),
+])  # fmt: skip
+def test_decision_is_right_where_all_of_it_may_be_the_case(prompt, answer, right):
+    assert TEXT_JOBS["decision"].check(prompt, answer) is right
+
+
+def test_truth_is_how_often_answers_are_drawn():
+    asked = {"c": {"type": "choice", "instructions": "Which colour is drawn?", "criteria": {"blue": None, "red": None}},
+             "r": {"type": "noul", "instructions": "Is it red?"}}  # fmt: skip
+    request = {"state": "A bag holds 3 red and 7 blue marbles.", "questions": asked}
+    assert decisions.truth(request) == {"c": [0.7, 0.3], "r": [0.3, 0.7]}
+    for request in (decisions.draw_request(random.Random(seed), "train") for seed in range(300)):
+        assert all(sum(chances) == pytest.approx(1) for chances in decisions.truth(request).values())
+    answers = [json.loads(response) for prompt, response in draw(TEXT_JOBS["decision"], "train", 6000) if prompt.startswith("A bag holds")]
+    assert 0.2 < sum(answer.get("colour") in ("A", "red") for answer in answers) / sum("colour" in answer for answer in answers) < 0.4
+
+
+def test_checkpoint_writes_requests_as_they_were_learned():
+    decision = pytest.importorskip("transformers.decision", reason="transformers' decisions came with 5.23")
+    from transformers import AutoTokenizer
+
+    path = default_checkpoint("text")
+    config, tokenizer = decision.DecisionConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    for request in (decisions.draw_request(random.Random(seed), "test") for seed in range(50)):
+        ((inputs, _),) = config.prepare_inputs(request, tokenizer)
+        chat = [{"role": "user", "content": decisions.render(request)}]
+        assert inputs["input_ids"][0].tolist() == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
 
 
 # The tokenizer

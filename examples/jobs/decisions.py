@@ -158,7 +158,8 @@ def render(request: dict, in_words: bool = False) -> str:
 
 def _read_prompt(prompt: str) -> tuple[dict, bool]:
     """The request of a prompt, and whether its answers are words."""
-    state, *lines, closing = prompt.split("\n")
+    state, *lines = prompt.split("\n")
+    closing = lines.pop() if lines else ""
     matches = [_QUESTION.fullmatch(line) for line in lines]
     if closing not in CLOSING.values() or not lines or not all(matches):
         raise unparsable("decision", prompt)
