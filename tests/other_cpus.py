@@ -2,8 +2,7 @@
 
 Products, tanh and sorting by entropy differ in their last bits from CPU to CPU, and a random model's canvas is chaotic in them. The
 variables below make torch, MKL and oneDNN leave out instructions or choose other code, each of which moves last bits; a test that
-passes under all of them does not hang on one machine's rounding. What torch compiled for one setting it takes from its cache for
-another, with wrong results (torch 2.13, flex_attention): each setting has a cache of its own.
+passes under all of them does not hang on one machine's rounding.
 
     python tests/other_cpus.py                                             # the whole suite under every setting
     python tests/other_cpus.py --only avx2 scalar -- tests/test_parity.py  # what stands behind -- is handed to pytest
@@ -36,7 +35,7 @@ def main() -> int:
         print(f"{name}: {shown}", flush=True)
         start = time.perf_counter()
         environment = {key: value for key, value in os.environ.items() if all(key not in own for own in SETTINGS.values())}
-        environment |= SETTINGS[name] | {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / f"compiled-{name}")}
+        environment |= SETTINGS[name]
         done = subprocess.run([*PYTEST, *args.arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             failed.append(name)

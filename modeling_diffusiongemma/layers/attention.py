@@ -17,7 +17,7 @@ from generation.fast.proofs import FastPath, numbers, works
 
 from .caches import LayerCache, join
 from .layers import RMSNorm, rotate
-from .masks import additive, block_mask, boolean, expanded
+from .masks import additive, block_mask, boolean, expanded, flex_keys
 
 
 def eager_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
@@ -94,6 +94,17 @@ def shares_keys(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     return works(SHARED_KEYS, device, dtype, head_dim)
 
 
+def flex_attention(module, query, key, value, attention_mask, **kwargs):
+    """transformers' flex_attention, or whoever's is registered by its name, over as many keys as `flex_keys` says."""
+    keys = key.shape[2]
+    if more := flex_keys(keys, key.device) - keys:
+        key, value = (nn.functional.pad(states, (0, 0, 0, more)) for states in (key, value))
+        if attention_mask is None:
+            seen = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=key.device)
+            attention_mask = block_mask(seen, query.shape[0], query.shape[2], query.dtype)
+    return ALL_ATTENTION_FUNCTIONS.get_interface("flex_attention", eager_attention)(module, query, key, value, attention_mask, **kwargs)
+
+
 class Implementation(NamedTuple):
     """One way to attend: a function as `eager_attention` (weights may be None), or None for whatever transformers knows by this name at
     the moment; the form of its mask (`masks`); and whether without a mask it is causal where `is_causal` says so, else None means
@@ -108,7 +119,7 @@ class Implementation(NamedTuple):
 ATTENTION = {
     "eager": Implementation(None, additive),
     "sdpa": Implementation(sdpa_attention, boolean, causal_without=True),
-    "flex_attention": Implementation(None, block_mask),
+    "flex_attention": Implementation(flex_attention, block_mask),
 }
 OTHERS = Implementation(None, expanded)
 
@@ -167,5 +178,6 @@ class Attention(nn.Module):
 
 
 __all__ = [
-    "ATTENTION", "SHARED_KEYS", "Attention", "Implementation", "eager_attention", "implementation", "kernel_shares_keys", "sdpa_attention",
+    "ATTENTION", "SHARED_KEYS", "Attention", "Implementation", "eager_attention", "flex_attention", "implementation", "kernel_shares_keys",
+    "sdpa_attention",
 ]  # fmt: skip
