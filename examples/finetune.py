@@ -5,11 +5,11 @@
 Prints, after two minutes of training on one busy CPU core:
 
     Ticket: by 1971/03/01 send four hundred and nine lamps
-      before  {"name": "1icket", "quantitydate": "2071-03-01"}
+      before  1quantity319
       after   {"ship": "1971-03-01", "units": 409, "of": "lamps"}
     exact_match           0.00 before   1.00 after 80 steps
-    steps_per_canvas     26.68 before   3.50 after 80 steps
-    tokens_per_forward    1.73 before  10.92 after 80 steps
+    steps_per_canvas     26.46 before   2.92 after 80 steps
+    tokens_per_forward    0.80 before  11.11 after 80 steps
 
 No date and no number of the 50 unseen tickets is among the 200. The checkpoint that is written loads like any other.
 """

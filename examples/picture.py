@@ -1,8 +1,8 @@
 r"""Draws a canvas being denoised, one line a step, as an SVG: the pictures in the README and in docs/constraints.md.
 
 python examples/picture.py --out model_cards/denoising.svg --seed 4
-python examples/picture.py --out docs/constraints.svg --seed 2 \
-    --prompt "Note to JSON: Due 4 June 2022 for James: 27 steel pedals, price 32.98 euros." \
+python examples/picture.py --out docs/constraints.svg --seed 4 \
+    --prompt "To JSON: 9.72 euros paid by Quinn on 14 Dec 2032 for 20 white clips." \
     --template '{{"name": "{name}", "quantity": {quantity}, "item": "{item}", "price": {price}, "date": "{date}"}}' \
     --regex quantity='[0-9]+' --regex price='[0-9]+\.[0-9]{2}' --regex date='[0-9]{4}-[0-9]{2}-[0-9]{2}'
 
@@ -106,7 +106,7 @@ def draw(prompt: str, steps: list, verdict: str, styles: dict[str, tuple[str, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompt", default="To JSON: Order from Quinn: 54 paper mirrors, due 4 December 2026.")
+    parser.add_argument("--prompt", default="Note to JSON: By 1 April 2036 Simon wants 71 summer bulbs for 66.75 euros.")
     parser.add_argument("--template", help="what the answer must be: a text with blanks, as `diffusiongemma fill` takes it")
     parser.add_argument("--regex", action="append", default=[], metavar="FIELD=PATTERN", help="what a field of the template holds")
     parser.add_argument("--steps", type=int, help="denoising steps at most (default: as released)")

@@ -124,8 +124,8 @@ def additive(visible: torch.Tensor, batch_size: int, queries: int, dtype: torch.
 def flex_keys(keys: int, device: torch.device) -> int:
     """How many keys flex_attention is given for so many: on a CPU up to 15 more, which nothing sees.
 
-    torch (2.11 to 2.15) compiles it for AVX2 so that of 8, 24, 40, ... 120 keys it reads memory that nobody has written, and multiples of 16
-    are right (tests/test_parity.py::test_flex_attention_equals_eager).
+    torch (2.11 to 2.15) compiles it for AVX2 so that of 8, 24, 40, ... 120 keys it reads memory nobody has written; multiples of 16 are
+    right (tests/test_parity.py::test_flex_attention_equals_eager).
     """
     return -(-keys // 16) * 16 if device.type == "cpu" and keys < 128 else keys
 
