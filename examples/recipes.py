@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
 from generation import Template
-from jobs import TEXT_JOBS, sudoku
+from jobs import DECISION_JOBS, TEXT_JOBS, sudoku
 from jobs.days import draw_over_short_month
 from jobs.note_variety import draw_varied
 from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
@@ -63,6 +63,8 @@ class TextRecipe:
     """The first six exact text jobs in chat form, on a canvas of 256 (trained mostly on narrower ones)."""
 
     name = "text"
+    jobs = TEXT_JOBS
+    canvas = 256
     start = None  # the checkpoint to begin with; None: random weights
     rollouts = None  # of notes they changed nothing: what is wrong there is the copy of a word never seen
     defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
@@ -84,12 +86,12 @@ class TextRecipe:
 
     def config(self, hidden_size: int, layers: int) -> DiffusionGemmaConfig:
         return small_config(
-            640, hidden_size, layers, 256, 10_000.0, eos_token_id=[1, 106],
+            640, hidden_size, layers, self.canvas, 10_000.0, eos_token_id=[1, 106],
             image_token_id=SPECIAL_IDS["<|image|>"], boi_token_id=SPECIAL_IDS["<|image>"], eoi_token_id=SPECIAL_IDS["<image|>"],
         )  # fmt: skip
 
     def generation_config(self) -> dict:
-        return {"max_new_tokens": 256, "eos_token_id": [1, 106, 50], "pad_token_id": 0}
+        return {"max_new_tokens": self.canvas, "eos_token_id": [1, 106, 50], "pad_token_id": 0}
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -130,9 +132,9 @@ class TextRecipe:
         """Exact answers by each job's checker on `count` unseen inputs a job, and of pairs with one side given, whose other side is filled
         in; input i is generated with the seed `seed + i`, so that a result does not depend on the batch size."""
         rng, results = random.Random(seed), {}
-        drawn = {name: [job.sample(rng, split) for _ in range(count)] for name, job in TEXT_JOBS.items()}
-        groups = {name: ([None] * count, TEXT_JOBS[name].check) for name in drawn}
-        for side in ("words", "digits"):
+        drawn = {name: [job.sample(rng, split) for _ in range(count)] for name, job in self.jobs.items()}
+        groups = {name: ([None] * count, self.jobs[name].check) for name in drawn}
+        for side in ("words", "digits") if "number_pair" in drawn else ():
             drawn[name := f"{side} filled in"] = drawn["number_pair"]
             groups[name] = ([given_side(pair, side) for _, pair in drawn["number_pair"]], None)
         bar = progress(count * len(groups), "case", "evaluating")
@@ -179,18 +181,16 @@ class Shape(NamedTuple):
 
 class TextFurtherRecipe(TextRecipe):
     """What the text checkpoint learned after its first six jobs, from which it goes on: answers that fill the canvas, numbers whose words
-    and digits tell each other, notes in more wordings and of more words, and questions some of which have no certain answer."""
+    and digits tell each other, and notes in more wordings and of more words."""
 
     name = "text-further"
     start = "text"
     SHORT_JOBS = {"date": 2, "number_to_words": 2, "words_to_number": 2, "units": 3, "sort": 3, "number_pair": 4}
     SHAPES = (
-        Shape(0.47, {"days": 1}, 256, 288, 8, 0.25, head=46),
-        Shape(0.12, {"note_to_json": 1}, 64, 144, 32),
-        Shape(0.10, SHORT_JOBS, 24, 64, 64),
-        Shape(0.09, {**SHORT_JOBS, "note_to_json": 16}, 256, 144, 12, 0.5, head=88),
-        Shape(0.16, {"decision": 1}, 32, 168, 32),
-        Shape(0.06, {"decision": 1}, 256, 168, 10, 0.5, head=140),
+        Shape(0.50, {"days": 1}, 256, 288, 8, 0.25, head=46),
+        Shape(0.23, {"note_to_json": 1}, 64, 144, 32),
+        Shape(0.12, SHORT_JOBS, 24, 64, 64),
+        Shape(0.15, {**SHORT_JOBS, "note_to_json": 16}, 256, 144, 12, 0.5, head=88),
     )
     HARDER = {"note_to_json": (0.7, draw_varied), "days": (0.5, draw_over_short_month)}  # what share of a job's examples is drawn otherwise
 
@@ -205,6 +205,20 @@ class TextFurtherRecipe(TextRecipe):
         pairs = [self.draw(rng, name) for name in names]
         options = {"canvas_length": shape.canvas, "causal": rng.random() < shape.causal}
         return self.collate(pairs, shape.canvas, shape.length, shape.head), options
+
+
+class DecisionsRecipe(TextRecipe):
+    """Questions about a state, some of which have no certain answer, on a canvas of 32: what probabilities can be judged by."""
+
+    name = "decisions"
+    jobs = DECISION_JOBS
+    canvas = 32
+    defaults = {"hidden_size": 128, "layers": 6, "batch_size": 32}
+    LENGTH = 144  # of prompt and answer, in tokens
+
+    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
+        pairs = [rng.choice([*self.jobs.values()]).sample(rng, "train") for _ in range(size)]
+        return self.collate(pairs, self.canvas, self.LENGTH), {"canvas_length": self.canvas, "causal": True}
 
 
 class SudokuRecipe:
@@ -292,6 +306,6 @@ class SudokuRecipe:
         }
 
 
-RECIPES = {recipe.name: recipe for recipe in (TextRecipe, TextFurtherRecipe, SudokuRecipe)}
+RECIPES = {recipe.name: recipe for recipe in (TextRecipe, TextFurtherRecipe, DecisionsRecipe, SudokuRecipe)}
 
-__all__ = ["RECIPES", "SudokuRecipe", "TextFurtherRecipe", "TextRecipe", "progress", "small_config"]
+__all__ = ["RECIPES", "DecisionsRecipe", "SudokuRecipe", "TextFurtherRecipe", "TextRecipe", "progress", "small_config"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import SPLITS, TEXT_JOBS, decisions, is_held_out
+from jobs import DECISION_JOBS, SPLITS, TEXT_JOBS, decisions, is_held_out
 from jobs.dates import FORMS, ISO_FORM, read_date, write_date
 from jobs.days import draw_over_short_month
 from jobs.note_variety import compose, draw_varied
@@ -18,7 +18,8 @@ from jobs.units import shift
 from modeling_diffusiongemma import default_checkpoint
 
 SAMPLES = 1000
-jobs = pytest.mark.parametrize("job", TEXT_JOBS.values(), ids=list(TEXT_JOBS))
+ALL_JOBS = TEXT_JOBS | DECISION_JOBS
+jobs = pytest.mark.parametrize("job", ALL_JOBS.values(), ids=list(ALL_JOBS))
 splits = pytest.mark.parametrize("split", SPLITS)
 
 
@@ -88,7 +89,7 @@ def test_split_does_not_change_between_versions():
 @jobs
 @splits
 def test_prompts_are_short(job, split):
-    limit = {"note_to_json": 160, "decision": 180}.get(job.name, 90)
+    limit = {"note_to_json": 160, **dict.fromkeys(DECISION_JOBS, 180)}.get(job.name, 90)
     assert max(len(prompt) for prompt, _ in draw(job, split)) <= limit
 
 
@@ -257,10 +258,10 @@ SEATS = f"20 of 40 seats are taken.\nfull: How full is it? {', '.join(decisions.
     (BAG, '{"colour": "A", "red": "N"}', True), (BAG, '{"colour": "B", "red": "Y"}', True), (BAG, '{"colour": "B", "red": "N"}', False),
     (BAG, '{"colour": "C", "red": "N"}', False), (BAG, '{"colour": "A"}', False), (BAG, '{"colour":"A","red":"N"}', False),
     (AMOUNTS, '{"more": "Ada", "ada": "yes"}', True), (AMOUNTS, '{"more": "Ben", "ada": "no"}', False),
-    (SEATS, '{"full": "under three quarters"}', True), (SEATS, '{"full": "under a half"}', False),
+    (SEATS, '{"full": "more"}', True), (SEATS, '{"full": "some"}', False),
 ])  # fmt: skip
 def test_decision_is_right_where_all_of_it_may_be_the_case(prompt, answer, right):
-    assert TEXT_JOBS["decision"].check(prompt, answer) is right
+    assert DECISION_JOBS["bag"].check(prompt, answer) is right
 
 
 def test_truth_is_how_often_answers_are_drawn():
@@ -270,15 +271,20 @@ def test_truth_is_how_often_answers_are_drawn():
     assert decisions.truth(request) == {"c": [0.7, 0.3], "r": [0.3, 0.7]}
     for request in (decisions.draw_request(random.Random(seed), "train") for seed in range(300)):
         assert all(sum(chances) == pytest.approx(1) for chances in decisions.truth(request).values())
-    answers = [json.loads(response) for prompt, response in draw(TEXT_JOBS["decision"], "train", 6000) if prompt.startswith("A bag holds")]
-    assert 0.2 < sum(answer.get("colour") in ("A", "red") for answer in answers) / sum("colour" in answer for answer in answers) < 0.4
+    expected, drawn = 0.0, 0
+    for prompt, response in draw(DECISION_JOBS["bag"], "train", 3000):
+        asked, in_words = decisions._read_prompt(prompt)
+        for name, said in json.loads(response).items():
+            expected += decisions.truth(asked)[name][0]
+            drawn += said == decisions.labels(asked["questions"][name], in_words)[0]
+    assert drawn == pytest.approx(expected, rel=0.07)
 
 
 def test_checkpoint_writes_requests_as_they_were_learned():
     decision = pytest.importorskip("transformers.decision", reason="transformers' decisions came with 5.23")
     from transformers import AutoTokenizer
 
-    path = default_checkpoint("text")
+    path = default_checkpoint("decisions")
     config, tokenizer = decision.DecisionConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     for request in (decisions.draw_request(random.Random(seed), "test") for seed in range(50)):
         ((inputs, _),) = config.prepare_inputs(request, tokenizer)

@@ -1,4 +1,4 @@
-"""The job `decision`: questions about a state, some of which it leaves open; the answers are one line of JSON.
+"""The jobs `bag`, `amounts` and `seats`: questions about a state, some of which it leaves open; the answers are one line of JSON.
 
     A bag holds 3 red and 7 blue marbles.          -> {"colour": "B", "red": "N"}
     colour: Which colour is drawn? A. red, B. blue
@@ -17,13 +17,14 @@ import json
 import random
 import re
 from decimal import Decimal
+from functools import partial
 
 from .job import Job, draw_until, unparsable
 from .units import EXPONENTS, QUANTITIES, shift
 
 COLOURS = ("red", "blue", "green", "black", "white")
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn")
-LEVELS = ("under a quarter", "under a half", "under three quarters", "more")
+LEVELS = ("little", "some", "more", "most")  # of a quarter of all seats each
 LETTERS, YES_NO, YES_NO_WORDS = "ABCDE", ("Y", "N"), ("yes", "no")
 CLOSING = {False: "Answer as JSON.", True: "Answer as JSON, in words."}
 
@@ -44,7 +45,7 @@ def _draw_amounts(rng: random.Random) -> str:
     """Two amounts of the same quantity, one within a half and twice the other, in the same unit or the next."""
     units = rng.choice(QUANTITIES)
     place = rng.randrange(len(units))
-    other = units[min(max(place + rng.choice((-1, 0, 1)), 0), len(units) - 1)]
+    other = units[min(max(place + rng.choice((-1, 0, 0, 0, 1)), 0), len(units) - 1)]
     first = rng.randint(10, 999)
     second = min(max(int(first * 2 ** rng.uniform(-1, 1)), 1), 1999)
     shown = shift(second, 1 + EXPONENTS[other] - EXPONENTS[units[place]])
@@ -70,9 +71,11 @@ def _read_amounts(state: str) -> tuple[str, Decimal, str, Decimal] | None:
     )  # fmt: skip
 
 
-def _draw_state(rng: random.Random) -> str:
-    draw = rng.choice((_draw_bag, _draw_amounts, _draw_seats))
-    while (amounts := _read_amounts(state := draw(rng))) and amounts[1] == amounts[3]:
+_STATES = {"bag": _draw_bag, "amounts": _draw_amounts, "seats": _draw_seats}
+
+
+def _draw_state(rng: random.Random, kind: str) -> str:
+    while (amounts := _read_amounts(state := _STATES[kind](rng))) and amounts[1] == amounts[3]:
         pass
     return state
 
@@ -162,7 +165,7 @@ def _read_prompt(prompt: str) -> tuple[dict, bool]:
     closing = lines.pop() if lines else ""
     matches = [_QUESTION.fullmatch(line) for line in lines]
     if closing not in CLOSING.values() or not lines or not all(matches):
-        raise unparsable("decision", prompt)
+        raise unparsable("decisions", prompt)
     in_words, questions = closing == CLOSING[True], {}
     for match in matches:
         name, instructions, listed = match["name"], match["instructions"], match["options"]
@@ -179,9 +182,10 @@ def _write_answers(request: dict, answers: dict[str, str], in_words: bool) -> st
     return json.dumps(said)
 
 
-def draw_request(rng: random.Random, split: str) -> dict:
-    """A request about a state of the "train" or the "test" split."""
-    state = draw_until(lambda: _draw_state(rng), _content, split == "test")
+def draw_request(rng: random.Random, split: str, kind: str | None = None) -> dict:
+    """A request about a state of the "train" or the "test" split: a "bag", "amounts" or "seats", or any of these."""
+    kind = kind or rng.choice(list(_STATES))
+    state = draw_until(lambda: _draw_state(rng, kind), _content, split == "test")
     return {"state": state, "questions": _draw_questions(rng, state)}
 
 
@@ -190,8 +194,8 @@ def _content(state: str) -> str:
     return f"decision {sorted(bag.items()) if bag else re.sub('|'.join(NAMES), '', state)}"
 
 
-def _draw(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    request, in_words = draw_request(rng, "test" if held_out else "train"), rng.random() < 0.5
+def _draw(rng: random.Random, held_out: bool, kind: str) -> tuple[str, str]:
+    request, in_words = draw_request(rng, "test" if held_out else "train", kind), rng.random() < 0.5
     worlds = _worlds(request["state"], request["questions"])
     (_, answers), = rng.choices(worlds, weights=[weight for weight, _ in worlds])  # fmt: skip
     return render(request, in_words), _write_answers(request, answers, in_words)
@@ -203,12 +207,15 @@ def _check(prompt: str, answer: str) -> bool:
     return answer in {_write_answers(request, answers, in_words) for _, answers in _worlds(request["state"], request["questions"])}
 
 
-DECISION = Job(
-    name="decision",
-    draw=_draw,
-    check=_check,
-    content=lambda prompt, response: frozenset({_content(prompt.split("\n")[0])}),
-    many_answers=True,
-)
+DECISION_JOBS: dict[str, Job] = {
+    kind: Job(
+        name=kind,
+        draw=partial(_draw, kind=kind),
+        check=_check,
+        content=lambda prompt, response: frozenset({_content(prompt.split("\n")[0])}),
+        many_answers=kind == "bag",
+    )
+    for kind in _STATES
+}
 
-__all__ = ["DECISION", "draw_request", "labels", "options", "read_bag", "render", "truth"]
+__all__ = ["DECISION_JOBS", "draw_request", "labels", "options", "read_bag", "render", "truth"]
