@@ -6,6 +6,7 @@ from .constraints.languages import Choice, JsonSchema, Pins, Regex, Template
 from .filling import Filled
 from .mixin import DiffusionGenerationMixin
 from .output import DiffusionGenerationOutput, TokenScores
+from .revising import Revised
 from .rules.constraint import Constraint
 from .rules.noise import MaskNoise, Noise, UniformNoise
 from .rules.prediction import Prediction, Wanted
@@ -21,7 +22,7 @@ from .watch.watcher import Watcher
 __all__ = [
     "Automaton", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint", "DiffusionGenerationConfig",
     "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema",
-    "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler", "Proposal", "Regex", "Sampler",
-    "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores", "Trace", "UniformNoise",
-    "Wanted", "Watcher", "stream_events", "stream_text",
+    "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler", "Proposal", "Regex",
+    "Revised", "Sampler", "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores", "Trace",
+    "UniformNoise", "Wanted", "Watcher", "stream_events", "stream_text",
 ]  # fmt: skip

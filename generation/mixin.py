@@ -29,6 +29,8 @@ from .loop.rows import Rows
 from .loop.transcript import Criteria, Transcript
 from .loop.verified import decode_verified
 from .output import DiffusionGenerationOutput, TokenScores
+from .renoising import Positions
+from .revising import Revised, revise
 from .rules.constraint import Constraint, is_constraint
 from .rules.draws import BatchDraws, row_draws
 from .rules.stopping import StoppingRule
@@ -267,6 +269,38 @@ class DiffusionGenerationMixin(GenerationMixin):
             ValueError: as `generate`; an end by `max_time` or stop strings before the text was whole.
         """
         return fill(self, template, tokenizer, prompt, **settings)
+
+    def revise(
+        self, text: str, tokenizer, prompt: str | Sequence[dict[str, Any]] | None = None, noise: float | None = None,
+        keep: Positions | str | None = None, where: Positions | str = "random", **settings,
+    ) -> Revised:  # fmt: skip
+        """Writes some of a text's tokens anew, seeing all others: they become noise, and the text's canvases are denoised from the step on
+        whose noise proportion they have.
+
+        Any token may change that is not kept, not those alone that became noise; and so may the text's length, inside the canvas that it
+        ends on: without `keep="others"` it ends where the model, or the constraint, ends it.
+
+        Args:
+            text: as it stands; of no more tokens than `max_new_tokens` allows.
+            tokenizer: the model's.
+            prompt (*optional*): what comes before: a chat, by the chat template, with the instruction in it, or a text. Default: nothing
+                but the beginning of a sequence.
+            noise (*optional*): the share of the text's tokens, without those kept, that become noise, in (0, 1]; at least one does.
+                Default: 0.3; None where `where` tells the positions.
+            keep (*optional*): tokens that stay what they are, at every step: positions, a bool for each token, pairs (start, stop) of
+                characters, or a list of strings of the text; "others": all that do not become noise, and the text's length.
+            where: which tokens become noise: "random", by the seed; "uncertain", those that one pass over the text finds least likely; or
+                just these, in the forms of `keep`.
+            settings: any argument of `generate` but the prompt and the canvas: `constraint`, `seed`, `sampler`, `watcher` and others.
+
+        Returns:
+            `Revised`: text, tokens, which became noise, which changed, and denoising steps.
+
+        Raises:
+            ValueError: a text that is empty, too long, or not what its tokens write; a share or positions outside of theirs; `keep` that
+                leaves nothing, or contradicts `where` or the constraint; as `generate`.
+        """
+        return revise(self, text, tokenizer, prompt, noise, keep, where, **settings)
 
     def compute_transition_scores(
         self, sequences: torch.Tensor, scores, beam_indices: torch.Tensor | None = None, normalize_logits: bool = False

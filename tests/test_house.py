@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # from nobody else.
 ORDER = {
     "generation": "rules cache_names < arguments fast output < checks constraints vocabulary < watch < call contract < loop < filling "
-    "< mixin",
+    "renoising < revising < mixin",
     "modeling_diffusiongemma": "version checkpoints layers < training weights < model < drop_in < console < quantize serve lm_evaluation",
 }
 PACKAGES = tuple(ORDER)

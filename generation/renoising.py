@@ -1,0 +1,190 @@
+"""Which positions of a text are renoised when it is revised, and which are kept, as a language that a canvas must write.
+
+Knows the text as ids and characters; a model is asked for one thing, how likely it finds the tokens that stand there.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from .arguments import shown
+from .constraints.automaton import Automaton, make_automaton
+from .constraints.compiled import compile_constraint
+from .constraints.languages import Pins
+from .rules.draws import RowDraws
+from .watch.watcher import Watcher
+
+Positions: TypeAlias = torch.Tensor | Sequence[int] | Sequence[bool] | Sequence[tuple[int, int]] | Sequence[str]
+NOISE = 0.3  # share of the positions that become noise, where nothing is said
+EXPECTED = "token positions, a bool for each token, pairs (start, stop) of characters, or strings of the text"
+
+
+class Choice(NamedTuple):
+    """`kept` bool (n,): tokens that stay; `alone`: and all that are not renoised. `told` bool (n,): which are renoised; None: the share
+    `noise` of those that are not kept."""
+
+    kept: torch.Tensor
+    alone: bool
+    told: torch.Tensor | None
+    noise: float
+
+
+def read_choice(
+    text: str, offsets: Sequence[tuple[int, int]] | None, count: int, noise: float | None, keep: Positions | str | None,
+    where: Positions | str,
+) -> Choice:  # fmt: skip
+    """Of a text of `count` tokens.
+
+    Raises:
+        ValueError: no such choice, positions outside the text, nothing that may change, or arguments that contradict.
+    """
+    alone = isinstance(keep, str)
+    if alone and keep != "others":
+        raise ValueError(f"`keep` is {keep!r}; expected 'others', or a list of what is kept, such as [{keep!r}]")
+    unsaid = keep is None or alone
+    kept = torch.zeros(count, dtype=torch.bool, device="cpu") if unsaid else read_positions("keep", keep, text, offsets, count)
+    if bool(kept.all()):
+        raise ValueError(f"`keep` covers all {count} tokens of `text`; expected some that may change")
+    if isinstance(where, str):
+        if where not in ("random", "uncertain"):
+            raise ValueError(f"`where` is {where!r}; expected 'random', 'uncertain', or a list of what is renoised, such as [{where!r}]")
+        given = NOISE if noise is None else noise
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= 1:
+            raise ValueError(f"`noise` is {shown(noise)}; expected a share above 0, at most 1, of the tokens that are not kept")
+        return Choice(kept, alone, None, float(given))
+    told = read_positions("where", where, text, offsets, count)
+    if noise is not None:
+        raise ValueError(f"`noise` is {shown(noise)}, and `where` says which positions are renoised; expected one of them")
+    if not bool(told.any()):
+        raise ValueError("`where` holds no position; expected at least one that is renoised")
+    if both := (told & kept).nonzero().flatten().tolist():
+        raise ValueError(f"`keep` and `where` both hold the token positions {both}; expected each in one of them at most")
+    return Choice(kept, alone, told, 0.0)
+
+
+def read_positions(name: str, given: Positions, text: str, offsets: Sequence[tuple[int, int]] | None, count: int) -> torch.Tensor:
+    """Bool (count,): which tokens of `text` are meant. Of characters those are meant that write any of them, of a string every place.
+
+    Args:
+        given: int64 (k,) or a sequence of token positions; bool (count,); a sequence of pairs (start, stop) of characters; or one of
+            strings, each of which the text holds.
+        offsets: the characters that each token writes, from start to stop; None: the tokenizer does not say.
+
+    Raises:
+        ValueError: it is something else, or lies outside of the text.
+    """
+    if isinstance(given, torch.Tensor):
+        if given.dim() != 1 or given.dtype not in (torch.bool, torch.int64, torch.int32):
+            raise ValueError(f"`{name}` is {shown(given)}; expected {EXPECTED}")
+        given = given.tolist()
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ValueError(f"`{name}` is {shown(given)}; expected {EXPECTED}")
+    kinds, found = {type(one) for one in given}, torch.zeros(count, dtype=torch.bool, device="cpu")
+    if kinds == {bool}:
+        if len(given) != count:
+            raise ValueError(f"`{name}` has {len(given)} bools; expected {count}, one for each token of `text`")
+        return torch.tensor(given, dtype=torch.bool, device="cpu")
+    if kinds <= {int}:
+        if outside := [place for place in given if not 0 <= place < count]:
+            raise ValueError(f"`{name}` holds the positions {outside}; expected positions from 0 to {count - 1}, of the tokens of `text`")
+        found[list(given)] = True
+        return found
+    if kinds == {str}:
+        if missing := [piece for piece in given if not piece or piece not in text]:
+            raise ValueError(f"`{name}` holds {missing}; expected strings that `text` holds")
+        given = [(place, place + len(piece)) for piece in given for place in range(len(text)) if text.startswith(piece, place)]
+    elif not all(isinstance(one, Sequence) and len(one) == 2 and {type(end) for end in one} == {int} for one in given):
+        raise ValueError(f"`{name}` is {shown(given)}; expected {EXPECTED}")
+    if outside := [span for span in given if not 0 <= span[0] < span[1] <= len(text)]:
+        raise ValueError(f"`{name}` holds {outside}; expected characters from 0 to {len(text)}, where `text` ends")
+    if offsets is None:
+        raise ValueError(f"`{name}` is {shown(given)}, and `tokenizer` does not say which characters a token writes; expected positions")
+    for place, (first, last) in enumerate(offsets):
+        found[place] = any(first < stop and start < last for start, stop in given)
+    return found
+
+
+class Likelihood(Watcher):
+    """Keeps the log-probability of each token of the canvas, float32 (C,) nats, under the step's prediction."""
+
+    def step(self, canvas_index, step, places, state, prediction) -> None:
+        self.found = prediction.current_log_probs[0].cpu()
+
+
+def likelihood(model, before: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities, float32 (C,) nats, of the tokens of a clean canvas int64 (1, C) behind the ids `before` int64 (1, P): one canvas
+    pass, at a temperature of 1.
+
+    A token sees itself there. Taking that out by Bayes' rule (`PredictorCorrectorSampler`) orders the positions of a canvas alike.
+    """
+    watcher, length = Likelihood(), canvas.shape[1]
+    model.generate(
+        before, attention_mask=torch.ones_like(before), decoder_input_ids=canvas, canvas_length=length, max_new_tokens=length,
+        max_denoising_steps=1, sampler="predictor_corrector", noise="uniform", t_min=1.0, t_max=1.0, seed=0, watcher=watcher,
+    )  # fmt: skip
+    return watcher.found
+
+
+def choose(draws: RowDraws, free: torch.Tensor, noise: float, log_probs: torch.Tensor | None) -> torch.Tensor:
+    """Bool (n,): the share `noise` of the positions `free` bool (n,), rounded, at least one: at random, or, where `log_probs` float32 (n,)
+    are given, those of the least."""
+    order = draws.uniforms((1, len(free)), free.device, "renoised")[0] if log_probs is None else log_probs
+    count = max(1, round(noise * int(free.sum())))
+    chosen = order.masked_fill(~free, float("inf")).argsort(stable=True)[:count]
+    return torch.zeros_like(free).index_fill(0, chosen, True)
+
+
+def any_text(tokenizer, vocab_size: int) -> Automaton:
+    """The language of all ids that write text, none included."""
+    classes = compile_constraint(Pins(*(torch.zeros(1, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool))), tokenizer,
+                                 vocab_size).classes  # fmt: skip
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+    return make_automaton(classes, zero, zero + 1, zero, zero == 0)
+
+
+def begun(automaton: Automaton, state: int) -> Automaton:
+    """The texts that lead on from a state."""
+    if state == 0:
+        return automaton
+    places = torch.arange(automaton.states, dtype=torch.int64, device="cpu")
+    places[0], places[state] = state, 0
+    accepting = automaton.accepting[places]
+    return make_automaton(automaton.classes, places[automaton.source], automaton.kind, places[automaton.target], accepting)
+
+
+def hold(automaton: Automaton, ids: torch.Tensor, kept: torch.Tensor, exact: bool) -> Automaton:
+    """The texts of `automaton` that hold the ids int64 (n,) where `kept` bool (n,) is True, and go on behind the last of these; `exact`:
+    that have n tokens.
+
+    Raises:
+        ValueError: there is none.
+    """
+    length = len(ids) if exact else int(kept.nonzero().max()) + 1 if bool(kept.any()) else 0
+    given, place = ids[:length][kept[:length]].unique(return_inverse=True)
+    count, states = automaton.kinds, automaton.states
+    classes = automaton.classes.clone()
+    classes[given] = count + torch.arange(len(given), dtype=torch.int64, device="cpu")  # each is a class by itself
+    edges, of_given = torch.stack((automaton.source, automaton.kind, automaton.target)), []
+    for kind, before in enumerate(automaton.classes[given].tolist(), start=count):
+        some = edges[:, automaton.kind == before].clone()
+        some[1] = kind
+        of_given.append(some)
+    everywhere, turns = torch.cat((edges, *of_given), dim=1), iter(place.tolist())
+    reached, found = torch.arange(states, dtype=torch.int64, device="cpu") == 0, []
+    for position in range(length):  # a state is one of the automaton's and how many tokens there are
+        allowed = of_given[next(turns)] if bool(kept[position]) else everywhere
+        allowed = allowed[:, reached[allowed[0]]]
+        found.append(allowed + allowed.new_tensor([[position * states], [0], [(position + 1) * states]]))
+        reached = torch.zeros_like(reached).index_fill(0, allowed[2], True)
+    if not exact:
+        found.append(everywhere + everywhere.new_tensor([[length * states], [0], [length * states]]))
+    accepting = torch.zeros((length + 1) * states, dtype=torch.bool, device="cpu")
+    accepting[length * states :] = automaton.accepting
+    try:
+        return make_automaton(classes, *torch.cat((everywhere[:, :0], *found), dim=1), accepting)
+    except ValueError as error:
+        raise ValueError("`keep` holds tokens with which `constraint` accepts no text; expected some that stand in one") from error
+
+
+__all__ = ["Choice", "Positions", "any_text", "begun", "choose", "hold", "likelihood", "read_choice"]
