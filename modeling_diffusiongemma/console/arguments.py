@@ -82,6 +82,13 @@ def positive(given: str) -> float:
     return float(fitting(given, fits, "a number above 0, such as 1e-3"))
 
 
+def share(given: str) -> float:
+    try:
+        return float(fitting(given, positive(given) <= 1, "a share above 0, at most 1"))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected a share above 0, at most 1") from None
+
+
 def adapter_folder(given: str) -> str:
     return fitting(given, Path(given, "adapter_config.json").is_file(), "a folder with an adapter_config.json")
 
@@ -155,5 +162,6 @@ def json_line(about: dict[str, Any]) -> str:
 
 __all__ = [
     "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
-    "checkpoint_name", "fitting", "integer", "json_line", "positive", "read_line", "say", "setting", "size", "with_reader", "words",
+    "checkpoint_name", "fitting", "integer", "json_line", "positive", "read_line", "say", "setting", "share", "size", "with_reader",
+    "words",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from .export import run as export
 from .fill import run as fill
 from .generate import run as generate
 from .info import run as info
+from .revise import run as revise
 from .trace import run as trace
 from .usage import parse
 
@@ -25,7 +26,10 @@ def train(args: argparse.Namespace) -> int:
     return run(args)
 
 
-RUNS = {"generate": generate, "fill": fill, "trace": trace, "chat": chat, "bench": bench, "train": train, "export": export, "info": info}
+RUNS = {
+    "generate": generate, "fill": fill, "revise": revise, "trace": trace, "chat": chat, "bench": bench, "train": train, "export": export,
+    "info": info,
+}  # fmt: skip
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 
 

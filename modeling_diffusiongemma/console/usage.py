@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..version import VERSION
-from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, positive, say, size, with_reader, words
+from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, positive, say, share, size, with_reader, words
 from .constrained import add_constraint, add_fields, hint_at_choices
 from .examples import BEGUN, read_examples
 from .placement import DTYPES, add_loading, quantization_name
@@ -98,6 +98,39 @@ def fill_check(args: argparse.Namespace) -> None:
         raise UsageError("`--raw` is given without `--prompt`; expected a text from which the filled one goes on")
     if "{" not in args.template.replace("{{", ""):
         raise UsageError(f"TEMPLATE is {args.template!r}, which has no blank; expected one, such as {{name:1-8}}")
+
+
+def revise_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("text", type=words, metavar="TEXT", help="what is to be mended")
+    add("--prompt", type=words, metavar="TEXT", help="what it should answer, or an instruction (default: the text stands alone)")
+    add("--raw", action="store_true", help="the text goes on from the prompt itself, without the chat template")
+    add("--noise", type=share, metavar="X", help="the share of its tokens that become noise, in (0, 1] (default: 0.3)")
+    add("--where", choices=("random", "uncertain"), default="random", help="which do: by the seed, or those that fit least")
+    add("--at", type=words, action="append", metavar="TEXT", help="instead: just this piece of the text; repeatable")
+    add("--keep", type=words, action="append", metavar="TEXT", help="a piece of the text that stays as it is; repeatable")
+    add("--keep-others", action="store_true", help="nothing changes but what becomes noise, and the text's length neither")
+    add("--watch", action="store_true", help="show the canvas being denoised, on standard error")
+    add_constraint(parser)
+    add_loading(parser)
+    add_generation(parser)
+
+
+def revise_check(args: argparse.Namespace) -> None:
+    if not args.text:
+        raise UsageError("TEXT is empty; expected the text that is to be mended")
+    if args.raw and args.prompt is None:
+        raise UsageError("`--raw` is given without `--prompt`; expected a text from which TEXT goes on")
+    if args.at and args.noise is not None:
+        raise UsageError("`--at` and `--noise` are both given; expected one: `--at` says itself what becomes noise")
+    if args.at and args.where != "random":
+        raise UsageError("`--at` and `--where` are both given; expected one: both say what becomes noise")
+    if args.keep and args.keep_others:
+        raise UsageError("`--keep` and `--keep-others` are both given; expected one")
+    for name, given in (("at", args.at or ()), ("keep", args.keep or ())):
+        for piece in given:
+            if not piece or piece not in args.text:
+                raise UsageError(f"`--{name}` is {piece!r}; expected a piece of TEXT")
 
 
 def trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +275,11 @@ COMMANDS: tuple[Command, ...] = (
   diffusiongemma fill "1998-{month:1-2}-03" --prompt "Write 3 March 1998 as an ISO date."
   diffusiongemma fill "{year}-03-{day}" --regex "year=\\d{4}" --regex "day=\\d\\d" --prompt "Write 3 March 1998 as an ISO date." --watch
   diffusiongemma fill "It is a {kind}." --choices "kind=letter|invoice|complaint" --prompt "What is this? ..." --json
+""" + WATCHED),
+    Command("revise", "mend a text in place, from partial noise", revise_arguments, revise_check, """\
+  diffusiongemma revise "1998-03-30" --prompt "Write 3 March 1998 as an ISO date." --where uncertain
+  diffusiongemma revise "six hundred and fifty-eight" --prompt "Write 648 in words." --at fifty --keep-others
+  diffusiongemma revise "1998-03-30" --prompt "Write 3 March 1998 as an ISO date." --noise 0.5 --keep 1998 --json
 """ + WATCHED),
     Command("trace", "show how an answer came about, step by step", trace_arguments, trace_check, """\
   diffusiongemma trace "Write 3 March 1998 as an ISO date." --html date.html
