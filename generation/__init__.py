@@ -3,6 +3,9 @@
 from .call.configuration import DiffusionGenerationConfig
 from .constraints.automaton import Automaton
 from .constraints.languages import Choice, JsonSchema, Pins, Regex, Template
+from .decisions.calibration import Calibration, fit_calibration
+from .decisions.judging import judge
+from .decisions.questions import Decision, Decisions
 from .filling import Filled
 from .mixin import DiffusionGenerationMixin
 from .output import DiffusionGenerationOutput, TokenScores
@@ -20,9 +23,9 @@ from .watch.trace import Trace
 from .watch.watcher import Watcher
 
 __all__ = [
-    "Automaton", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint", "DiffusionGenerationConfig",
-    "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema",
-    "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler", "Proposal", "Regex",
-    "Revised", "Sampler", "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores", "Trace",
-    "UniformNoise", "Wanted", "Watcher", "stream_events", "stream_text",
+    "Automaton", "Calibration", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint", "Decision",
+    "Decisions", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "Filled",
+    "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler", "Proposal",
+    "Regex", "Revised", "Sampler", "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores",
+    "Trace", "UniformNoise", "Wanted", "Watcher", "fit_calibration", "judge", "stream_events", "stream_text",
 ]  # fmt: skip

@@ -20,8 +20,12 @@ from .call.prompt import IMAGES, Prompt, read_prompt
 from .call.settings import resolve_config, resolve_stopping
 from .call.together import allowed_tokens, check_arguments
 from .constraints.automaton import Automaton
-from .constraints.languages import Language, Template
+from .constraints.languages import Choice, Language, Template
 from .contract import check_contract
+from .decisions.calibration import Calibration
+from .decisions.deciding import decide
+from .decisions.questions import Decisions
+from .decisions.requests_form import DecidesRequests, decide_request
 from .filling import Filled, fill
 from .loop.autoregressive import decode_autoregressively
 from .loop.canvases import decode_canvases
@@ -80,7 +84,7 @@ def in_step(generate: Callable) -> Callable:
     return together
 
 
-class DiffusionGenerationMixin(GenerationMixin):
+class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
     """Gives a model `generate` by block diffusion.
 
     `not_called`: methods that other implementations of `generate` call and this one does not, and what does the same here: a model on which
@@ -102,6 +106,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         )  # fmt: skip
         if self.generation_config.temperature is None:
             self.generation_config.temperature = 1.0  # or a pipeline's own default of 0.7 would scale the released schedule
+        self.load_decisions(
+            pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download, proxies=proxies,
+            local_files_only=local_files_only, token=token, revision=revision, subfolder=subfolder,
+        )  # fmt: skip
 
     def _load_generation_config(self, generation_config: GenerationConfig | None, name, **kwargs) -> None:
         if generation_config is not None:
@@ -301,6 +309,35 @@ class DiffusionGenerationMixin(GenerationMixin):
                 leaves nothing, or contradicts `where` or the constraint; as `generate`.
         """
         return revise(self, text, tokenizer, prompt, noise, keep, where, **settings)
+
+    def decide(
+        self, prompt: str | Sequence[dict[str, Any]] | None = None, questions: Mapping[str, Choice] | None = None, tokenizer=None, *,
+        calibration: Calibration | None = None, **settings,
+    ) -> Decisions | list[torch.Tensor]:  # fmt: skip
+        """How probable each option of some questions is as the answer, from canvas passes over the answer alone (docs/decisions.md).
+
+        Args:
+            prompt: a chat, by the chat template, or a text as it stands; the answer is a JSON object of the questions' names.
+            questions: by name, `Choice([...])` each.
+            tokenizer: the model's.
+            calibration (*optional*): default: the checkpoint's `decision.json`; `Calibration()` for none.
+            settings: `reads`, canvases of other noise over which probabilities are averaged (default 4); `steps`, denoising steps of each
+                (default 1); `seed` of the noise (default 0); `canvas_length` (default: the model's); `cache`, a `DynamicCache` of one row
+                with what stands before the prompt, which stays as it is. Or, instead of all of these, what transformers' pipeline
+                "decision" hands in: `input_ids`, `marks`, `decision_questions`, `decision_config` (`decisions.requests_form`).
+
+        Returns:
+            `Decisions`; in transformers' form of every question the calibrated log-probabilities of its labels, float32 (options,).
+
+        Raises:
+            ValueError: what does not fit, by name, before anything is computed.
+        """
+        if "input_ids" not in settings:
+            return decide(self, prompt, questions, tokenizer, calibration, **settings)
+        if prompt is not None or questions is not None or calibration is not None:
+            raise ValueError("`input_ids` and `prompt`, `questions` or `calibration` are given; expected one form of `decide` or the other")
+        missing = dict.fromkeys(("marks", "decision_questions"))
+        return decide_request(self, **{**missing, **settings}, tokenizer=tokenizer)
 
     def compute_transition_scores(
         self, sequences: torch.Tensor, scores, beam_indices: torch.Tensor | None = None, normalize_logits: bool = False

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 # The rooms of each package and the files beside them, leaves first: who stands behind a `<` may import from whoever stands before it, and
 # from nobody else.
 ORDER = {
-    "generation": "rules cache_names < arguments fast output < checks constraints vocabulary < watch < call contract < loop < filling "
-    "renoising < revising < mixin",
+    "generation": "rules cache_names < arguments fast output < checks constraints vocabulary < watch < call contract < loop < "
+    "decisions filling renoising < revising < mixin",
     "modeling_diffusiongemma": "version checkpoints layers < training weights < model < drop_in < console < quantize serve lm_evaluation",
 }
 PACKAGES = tuple(ORDER)

@@ -183,6 +183,11 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         finally:
             self.generation_config = given
 
+    def _save_config_and_code(self, folder, *args) -> None:
+        """As `LoadingMixin`; with what the checkpoint says of decisions."""
+        super()._save_config_and_code(folder, *args)
+        self.save_decisions(folder)
+
     @takes_cache
     @refuses_unknown
     def forward(

@@ -1,0 +1,84 @@
+"""`decide` in its plain form: a prompt, questions with options, and what the model says of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import shown
+from .calibration import Calibration
+from .layout import Ends, lay_out
+from .questions import Asked, Decisions, make_decision, read_questions
+from .reading import How, Settled, read_canvases, settle
+from .spelling import spelling_of
+
+
+def decide(
+    model, prompt: str | Sequence[Mapping[str, Any]], questions: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration | None = None, **how: Any,
+) -> Decisions:  # fmt: skip
+    """The answers; see `DiffusionGenerationMixin.decide`."""
+    asked = read_questions(questions)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise ValueError(f"`calibration` is {shown(calibration)}; expected a `Calibration`, or None for the checkpoint's")
+    if wrong := sorted(how.keys() - set(How._fields)):
+        raise ValueError(f"`decide` got the unknown arguments {wrong}; expected {list(How._fields)} or `calibration`")
+    calibration = model.calibration if calibration is None else calibration
+    chosen = How(**how)
+    settled = settle(model, chosen)
+    ids = read_prompt(prompt, tokenizer, model.device)
+    scores, canvases = score_questions(settled, ids, asked, tokenizer, chosen)
+    answers = {
+        one.name: make_decision(one.options, each, calibration.apply(each, one.name, one.kind))
+        for one, each in zip(asked, scores, strict=True)
+    }
+    return Decisions(answers, chosen.reads, canvases, chosen.reads * chosen.steps * canvases)
+
+
+def score_questions(
+    settled: Settled, ids: torch.Tensor, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, how: How, as_json: bool = True,
+    images: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[list[torch.Tensor], int]:  # fmt: skip
+    """Of every question its scores, float64 (reads, options), and on how many canvases they stand; `as_json`: as an object, or the option
+    alone."""
+    spelling = spelling_of(tokenizer, settled.vocab_size)
+    ends = Ends(end_of_turn(tokenizer, settled.stops), settled.stops, settled.pad)
+    layouts = lay_out(asked, tokenizer, spelling, settled.length, ends, as_json)
+    found = read_canvases(settled, ids, layouts, spelling, ends, how, images)
+    return [found[place] for place in range(len(asked))], len(layouts)
+
+
+def read_prompt(prompt: Any, tokenizer: Any, device: torch.device) -> torch.Tensor:
+    """The ids of a prompt, int64 (1, P): a text as it stands, or a chat by the tokenizer's template.
+
+    Raises:
+        ValueError: no tokenizer, or a prompt that is neither, or empty.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"`tokenizer` is {shown(tokenizer)}; expected the model's tokenizer")
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+    elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
+        chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        ids = chat["input_ids"]
+    else:
+        raise ValueError(f"`prompt` is {shown(prompt)}; expected a text or a list of messages")
+    if not ids.numel():
+        raise ValueError(f"`prompt` is {shown(prompt)}, which has no tokens; expected at least one")
+    return ids.to(device=device, dtype=torch.int64)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
+    """Of the ids that end a text the one that ends the assistant's turn in the chat template; without a template the tokenizer's end of
+    sequence, where it is among them, and else the first."""
+    if tokenizer.chat_template is not None:
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        answered = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"][len(asked) :]
+        if found := [token for token in answered if token in stops]:
+            return found[0]
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
+
+
+__all__ = ["decide", "end_of_turn", "read_prompt", "score_questions"]

@@ -1,0 +1,209 @@
+"""Reading canvases: a prompt that is prefilled once, canvases of noise behind it, and one canvas pass each; nothing is committed.
+
+The noise of a read is its own, by the seed, the read's place and the canvas's, whatever else stands in the batch. More than one step are
+steps of `generate` under the constraint that the canvas be one of those the options allow, and the last one is read.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import Cache, DynamicCache
+
+from ..arguments import shown
+from ..call.caches import dynamic_cache
+from ..call.configuration import DiffusionGenerationConfig
+from ..call.prompt import IMAGES
+from ..call.settings import resolve_config
+from ..checks import check_ids, check_images
+from ..contract import check_contract
+from ..loop.rows import select_cache
+from ..rules.draws import COPY_STRIDE, RowDraws
+from ..rules.noise import MaskNoise, UniformNoise
+from ..watch.watcher import Watcher
+from .allowed import canvas_automaton
+from .layout import Ends, Layout
+from .scores import Named, name_ids, named_log_probs, option_scores
+from .spelling import Spelling
+
+
+class How(NamedTuple):
+    """How canvases are read.
+
+    Args:
+        reads: how many of other noise.
+        steps: denoising steps of each, the last of which is read.
+        seed: of the noise.
+        canvas_length: positions of a canvas; None: the model's.
+        cache: what stands before the prompt; stays as it is.
+    """
+
+    reads: int = 4
+    steps: int = 1
+    seed: int = 0
+    canvas_length: int | None = None
+    cache: Cache | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for what is none of these."""
+        for name, low in (("reads", 1), ("steps", 1), ("seed", 0), ("canvas_length", 1)):
+            value = getattr(self, name)
+            if (value is not None or name != "canvas_length") and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ValueError(f"`{name}` is {shown(value)}; expected an integer of at least {low}")
+        if self.cache is not None and (type(self.cache) is not DynamicCache or not self.cache.get_seq_length()):
+            raise ValueError(f"`cache` is {shown(self.cache)}; expected a `DynamicCache` that holds the tokens before the prompt, or None")
+
+
+class Settled(NamedTuple):
+    """A model for the length of a call, and of it: `length`, positions of a canvas; `stops`, the ids that end a text, and `pad`, which
+    stands behind; `noise`; `vocab_size`."""
+
+    model: object
+    length: int
+    stops: tuple[int, ...]
+    pad: int
+    noise: UniformNoise | MaskNoise
+    vocab_size: int
+
+
+def settle(model, how: How) -> Settled:
+    """What a call needs to know of a model, whose generation config says pad, stop ids and the kind of noise.
+
+    Raises:
+        ValueError: `how` is out of range; the model does not keep `generation.contract`, or has no end of sequence.
+    """
+    how.check()
+    check_contract(model)
+    config, _ = resolve_config(None, model.generation_config or DiffusionGenerationConfig(), {})
+    vocab_size = model.config.get_text_config().vocab_size
+    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = tuple(token for token in given if token is not None and token < vocab_size)
+    if not stops:
+        raise ValueError(f"`eos_token_id` of the model's generation config is {config.eos_token_id}; expected an id that ends an answer")
+    noise = MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size)
+    pad = config.pad_token_id if config.pad_token_id is not None else stops[0]
+    return Settled(model, how.canvas_length or model.config.canvas_length, stops, pad, noise, vocab_size)
+
+
+@torch.no_grad()
+def read_canvases(
+    given: Settled, ids: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, ends: Ends, how: How,
+    images: Mapping[str, torch.Tensor] | None = None,
+) -> dict[int, torch.Tensor]:  # fmt: skip
+    """The scores of every question by its place: float64 (reads, options), nats.
+
+    Args:
+        ids (`int64 (1, P)`): the prompt, or what of it is not in `how.cache`.
+        images: as `prefill` takes them.
+
+    Raises:
+        ValueError: ids or images that do not fit the model; logits that are NaN.
+    """
+    model, device = given.model, ids.device
+    images = {name: images[name] for name in IMAGES if (images or {}).get(name) is not None}
+    check_ids("input_ids", ids, given.vocab_size)
+    check_images(ids, images.get("pixel_values"), getattr(model.config, "image_token_id", None))
+    seen = 0 if how.cache is None else int(how.cache.get_seq_length())
+    length = seen + ids.shape[1]
+    if hasattr(model, "check_prompt"):
+        model.check_prompt(input_ids=ids, attention_mask=_ones(1, length, device), cache=how.cache, **images)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    cache = dynamic_cache(model.config.get_text_config()) if how.cache is None else select_cache(how.cache, first)
+    canvases = _noised(layouts, given, how, device)
+    rows, soft_embeds = len(canvases), None
+    held = 0 if how.steps == 1 else 1  # tokens that `generate` prefills, which takes no prompt without any
+    with _together(model):
+        if ids.shape[1] > held:
+            now = {name: value[:, : ids.shape[1] - held] if name == "mm_token_type_ids" else value for name, value in images.items()}
+            hidden = _prefill(model, ids[:, : ids.shape[1] - held], cache, seen, now)
+            cache = select_cache(cache, first.expand(rows))
+        elif seen:
+            cache = select_cache(cache, first.expand(rows))
+    if how.steps > 1:
+        taken = Taken(how.steps - 2)
+        automata = [canvas_automaton(layout, spelling, ends, given.vocab_size) for layout in layouts]
+        constraint = [automaton for automaton in automata for _ in range(how.reads)]
+        model.generate(
+            input_ids=ids[:, -1:].expand(rows, -1), attention_mask=_ones(rows, length, device), cache=cache, watcher=taken,
+            decoder_input_ids=canvases, constraint=constraint, max_denoising_steps=how.steps, canvas_length=given.length,
+            max_new_tokens=given.length, stability_threshold=None, confidence_threshold=None, seed=_seeds(how) * len(layouts),
+            decoding="diffusion", num_return_sequences=1,
+        )  # fmt: skip
+        if taken.canvas is None:
+            raise ValueError(f"`max_time` of the model's generation config ended a canvas before {how.steps} steps; expected more")
+        pinned, open_ = (
+            torch.stack([getattr(layout, name) for layout in layouts]).to(device).repeat_interleave(how.reads, dim=0)
+            for name in ("ids", "open")
+        )
+        canvases, soft_embeds = torch.where(open_, taken.canvas, pinned), taken.soft_embeds
+    with _together(model):
+        positions = torch.arange(length, length + given.length, dtype=torch.int64, device=device)[None]
+        real = _ones(rows, length + given.length, device)
+        view = model.prepare_canvas(cache, (rows, given.length), real, positions, slots=0)
+        if soft_embeds is None:
+            soft_embeds = hidden.new_zeros((rows, given.length, hidden.shape[-1]))
+        states = model.denoise(canvases, soft_embeds=soft_embeds, view=view).last_hidden_state
+        found = {}
+        for layout, read in zip(layouts, states.split(how.reads), strict=True):
+            found |= _scores(model, read, layout, name_ids(layout, spelling, ends))
+    return found
+
+
+def _scores(model, states: torch.Tensor, layout: Layout, named: Named) -> dict[int, torch.Tensor]:
+    """Of the questions of one canvas, by their places; `states` `(reads, C, D)`."""
+    places = layout.open.nonzero().flatten()
+    log_probs = named_log_probs(model, states[:, places.to(states.device)], named.ids.to(states.device))
+    found = {}
+    for field, automata in zip(layout.fields, named.automata, strict=True):
+        begin = int((places < field.begin).sum())
+        found[field.place] = option_scores(log_probs[:, begin : begin + field.width], automata)
+    return found
+
+
+def _prefill(model, ids: torch.Tensor, cache: Cache, seen: int, images: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    positions = torch.arange(seen, seen + ids.shape[1], dtype=torch.int64, device=ids.device)[None]
+    mask = _ones(1, seen + ids.shape[1], ids.device)
+    output = model.prefill(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, last_states=1, **images)
+    return output.last_hidden_state
+
+
+def _ones(rows: int, length: int, device: torch.device) -> torch.Tensor:
+    return torch.ones((rows, length), dtype=torch.bool, device=device)
+
+
+def _together(model) -> contextlib.AbstractContextManager:
+    """Passes in step with those of other processes, where the model's weights are shared."""
+    return model.in_step() if hasattr(model, "in_step") else contextlib.nullcontext()
+
+
+def _seeds(how: How) -> list[int]:
+    """One a read."""
+    return [(how.seed + read * COPY_STRIDE) % 2**63 for read in range(how.reads)]
+
+
+def _noised(layouts: Sequence[Layout], given: Settled, how: How, device: torch.device) -> torch.Tensor:
+    """int64 (layouts * reads, C): every canvas with noise where it is open, `reads` times."""
+    draws, shape = RowDraws(tuple(_seeds(how))), (how.reads, given.length)
+    found = []
+    for place, layout in enumerate(layouts):
+        noise = draws.at(place, -1).noise(given.noise, shape, device)
+        found.append(torch.where(layout.open.to(device), noise, layout.ids.to(device)))
+    return torch.cat(found)
+
+
+class Taken(Watcher):
+    """Ends a canvas after step `last`, and keeps what the next canvas pass would have read."""
+
+    def __init__(self, last: int):
+        self.last, self.canvas, self.soft_embeds = last, None, None
+
+    def step(self, canvas_index, step, places, state, prediction):
+        """As of `Watcher`."""
+        if step != self.last:
+            return None
+        self.canvas, self.soft_embeds = state.canvas, state.soft_embeds
+        return state._replace(finished=torch.ones_like(state.finished))
+
+
+__all__ = ["How", "Settled", "Taken", "read_canvases", "settle"]
