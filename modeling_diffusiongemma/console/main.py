@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .arguments import PROGRAM, UsageError, say, with_reader
 from .bench import run as bench
 from .chat import run as chat
+from .decide import run as decide
 from .export import run as export
 from .fill import run as fill
 from .generate import run as generate
@@ -27,8 +28,8 @@ def train(args: argparse.Namespace) -> int:
 
 
 RUNS = {
-    "generate": generate, "fill": fill, "revise": revise, "trace": trace, "chat": chat, "bench": bench, "train": train, "export": export,
-    "info": info,
+    "generate": generate, "fill": fill, "revise": revise, "trace": trace, "decide": decide, "chat": chat, "bench": bench, "train": train,
+    "export": export, "info": info,
 }  # fmt: skip
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 

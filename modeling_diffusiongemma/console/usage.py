@@ -153,6 +153,27 @@ def trace_check(args: argparse.Namespace) -> None:
         raise UsageError(f"`--{'` and `--'.join(given)}` name one file; expected one for each")
 
 
+def question(given: str) -> tuple[str, list[str]]:
+    """`NAME=OPTION,OPTION`."""
+    name, separator, options = words(given).partition("=")
+    if not (name and separator and all(options.split(",")) and "," in options):
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected NAME=OPTION,OPTION, such as refund=yes,no")
+    return name, options.split(",")
+
+
+def decide_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", type=words, metavar="PROMPT", help="what is asked; the answer is a JSON object of the questions")
+    parser.add_argument(
+        "--question", type=question, action="append", required=True, metavar="NAME=A,B", help="a question and its options; repeatable"
+    )
+    parser.add_argument("--reads", type=integer(1), default=4, metavar="N", help="canvases of other noise, averaged (default: 4)")
+    parser.add_argument("--steps", type=integer(1), default=1, metavar="N", help="denoising steps of each (default: 1)")
+    parser.add_argument("--canvas-length", type=integer(1), metavar="N", help="narrower canvases, which is faster (default: the model's)")
+    parser.add_argument("--raw", action="store_true", help="the answer goes on from the prompt itself, without the chat template")
+    add_loading(parser)
+    add_generation(parser)
+
+
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--no-watch", action="store_true", help="do not show the canvas being denoised")
@@ -287,6 +308,10 @@ COMMANDS: tuple[Command, ...] = (
   diffusiongemma trace "Write 3 March 1998 as an ISO date." --regex "\\d{4}-\\d\\d-\\d\\d" --seed 0 --json
 
 files that are there already are written over. The page: left and right go a step, space plays; point at a token for its entropy.
+"""),
+    Command("decide", "say how probable each answer to some questions is", decide_arguments, None, """\
+  diffusiongemma decide "I was charged twice." --question refund=yes,no --question tone=calm,angry
+  diffusiongemma decide "..." --question stars=1,2,3,4,5 --reads 16 --canvas-length 64 --json
 """),
     Command("chat", "talk to the model and watch its canvas", chat_arguments, None, """\
   diffusiongemma chat

@@ -1,0 +1,36 @@
+"""`diffusiongemma decide`: how probable each option of some questions is as the answer to a prompt."""
+
+import argparse
+
+from .arguments import UsageError, json_line
+from .constrained import make
+from .session import Session
+
+
+def run(args: argparse.Namespace) -> int:
+    from generation.constraints.languages import Choice
+
+    if args.settings or args.preset is not None or args.max_new_tokens is not None:
+        raise UsageError("`--set`, `--preset` or `--max-new-tokens` is given; expected none of them: no text is generated")
+    questions = {}
+    for name, options in args.question:
+        if name in questions:
+            raise UsageError(f"`--question` names {name!r} twice; expected each once")
+        questions[name] = make(f"`--question {name}=...`", Choice, options)
+    session = Session(args)
+    prompt = args.prompt if args.raw else [{"role": "user", "content": args.prompt}]
+    how = {"reads": args.reads, "steps": args.steps, "seed": session.seed, "canvas_length": args.canvas_length}
+    found = session.model.decide(prompt, questions, session.tokenizer, **how)
+    if not args.json:
+        print(found, flush=True)
+        return 0
+    answers = {
+        name: {"best": answer.best, "probabilities": answer.probabilities, "errors": answer.errors, "mass": answer.mass}
+        for name, answer in found.items()
+    }
+    about = {"prompt": args.prompt, "answers": answers, "reads": found.reads, "canvases": found.canvases, "passes": found.passes}
+    print(json_line({**about, "seed": session.seed}), flush=True)
+    return 0
+
+
+__all__ = ["run"]
