@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pages import Page
 from small_models import small_model
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -156,3 +157,10 @@ def test_settings_out_of_range_are_refused_by_name(decide, field, value):
     setattr(decide.decision_config, field, value)
     with pytest.raises(ValueError, match=f"`{field}`"):
         decide(REQUEST)
+
+
+def test_snippets_of_the_page_run_one_after_the_other(capsys):
+    page = Page("docs/decisions.md")
+    assert len(page.blocks) == 3
+    page.run()
+    assert "| question | option | probability | standard error |" in capsys.readouterr().out

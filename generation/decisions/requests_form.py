@@ -7,16 +7,19 @@ prompts, and of each the model is asked to score the labels of its questions. Wh
 
 import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from ..arguments import shown
 from ..call.prompt import IMAGES
-from .calibration import Calibration
+from .calibration import FILE, Calibration
 from .deciding import score_questions
 from .questions import Asked, checked
 from .reading import How, settle
@@ -27,6 +30,7 @@ try:
 except ImportError:  # before 5.23
     DecisionConfig, DecisionMixin = None, object
 
+TEMPLATE = "decision_template.jinja"
 KINDS = ("noul", "choice", "score")
 
 
@@ -86,12 +90,12 @@ class DecidesRequests(DecisionMixin):
     """Makes a model one that the pipeline asks for scores, and changes nothing of how it is loaded and saved: what `DecisionMixin` does
     there is handed on, since a checkpoint of this model has no head of its own for decisions.
 
-    `calibration`: the checkpoint's, for the plain form. `decision_config`: the checkpoint's, for requests.
+    `calibration`: the checkpoint's, or one that is set. `decision_config`: the checkpoint's, with the calibration in it.
     """
 
-    calibration = Calibration()
-
-    if DecisionConfig is not None:
+    if DecisionConfig is None:
+        calibration = Calibration()
+    else:
 
         @classmethod
         def from_pretrained(cls, *args, **kwargs):
@@ -115,21 +119,40 @@ class DecidesRequests(DecisionMixin):
         def decision_config(self, value: DecisionConfig) -> None:
             self.__dict__["_decision_config"] = value
 
+        @property
+        def calibration(self) -> Calibration:
+            """What `decision_config` says of it."""
+            return Calibration(self.decision_config.temperature, getattr(self.decision_config, "bias", {}))
+
+        @calibration.setter
+        def calibration(self, value: Calibration) -> None:
+            given = {each.name: getattr(self.decision_config, each.name) for each in fields(self.decision_config)}
+            said = {"temperature": dict(value.temperature), "bias": {key: list(values) for key, values in value.bias.items()}}
+            self.decision_config = DiffusionDecisionConfig(**given | said)
+
     def load_decisions(self, name: str | None, **download: Any) -> None:
         """Reads what a checkpoint says of decisions, `decision.json` and `decision_template.jinja`; nothing where there is neither."""
         if name is None:
             return
-        self.calibration = Calibration.from_pretrained(name, **download)
+        lenient = {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
+        found = Calibration.from_pretrained(name, **download)  # what it may not hold is said
         if DecisionConfig is not None:
-            lenient = {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
             self.decision_config = DiffusionDecisionConfig.from_pretrained(name, **download, **lenient)
+            return
+        self.calibration, lenient["_raise_exceptions_for_missing_entries"] = found, False
+        paths = {file: cached_file(name, file, **download, **lenient) for file in (FILE, TEMPLATE)}
+        texts = {file: Path(path).read_text(encoding="utf-8") for file, path in paths.items() if path is not None}
+        self.__dict__["_decision_files"] = texts
 
-    def save_decisions(self, folder) -> None:
+    def save_decisions(self, folder: str | os.PathLike) -> None:
         """Writes them again, where there was anything."""
-        config = self.__dict__.get("_decision_config")
-        if config is not None and config != DiffusionDecisionConfig():
-            config.save_pretrained(folder)
-        elif config is None and self.calibration != Calibration():
+        if DecisionConfig is not None:
+            if self.decision_config != DiffusionDecisionConfig():
+                self.decision_config.save_pretrained(folder)
+            return
+        for file, text in self.__dict__.get("_decision_files", {}).items():
+            (Path(folder) / file).write_text(text, encoding="utf-8")
+        if self.calibration != Calibration():
             self.calibration.save(folder)
 
 
