@@ -1,10 +1,10 @@
 """Decisions in numbers: how good their probabilities are, by reads, by steps, calibrated and not, and against the causal pass.
 
-    python benchmarks/decisions.py                              # 400 held-out requests of the default checkpoint; minutes on a core
+    python benchmarks/decisions.py                              # 400 held-out requests of the shipped checkpoint; minutes on a core
     python benchmarks/decisions.py --cases 100 --png reliability.png
     python benchmarks/decisions.py --checkpoint runs/mine --save  # and writes the calibration into its decision.json
 
-Requests of the job `decision`, whose answers have known probabilities: of bags of marbles, two amounts, shares of seats. The calibration is
+Requests of `jobs.decisions`, whose answers have known probabilities: of bags of marbles, two amounts, shares of seats. The calibration is
 fitted on as many held-out requests of another seed (`--fit`), with the true probabilities, by type of question. `causal`: the labels'
 next-token probabilities in the causal pass behind the prompt and the answer so far, as transformers' pipeline asks models without a
 method for decisions. One by one: every question a request of its own, where there are two; the same: both say the same best answer.
@@ -31,7 +31,7 @@ from modeling_diffusiongemma import default_checkpoint
 
 from jobs.decisions import draw_request, labels, render, truth  # isort: skip (its folder is put on the path by `measure`)
 
-READS, CANVAS = 8, 64
+READS = 8
 HEADER = ["read by", "calibrated", "accuracy", "log-likelihood", "Brier", "distance", "calibration error"]
 
 
@@ -47,10 +47,10 @@ class Case(NamedTuple):
 class Reader:
     """A checkpoint that is asked, and the seconds it took."""
 
-    def __init__(self, path: str, canvas_length: int):
+    def __init__(self, path: str, canvas_length: int | None):
         self.model = AutoModelForCausalLM.from_pretrained(path).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        self.canvas_length = canvas_length
+        self.canvas_length = canvas_length or self.model.config.canvas_length
 
     def ask(self, request: dict, **how) -> dict[str, torch.Tensor]:
         asked = {name: Choice(labels(question, False)) for name, question in request["questions"].items()}
@@ -122,10 +122,10 @@ def one_by_one(reader: Reader, requests: list[dict], reads: int) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=default_checkpoint(), help="a folder (default: the shipped text checkpoint)")
+    parser.add_argument("--checkpoint", help="a folder (default: the shipped checkpoint of decisions)")
     parser.add_argument("--cases", type=int, default=400, help="held-out requests that are judged (400)")
     parser.add_argument("--fit", type=int, help="held-out requests that the calibration is fitted on (as many)")
-    parser.add_argument("--canvas-length", type=int, default=CANVAS, help=f"({CANVAS})")
+    parser.add_argument("--canvas-length", type=int, help="(the checkpoint's)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests that are judged (0)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--png", help="a reliability diagram, before and after; needs matplotlib")
@@ -134,9 +134,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.quick:
         args.cases, args.fit = 6, 6
+    args.checkpoint = args.checkpoint or default_checkpoint("decisions")
     args.fit = args.cases if args.fit is None else args.fit
-    if min(args.cases, args.fit, args.canvas_length, args.threads) < 1:
-        parser.error("`--cases`, `--fit`, `--canvas-length` and `--threads`: expected at least 1")
+    if min(args.cases, args.fit, args.threads) < 1:
+        parser.error("`--cases`, `--fit` and `--threads`: expected at least 1")
     if args.save and not Path(args.checkpoint).is_dir():
         parser.error(f"`--checkpoint` is {args.checkpoint!r}; expected a folder, to save into")
     return args
@@ -161,7 +162,7 @@ def main(arguments: list[str]) -> None:
 
     asked, given = cases(judged, reader.ask, reads=READS), cases(for_fit, reader.ask, reads=READS)
     best = sum(float(one.true.max()) for one in asked) / len(asked)
-    print(f"{len(judged)} held-out requests, {len(asked)} questions; canvas {args.canvas_length}, float32; best accuracy {best:.3f}\n")
+    print(f"{len(judged)} held-out requests, {len(asked)} questions; canvas {reader.canvas_length}, float32; best accuracy {best:.3f}\n")
     for reads in (1, 2, 4, 8):
         calibration, seen = add(f"{reads} {'read' if reads == 1 else 'reads'}, 1 step", asked, given, reads)
         if reads == 4:

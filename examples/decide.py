@@ -19,8 +19,6 @@ from generation import Choice
 from jobs.decisions import COLOURS, draw_request, labels, options, read_bag, render, truth
 from modeling_diffusiongemma import default_checkpoint
 
-CANVAS = 64  # tokens, enough for some questions
-
 
 def request_of(state: str) -> dict:
     """Two questions about a bag."""
@@ -40,16 +38,17 @@ def request_of(state: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", help="a bag of marbles (default: an unseen request)")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="instead of the shipped one of decisions")
     parser.add_argument("--reads", type=int, default=4, help="canvases of other noise (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the request (default: 0)")
     args = parser.parse_args()
     request = draw_request(random.Random(args.seed), "test") if args.state is None else request_of(args.state)
-    path = default_checkpoint()
+    path = args.checkpoint or default_checkpoint("decisions")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path, padding_side="left")
     asked = {name: Choice(labels(question, False)) for name, question in request["questions"].items()}
     chat = [{"role": "user", "content": render(request)}]
     try:
-        found = model.decide(chat, asked, tokenizer, reads=args.reads, canvas_length=CANVAS)
+        found = model.decide(chat, asked, tokenizer, reads=args.reads)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(render(request), "", sep="\n")

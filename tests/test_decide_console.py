@@ -1,4 +1,4 @@
-"""`diffusiongemma decide`, examples/decide.py and benchmarks/decisions.py, on the shipped checkpoint; no answer of it is expected."""
+"""`diffusiongemma decide`, examples/decide.py and benchmarks/decisions.py, on the shipped text checkpoint; no answer of it is expected."""
 
 import json
 import runpy
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from generation import Calibration
+from modeling_diffusiongemma import default_checkpoint
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = ("--question", "refund=Y,N", "--question", "tone=A,B,C", "--canvas-length", "48", "--reads", "2", "--seed", "0")
@@ -39,7 +40,9 @@ def test_decide_names_what_is_wrong(console, arguments, said):
 
 
 def test_example_shows_what_is_said_and_what_is_true(here):
-    printed, error = here("decide.py", "--state", "A bag holds 3 red and 7 blue marbles.", "--reads", "1")
+    printed, error = here(
+        "decide.py", "--checkpoint", default_checkpoint(), "--state", "A bag holds 3 red and 7 blue marbles.", "--reads", "1"
+    )
     assert error is None and "A. red, B. blue" in printed and "1 canvas passes on 1 canvas" in printed
     assert [line.split()[-1] for line in printed.splitlines() if line.startswith(("colour ", "red "))] == ["0.300", "0.700"] * 2
     assert "expected a bag" in here("decide.py", "--state", "nothing")[1]

@@ -1,7 +1,7 @@
 """Calibration finds what made probabilities wrong, is kept beside a checkpoint, and is measured before and after."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from generation import Calibration, fit_calibration, judge
 from generation.decisions.calibration import true_probabilities
 from generation.decisions.judging import confidences, draw_reliability, expected_calibration_error, reliability
-from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.checkpoints import FOLDER
 
 
 def overconfident(count=400, temperature=3.0, bias=(0.8, -0.5, -0.3), seed=0, reads=1):
@@ -69,14 +69,16 @@ def test_what_is_saved_is_loaded_and_leaves_the_rest_of_the_file(tmp_path):
 
 def test_calibration_that_is_set_and_all_else_of_decisions_are_saved_with_the_model(trained, tmp_path):
     trained.save_pretrained(tmp_path / "shipped")
+    for name in ("decision.json", "decision_template.jinja"):
+        shutil.copy(FOLDER / "decisions" / name, tmp_path / "shipped")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "shipped")
     model.calibration = Calibration({"refund": 2.0}, {"choice": [0.5, -0.5]})
     model.save_pretrained(tmp_path / "again")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").calibration == model.calibration
-    shipped, saved = (json.loads((Path(folder) / "decision.json").read_text()) for folder in (default_checkpoint(), tmp_path / "again"))
+    shipped, saved = (json.loads((folder / "decision.json").read_text()) for folder in (tmp_path / "shipped", tmp_path / "again"))
     assert saved["labels"] == shipped["labels"] and saved["temperature"] == {"refund": 2.0}
     template = "decision_template.jinja"
-    assert (tmp_path / "again" / template).read_text() == (Path(default_checkpoint()) / template).read_text()
+    assert (tmp_path / "again" / template).read_text() == (FOLDER / "decisions" / template).read_text()
 
 
 def test_folder_without_a_calibration_has_none_and_a_broken_one_says_so(tmp_path):

@@ -1,4 +1,4 @@
-"""transformers' pipeline "decision" on the shipped checkpoint and on a tiny random model; and what `decide` refuses in that form."""
+"""transformers' pipeline "decision" on a tiny random model with a shipped template; and what `decide` refuses in that form."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from small_models import small_model
 from transformers import AutoModelForCausalLM, pipeline
 
 from generation import Calibration
-from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.checkpoints import FOLDER, shipped
 
 decision = pytest.importorskip("transformers.decision.template_utils", reason="the pipeline came with transformers 5.23")
 from transformers.decision import DecisionConfig  # noqa: E402
@@ -28,14 +28,14 @@ REQUEST = {"state": STATE, "questions": {"colour": COLOUR, "red": RED, "full": F
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """A tiny random model with the text checkpoint's tokenizer and decision template."""
+    """A tiny random model with a shipped tokenizer and decision template."""
     folder = tmp_path_factory.mktemp("decisions")
     model = small_model(canvas_length=48, vocab_size=len(tokenizer))
     model.generation_config.update(eos_token_id=[1, 106], pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name in ("decision.json", "decision_template.jinja"):
-        shutil.copy(f"{default_checkpoint()}/{name}", folder / name)
+        shutil.copy(FOLDER / "decisions" / name, folder / name)
     return folder
 
 
@@ -159,6 +159,7 @@ def test_settings_out_of_range_are_refused_by_name(decide, field, value):
         decide(REQUEST)
 
 
+@pytest.mark.skipif("decisions" not in shipped(), reason="the checkpoint of this name is not there")
 def test_snippets_of_the_page_run_one_after_the_other(capsys):
     page = Page("docs/decisions.md")
     assert len(page.blocks) == 3

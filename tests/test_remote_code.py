@@ -37,8 +37,6 @@ HUB_NAME, COMMIT = "some-org/tiny-canvas", "0123456789abcdef0123456789abcdef0123
 NARROW = {"canvas_length": 16, "max_new_tokens": 16, "seed": 3}
 CHAT = [{"role": "user", "content": "Write October 2, 2052 as an ISO date."}]
 MODEL_FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-DECISION_FILES = {"decision.json", "decision_template.jinja"}  # of the shipped text checkpoint
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 HEAD, EXPERTS, QUANTIZER, MASKS = (
     flat_name(ours.__module__) for ours in (DiffusionGemmaForMaskedBlockLM, Experts, FP8Quantizer, prompt_mask)
 )
@@ -223,7 +221,7 @@ def saved_config(folder):
 
 def test_repository_holds_weights_settings_code_and_card(repository, code):
     names = {path.name for path in repository.iterdir()}
-    assert names == MODEL_FILES | DECISION_FILES | TOKENIZER_FILES | {path.name for path in code}
+    assert names == MODEL_FILES | {path.name for path in code} | {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert saved_config(repository)["auto_map"] == {auto: f"{flat_name(ENTRY)}.{name}" for auto, name in REGISTERED.items()}
     assert saved_config(repository)["architectures"] == ["DiffusionGemmaForBlockDiffusion"]
     assert "trust_remote_code=True" in (repository / "README.md").read_text()
@@ -238,7 +236,7 @@ def test_plain_save_names_no_code(repository, tmp_path):
     model.save_pretrained(tmp_path / "plain")
     assert saved_config(tmp_path / "plain")["auto_map"] == {"AutoOther": "other.Other"}
     assert saved_config(tmp_path / "code")["auto_map"].keys() == {*REGISTERED, "AutoOther"}
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == (MODEL_FILES | DECISION_FILES) - {"README.md"}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == MODEL_FILES - {"README.md"}
     del model.config.auto_map
     model.save_pretrained(tmp_path / "plain")
     assert "auto_map" not in saved_config(tmp_path / "plain")
@@ -385,14 +383,14 @@ def test_clean_process_runs_the_code_of_the_repository(place, repository, model,
     assert answer["tokens"] == model.generate(**inputs, **NARROW).tolist()
     assert answer["pipeline"] == {"role": "assistant", "content": "2052-10-02"}
 
-    files = MODEL_FILES | DECISION_FILES | {path.name for path in repository.glob("*.py")}
+    files = MODEL_FILES | {path.name for path in repository.glob("*.py")}
     for kind in ("default", "code"):
         assert {path.name for path in (tmp_path / kind).iterdir()} == files
         same_files(repository, tmp_path / kind, files)
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == (MODEL_FILES | DECISION_FILES) - {"README.md"}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == MODEL_FILES - {"README.md"}
     assert "auto_map" not in saved_config(tmp_path / "plain")
     same_files(default_checkpoint(), tmp_path / "plain", ["model.safetensors"])
-    same_files(repository, tmp_path / "base", files - MODEL_FILES - DECISION_FILES)
+    same_files(repository, tmp_path / "base", files - MODEL_FILES)
     assert saved_config(tmp_path / "base")["architectures"] == ["DiffusionGemmaModel"] and answer["from_base"]
 
 
