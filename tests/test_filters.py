@@ -276,3 +276,24 @@ def test_greedy_filtered_generation_is_the_same_by_either_way(monkeypatch):
     dense = model.generate(prompts(2, 9)[0], **settings)
     assert len(calls) == 2 and torch.equal(streamed.sequences, dense.sequences)
     torch.testing.assert_close(streamed.scores.entropy, dense.scores.entropy, atol=1e-3, rtol=1e-3)
+
+
+def test_of_logits_all_but_equal_top_p_keeps_one_that_top_k_left():
+    """At a high temperature all ids are equally deep. The first of them was kept whether or not it was among the top_k, and with the others
+    gone no id was left: an entropy of nothing, and a call that blamed the model."""
+    hidden, head = case(rows=(2, 7))
+    for temperature in (1.0, 1e3, 1e6, 1e9):
+        for filters in (Filters(top_k=1, top_p=0.0), Filters(top_k=3, top_p=1e-9), Filters(top_k=3, top_p=0.5, min_p=1.0)):
+            got = streamed_prediction(hidden, head, temperature, BatchDraws(torch.Generator().manual_seed(0)), False, None, filters, 63)
+            assert not bool(got.bad.any()) and float(got.entropy.max()) <= math.log(3) + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_threshold_is_met_by_the_logit_it_is_in_half_precision_too(dtype):
+    """The last piece of a vocabulary, narrower than the others, was computed with other last bits when the threshold was looked for: one
+    call in ten with top_k=1 kept no id at all, and blamed the model."""
+    for seed in range(60):
+        hidden, head = case(vocab_size=61, size=8, rows=(2, 9), seed=seed, dtype=dtype)
+        for filters in (Filters(top_k=1), Filters(min_p=1.0)):
+            got = streamed_prediction(hidden, head, 0.4, BatchDraws(torch.Generator().manual_seed(0)), False, None, filters, 16)
+            assert not bool(got.bad.any()) and float(got.entropy.max()) < math.log(3), "of equal logits more than one is kept"

@@ -107,7 +107,7 @@ class Threshold(NamedTuple):
         kept = ~(logits < self.floor[:, None])
         if self.edge is not None:
             depth, edge = self.depth(logits), self.edge[:, None]
-            tied = depth == edge
+            tied = (depth == edge) & kept  # where logits are all but equal, ids below the floor are as deep
             rank = tied.cumsum(dim=-1) + seen
             kept &= (depth < edge) | (tied & (rank <= self.ties[:, None]))
             seen = rank[:, -1:]

@@ -80,8 +80,9 @@ class Workspace(NamedTuple):
     exponentials: torch.Tensor
 
     def narrow(self, count: int, width: int) -> "Workspace":
-        """The workspace of a smaller piece."""
-        return Workspace(*(None if tensor is None else tensor[:count, :width] for tensor in self))
+        """The workspace of a smaller piece, with no gaps between its rows: a sigmoid's last bit on a CPU depends on where a number lies in
+        memory, and a threshold that is met by the number it was taken from must meet it when that is computed anew."""
+        return Workspace(*(None if tensor is None else tensor.flatten()[: count * width].view(count, width) for tensor in self))
 
 
 def make_workspace(count: int, width: int, dtype: torch.dtype, device: torch.device, for_kernel: bool = False) -> Workspace:
