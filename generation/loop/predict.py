@@ -12,7 +12,7 @@ from ..call.plan import Plan
 from ..call.progress import Progress
 from ..rules.constraint import Constraint
 from ..rules.draws import DrawnStep, Draws
-from ..rules.prediction import Prediction, dense_prediction
+from ..rules.prediction import Prediction, dense_prediction, narrowed
 from ..rules.state import CanvasState, advance
 from ..vocabulary.filters import Filters
 from ..vocabulary.walk import choose_way, streamed_prediction
@@ -88,7 +88,7 @@ def predict_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor
     rules = plan.rules
     shaped = rules.shaping(raw, inputs.filters, inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
     prediction = dense_prediction(shaped, inputs.draws, rules.greedy, current, plan.execution.wanted)
-    return prediction._replace(soft_embeds=model.soft_embed(shaped.to(model.dtype)), raw=raw)
+    return prediction._replace(soft_embeds=model.soft_embed(narrowed(shaped, model.dtype)), raw=raw)
 
 
 def predict_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs: StepInputs) -> Prediction:

@@ -93,6 +93,15 @@ def dense_prediction(
     return prediction
 
 
+def narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Logits floating (B, C, V) in the model's `dtype`, for its softmax. float16 ends at 65,504, which a cold temperature passes: a
+    position whose highest logit lies beyond is shifted to 0 at its highest, which no softmax sees; all others keep their bits."""
+    if dtype != torch.float16:
+        return logits.to(dtype)
+    top = logits.amax(dim=-1, keepdim=True)
+    return (logits - torch.where(top.abs() > torch.finfo(dtype).max, top, 0.0)).to(dtype)
+
+
 def check_finite(bad: torch.Tensor, places: torch.Tensor | None = None, constrained: bool = False) -> None:
     """Raises ValueError for the rows that `Prediction.bad` bool (B,) marks; `places` int64 (B,) are the rows' in the batch, where some have
     left it; `constrained`: some of them must write a text of a language. Waits for the device."""
@@ -104,4 +113,4 @@ def check_finite(bad: torch.Tensor, places: torch.Tensor | None = None, constrai
         )
 
 
-__all__ = ["NOTHING_MORE", "Prediction", "Wanted", "check_finite", "dense_prediction"]
+__all__ = ["NOTHING_MORE", "Prediction", "Wanted", "check_finite", "dense_prediction", "narrowed"]
