@@ -16,16 +16,16 @@ from .rules.prediction import Prediction, Wanted
 from .rules.samplers import ConfidenceSampler, EntropyBoundSampler, FixedStepsSampler, PredictorCorrectorSampler, Proposal, Sampler
 from .rules.schedule import TemperatureSchedule
 from .rules.state import CanvasState
-from .rules.stopping import Never, StableAndConfident, StoppingRule
+from .rules.stopping import AnyOf, Never, Settled, StableAndConfident, StoppingRule
 from .watch.events import CommitEvent, StepEvent, stream_events, stream_text
 from .watch.terminal import CanvasStreamer
 from .watch.trace import Trace
 from .watch.watcher import Watcher
 
 __all__ = [
-    "Automaton", "Calibration", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint", "Decision",
-    "Decisions", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler", "Filled",
-    "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler", "Proposal",
-    "Regex", "Revised", "Sampler", "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores",
-    "Trace", "UniformNoise", "Wanted", "Watcher", "fit_calibration", "judge", "stream_events", "stream_text",
+    "AnyOf", "Automaton", "Calibration", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint",
+    "Decision", "Decisions", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler",
+    "Filled", "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler",
+    "Proposal", "Regex", "Revised", "Sampler", "Settled", "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule",
+    "Template", "TokenScores", "Trace", "UniformNoise", "Wanted", "Watcher", "fit_calibration", "judge", "stream_events", "stream_text",
 ]  # fmt: skip

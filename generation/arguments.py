@@ -243,7 +243,7 @@ FIELDS: dict[str, Kind] = {
         ("stability_threshold", "corrector_steps", "min_new_tokens", "min_length", "no_repeat_ngram_size", "top_k"), integer(0)
     ),
     **dict.fromkeys(("max_denoising_steps", "canvas_length", "num_return_sequences"), integer(1, 2**20)),
-    **dict.fromkeys(("entropy_bound", "confidence_threshold"), NATS),
+    **dict.fromkeys(("entropy_bound", "confidence_threshold", "joint_threshold"), NATS),
     **dict.fromkeys(("t_min", "t_max"), TEMPERATURE),
     "temperature": Kind("0, or a factor from 1e-9 to 1e9", lambda value: 0 if _plain(value) == 0 and _number(value, 0, 0, False) == 0
                         else TEMPERATURE.read(value)),

@@ -185,8 +185,8 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             first_step (*optional*): the denoising step from which that canvas is taken on. Default: 0, as if it were noise.
             self_conditioning_logits (`(B, C, V)`, or `(C, V)` for every row, *optional*): what conditions the first step of the first
                 canvas, as the shaped logits of a step before would. Default: nothing.
-            stopping (*optional*): a `generation.rules.stopping.StoppingRule`, instead of `stability_threshold`, `confidence_threshold` and
-                `patience`, which do not go with it in one call.
+            stopping (*optional*): a `generation.rules.stopping.StoppingRule`, instead of `stability_threshold`, `confidence_threshold`,
+                `joint_threshold` and `patience`, which do not go with it in one call.
             callback_on_step_end (*optional*): a function that is called at the end of every denoising step and may change it,
                 `(model, step, noise_proportion, state) -> dict or None`; what it gets and may change: `generation.watch.callback`.
             callback_on_step_end_tensor_inputs (*optional*): names of what `state` holds. Default: all but `logits`, which are whole ones.

@@ -343,6 +343,7 @@ POSITIVE = (0, -0.5, True, "0.5", NAN)
 BAD = {
     "max_new_tokens": POSITIVE_INT, "max_length": POSITIVE_INT, "max_denoising_steps": POSITIVE_INT,
     "stability_threshold": (-1, True, "1", 1.0, NAN), "entropy_bound": POSITIVE, "confidence_threshold": POSITIVE,
+    "joint_threshold": POSITIVE,
     "t_min": POSITIVE, "t_max": POSITIVE, "noise": ("absorbing", True, 1), "backend": ("fast", True, 0),
     "cache_implementation": ("hybrid", "bogus", True), "mask_token_id": (-1, True, "4", 4.0),
     "eos_token_id": ("1", True, 1.5, [1, "6"], [True]), "pad_token_id": ("0", True, 0.0, -1),

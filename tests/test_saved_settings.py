@@ -18,7 +18,7 @@ VALUES = {
     **dict.fromkeys(("max_new_tokens", "max_length", "patience", "corrector_positions"), FROM_ONE),
     **dict.fromkeys(("max_denoising_steps", "canvas_length", "num_return_sequences"), (1, 48, 2**20)),
     **dict.fromkeys(("stability_threshold", "corrector_steps", "min_new_tokens", "min_length", "no_repeat_ngram_size", "top_k"), WHOLE),
-    **dict.fromkeys(("entropy_bound", "confidence_threshold", "max_time"), (1, 0.25, 1e-30, INFINITY)),
+    **dict.fromkeys(("entropy_bound", "confidence_threshold", "joint_threshold", "max_time"), (1, 0.25, 1e-30, INFINITY)),
     **dict.fromkeys(("t_min", "t_max", "repetition_penalty"), (1, 0.3, 1e-9, 1e9)), "temperature": (0, 1, 1.0, 0.5, 1e9),
     **dict.fromkeys(("confidence", "typical_p"), (1, 1.0, 0.25)), **dict.fromkeys(("top_p", "min_p"), (0, 0.0, 0.5, 1, 1.0)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (0, 0.0, 1e-4)),

@@ -35,6 +35,7 @@ FURTHER_FIELDS = {  # fields no released file holds: default
     "corrector_positions": 8,
     "decoding": "diffusion",
     "canvas_length": None,
+    "joint_threshold": None,
     "patience": None,
     "ignore_after_eos": None,
     "noise": "uniform",
@@ -91,6 +92,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         decoding (`str`): `"diffusion"`; `"autoregressive"`, one token a pass by the causal pass alone; or `"verified"`, which
             drafts by diffusion and keeps what the causal pass agrees with: greedy output equals autoregressive output.
         canvas_length (`int`): tokens of a canvas; default the checkpoint's. A narrower one is cheaper for short answers.
+        joint_threshold (`float`): nats; a row stops, too, as soon as the entropies of its positions come to less than this together,
+            whatever has changed; 0.1, the released entropy bound, saves a sixth of the passes of short answers. Default: None, never.
         patience (`int`): a row gives up on a canvas whose mean entropy has reached no new minimum for so many steps. Default: never.
         ignore_after_eos (`bool`): do not wait for positions behind an end of sequence the canvas is sure of. Default: True, but
             False with the reference backend.

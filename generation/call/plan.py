@@ -15,7 +15,7 @@ from ..rules.noise import MaskNoise, Noise, UniformNoise
 from ..rules.prediction import NOTHING_MORE, Wanted
 from ..rules.samplers import SAMPLERS, PredictorCorrectorSampler, Sampler
 from ..rules.schedule import TemperatureSchedule
-from ..rules.stopping import AnyOf, Patience, StableAndConfident, StoppingRule
+from ..rules.stopping import AnyOf, Patience, Settled, StableAndConfident, StoppingRule
 from ..watch.watcher import Watcher
 from .configuration import DiffusionGenerationConfig
 from .processors import Shaping, build_shaping
@@ -154,7 +154,9 @@ def make_rules(
     if stopping is None:
         # As many steps as there are equal none: a longer memory would only take space.
         stopping = StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold)
-        stopping = stopping if config.patience is None else AnyOf((stopping, Patience(config.patience)))
+        further = {Settled: config.joint_threshold, Patience: config.patience}
+        further = [kind(value) for kind, value in further.items() if value is not None]
+        stopping = AnyOf((stopping, *further)) if further else stopping
     sampler = SAMPLERS[config.sampler].of(config, vocab_size) if isinstance(config.sampler, str) else config.sampler
     if isinstance(sampler, PredictorCorrectorSampler) and sampler.vocab_size != vocab_size:
         raise ValueError(f"`sampler` has a `vocab_size` of {sampler.vocab_size}; expected the model's, {vocab_size}")

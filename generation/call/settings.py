@@ -21,6 +21,7 @@ FOREIGN_ARGUMENTS = (
 
 
 THRESHOLDS = ("stability_threshold", "confidence_threshold")
+FURTHER_STOPS = ("joint_threshold", "patience")
 SAMPLER_FIELDS = ("entropy_bound", "sampler_config", "confidence", "corrector_steps", "corrector_positions")
 
 
@@ -73,13 +74,14 @@ def resolve_stopping(stopping: StoppingRule | None, kwargs: Mapping[str, Any]) -
     in transformers' class; or None.
 
     Raises:
-        ValueError: a rule, and thresholds or `patience` in the same call.
+        ValueError: a rule, and thresholds or `patience` in the same call; or a threshold that is None, and one of `FURTHER_STOPS`.
     """
     never = [name for name in THRESHOLDS if name in kwargs and kwargs[name] is None]
-    if stopping is not None and (given := [*never, *(name for name in (*THRESHOLDS, "patience") if kwargs.get(name) is not None)]):
+    if stopping is not None and (given := [*never, *(name for name in (*THRESHOLDS, *FURTHER_STOPS) if kwargs.get(name) is not None)]):
         raise ValueError(f"`stopping` is {shown(stopping)}, and {given} are given, too; expected one or the other: it replaces them")
-    if never and kwargs.get("patience") is not None:
-        raise ValueError(f"`patience` is {shown(kwargs['patience'])}; expected it unset, since `{never[0]}` is None: never stop early")
+    if never and (given := [name for name in FURTHER_STOPS if kwargs.get(name) is not None]):
+        value = shown(kwargs[given[0]])
+        raise ValueError(f"`{given[0]}` is {value}; expected it unset, since `{never[0]}` is None: never stop early")
     return Never() if never else stopping
 
 

@@ -50,6 +50,25 @@ class Confident:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """Done when the entropies of all positions together are below `nats`, whether or not the argmax canvas has changed. Remembers nothing.
+
+    The sum bounds what the positions can still tell each other, as in `samplers.EntropyBoundSampler`, whose bound it is compared with:
+    below it that sampler accepts all of them at once, so another pass can only confirm them. A mean has no such meaning: what it allows
+    grows with the canvas. Source: the bound of Ben-Hamu et al. 2025 (arXiv 2505.24857), here taken for the end.
+    """
+
+    nats: float
+
+    def start(self, canvas: torch.Tensor) -> tuple:
+        return ()
+
+    def update(self, memory, prediction: Prediction, counted: torch.Tensor | None) -> tuple[torch.Tensor, tuple]:
+        entropy = prediction.entropy if counted is None else prediction.entropy * counted
+        return entropy.sum(dim=-1) < self.nats, memory
+
+
+@dataclass(frozen=True)
 class Patience:
     """Done when the mean entropy has reached no new minimum for `steps` steps. Memory: the lowest so far, float32 `(B,)` nats, and the
     steps since, int64 `(B,)`."""
@@ -155,6 +174,6 @@ def before_sure_end(prediction: Prediction, eos: torch.Tensor, nats: float) -> t
 
 
 __all__ = [
-    "AllOf", "AnyOf", "Confident", "Never", "Patience", "Stable", "StableAndConfident", "StoppingRule", "before_sure_end", "check_memory",
-    "check_update", "mean_entropy",
+    "AllOf", "AnyOf", "Confident", "Never", "Patience", "Settled", "Stable", "StableAndConfident", "StoppingRule", "before_sure_end",
+    "check_memory", "check_update", "mean_entropy",
 ]  # fmt: skip

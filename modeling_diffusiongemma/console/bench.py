@@ -26,7 +26,7 @@ PROMPTS = {
     "sudoku": "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79",
 }
 PROMPT = "Explain in three paragraphs how the tides of the sea come about."
-ENDS_EARLY = ("max_length", "max_time", "patience", "stop_strings")  # settings left out where single steps are timed
+ENDS_EARLY = ("joint_threshold", "max_length", "max_time", "patience", "stop_strings")  # settings left out where single steps are timed
 TITLES = {
     "ms_per_step": "ms per denoising step", "tokens_per_second": "tokens/s", "tokens_per_forward": "tokens per forward",
     "steps_per_canvas": "denoising steps per canvas", "peak_memory_mib": "peak memory, MiB",

@@ -1,0 +1,219 @@
+"""What needs fewer passes and changes no answer: the rule of the joint entropy; and entropies that are numbers, whatever narrows them."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import CANVAS, PAD, VOCAB, prompts, small_model
+
+from generation import AnyOf, DiffusionGenerationConfig, Never, Regex, Settled, StableAndConfident, Watcher
+from generation.call.processors import build_shaping
+from generation.rules.draws import BatchDraws
+from generation.rules.prediction import Prediction, dense_prediction, narrowed
+from generation.rules.samplers import SAMPLERS, EntropyBoundSampler
+from generation.vocabulary.walk import VocabularyHead, streamed_prediction
+
+
+def with_entropy(entropy):
+    """A prediction of which only the entropy matters."""
+    return Prediction(*[torch.zeros_like(entropy).long()] * 2, entropy, torch.zeros_like(entropy))
+
+
+# The joint entropy
+
+
+def settled(entropy, nats, counted=None):
+    rule = Settled(nats)
+    done, memory = rule.update(rule.start(torch.zeros_like(entropy).long()), with_entropy(entropy), counted)
+    assert memory == ()
+    return done.tolist()
+
+
+def test_what_counts_is_the_sum_and_it_must_lie_below():
+    """Powers of 2 are exact in float32; the length of the canvas plays no role."""
+    for length in (2, 5, 256):
+        entropy = torch.zeros(3, length)
+        entropy[:, :2] = torch.tensor([[0.125, 0.0], [0.125, 0.125], [0.125, 0.0625]])
+        assert settled(entropy, 0.25) == [True, False, True]
+
+
+def test_what_lies_behind_a_sure_end_does_not_count():
+    entropy = torch.tensor([[0.0, 0.125, 9.0], [0.0, 9.0, 0.125]])
+    assert settled(entropy, 0.25, torch.tensor([[True, True, False]] * 2)) == [True, False]
+
+
+def test_a_canvas_that_is_settled_at_the_entropy_bound_is_accepted_whole():
+    entropy = torch.rand(500, 21, generator=torch.Generator().manual_seed(0)) ** 9
+    done = torch.tensor(settled(entropy, 1.0))
+    assert 0 < int(done.sum()) < 500
+    assert bool(EntropyBoundSampler(1.0).accept(with_entropy(entropy))[done].all())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def run(model, **settings):
+    ids, mask = prompts(4, 9, padded=2)
+    fields = {"max_new_tokens": CANVAS, "max_denoising_steps": 8, "seed": [1, 2, 3, 4], "return_dict_in_generate": True}
+    found = model.generate(ids, attention_mask=mask, **{**fields, **settings})
+    return found.sequences, found.denoising_steps.tolist()
+
+
+@pytest.mark.parametrize("kind", [{}, {"cache_implementation": "static"}, {"backend": "reference", "seed": None}])
+def test_a_row_stops_below_the_joint_threshold_or_as_released(model, kind):
+    assert run(model, joint_threshold=1e9, **kind)[1] == [1, 1, 1, 1]
+    torch.manual_seed(0)
+    by_name = run(model, joint_threshold=9.0, confidence_threshold=0.5, ignore_after_eos=False, **kind)
+    torch.manual_seed(0)
+    as_rule = run(model, stopping=AnyOf((StableAndConfident(1, 0.5), Settled(9.0))), ignore_after_eos=False, **kind)
+    assert torch.equal(by_name[0], as_rule[0]) and by_name[1] == as_rule[1]
+
+
+def test_unset_it_changes_nothing(model):
+    """No entropy of a canvas of tens of nats comes to less than a millionth of one."""
+    plain, never = run(model), run(model, joint_threshold=1e-6)
+    assert torch.equal(plain[0], never[0]) and plain[1] == never[1]
+    assert DiffusionGenerationConfig().joint_threshold is None
+
+
+def test_it_does_not_go_with_what_replaces_it(model):
+    with pytest.raises(ValueError, match=r"`stopping` is Never\(\), and \['joint_threshold'\] are given, too"):
+        run(model, stopping=Never(), joint_threshold=0.1)
+    with pytest.raises(ValueError, match="`joint_threshold` is 0.1; expected it unset, since `stability_threshold` is None: never stop"):
+        run(model, stability_threshold=None, joint_threshold=0.1)
+    in_config = DiffusionGenerationConfig(joint_threshold=1e9)
+    assert run(model, generation_config=in_config, confidence_threshold=None)[1] == [8] * 4
+
+
+# Entropies are numbers
+
+NARROW = {
+    "top_k 1": {"top_k": 1},
+    "top_k 2": {"top_k": 2},
+    "top_k beyond the walk": {"top_k": 2000},
+    "top_p 0": {"top_p": 0.0},
+    "top_p tiny": {"top_p": 1e-9},
+    "top_p": {"top_p": 0.9},
+    "min_p 1": {"min_p": 1.0},
+    "typical_p tiny": {"typical_p": 1e-6},
+    "typical_p": {"typical_p": 0.5},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.999},
+    "eta_cutoff": {"eta_cutoff": 0.999},
+    "all of them": {"top_k": 3, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5},
+    "nearly all suppressed": {"suppress_tokens": list(range(2, VOCAB - 2)), "top_k": 5, "typical_p": 0.5},
+    "all but one suppressed": {"suppress_tokens": [token for token in range(VOCAB) if token != 7], "top_k": 1, "eta_cutoff": 0.9},
+    "no end at first": {"min_new_tokens": 4, "top_k": 1},
+    "cold": {"temperature": 1e-9, "top_p": 0.5},
+    "hot": {"temperature": 1e9, "eta_cutoff": 0.5},
+}
+WAYS = {
+    "in pieces": {}, "whole logits": {"output_logits": True}, "reference": {"backend": "reference"},
+    "verified": {"decoding": "verified", "do_sample": False}, "autoregressive": {"decoding": "autoregressive"},
+}  # fmt: skip
+
+
+class Look(Watcher):
+    def __init__(self):
+        self.seen = []
+
+    def step(self, canvas_index, step, places, state, prediction):
+        self.seen.append(prediction)
+
+
+def check(prediction):
+    """Float32 sums of a distribution's terms: an entropy of nothing left but one token may round to just below 0."""
+    for name in ("entropy", "log_probs", "soft_embeds"):
+        value = getattr(prediction, name)
+        assert value is None or bool(value.isfinite().all()), name
+    assert float(prediction.entropy.min()) > -1e-5
+    for name in ("current_log_probs", "candidate_log_probs", "named_logits"):  # -inf where a token is filtered out
+        value = getattr(prediction, name)
+        assert value is None or not bool(value.isnan().any()), name
+
+
+def check_all(found):
+    for each in found:
+        if isinstance(each, Prediction):
+            check(each)
+        else:
+            assert all(bool(score.isfinite().all()) for score in each)
+
+
+def watched(model, narrow, sampler="entropy_bound", **further):
+    """All that a call predicted, or the scores of what it wrote."""
+    look, alone = Look(), further.get("decoding") == "verified"
+    fields = {
+        "max_new_tokens": CANVAS,
+        "max_denoising_steps": 3,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "sampler": sampler,
+    }
+    if further.get("decoding") != "autoregressive":
+        fields["watcher"] = look
+    fields = {**fields, "eos_token_id": [1], "pad_token_id": PAD, **further, **narrow}
+    found = model.generate(prompts(1 if alone else 2, 7)[0], **fields)
+    return [*look.seen, *([] if found.scores is None else [found.scores])]
+
+
+@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
+def of_dtype(request):
+    return small_model(vocab_size=VOCAB).to(getattr(torch, request.param))
+
+
+@pytest.mark.parametrize("narrow", NARROW.values(), ids=NARROW.keys())
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_entropy_is_a_number(of_dtype, narrow, way):
+    torch.manual_seed(0)
+    check_all(watched(of_dtype, narrow, **way))
+
+
+def test_a_cold_float16_model_conditions_itself_on_the_most_probable_token():
+    """Logits divided by a temperature of 4e-4 pass what float16 holds: the soft embedding was NaN, and the next step's logits with it."""
+    logits = torch.tensor([[[70_000.0, 80_000.0, -90_000.0], [-70_000.0, -80_000.0, -90_000.0], [1.0, 2.0, -3.0]]])
+    found = narrowed(logits, torch.float16)
+    assert found.softmax(-1)[0, :2].tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert torch.equal(found[0, 2], logits[0, 2].half()) and torch.equal(narrowed(logits, torch.bfloat16), logits.bfloat16())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_with_every_sampler_and_under_a_constraint_too(sampler, dtype, tokenizer):
+    written = small_model(vocab_size=len(tokenizer) + 3).to(getattr(torch, dtype))
+    language = {"constraint": Regex("[0-9a-z ]{1,9}"), "tokenizer": tokenizer}
+    narrow = [fields for fields in NARROW.values() if "suppress_tokens" not in fields]
+    for fields, bound, way in itertools.product(narrow[::2], ({}, language), ("in pieces", "whole logits")):
+        check_all(watched(written, fields, sampler, seed=0, **bound, **WAYS[way]))
+
+
+EXTREMES = {
+    "seed": st.integers(0, 2**31), "spread": st.sampled_from([1e-3, 1.0, 30.0, 1e3]), "temperature": st.sampled_from([1e-9, 0.4, 1.0, 1e9]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "top_k": st.sampled_from([1, 2, 50, None]),
+    "top_p": st.sampled_from([0.0, 1e-9, 0.9, None]), "min_p": st.sampled_from([1e-9, 0.5, 1.0, None]), "left": st.integers(1, 61),
+    "greedy": st.booleans(),
+}  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(**EXTREMES)
+def test_no_logits_and_no_filters_make_an_entropy_that_is_none(seed, spread, temperature, dtype, top_k, top_p, min_p, left, greedy):
+    """Logits from all but equal to all but one at their cap, temperatures of either end, and from one id left to all of 61."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn((2, 3, 8), generator=generator).to(dtype)
+    weight = (torch.randn((61, 8), generator=generator) * spread).to(dtype)
+    suppressed = torch.randperm(61, generator=generator)[left:].tolist()
+    fields = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "suppress_tokens": suppressed or None}
+    shaping = build_shaping(DiffusionGenerationConfig(**fields), None, torch.tensor([], dtype=torch.int64), 4, 61)
+    current = torch.randint(0, 61, (2, 3), generator=generator)
+    head = VocabularyHead(weight, 30.0, torch.tensor(3.0, dtype=dtype))
+    walked = streamed_prediction(hidden, head, temperature, BatchDraws(generator), greedy, current, shaping.filters, piece=16)
+    logits = torch.tanh(torch.nn.functional.linear(hidden, weight).float() / 30.0) * 30.0
+    dense = dense_prediction(shaping.filters.apply(logits / temperature), BatchDraws(generator), greedy, current)
+    for prediction in (walked, dense):
+        assert not bool(prediction.bad.any())
+        check(prediction)
+        assert float(prediction.entropy.max()) <= torch.tensor(float(left)).log() + 1e-4
