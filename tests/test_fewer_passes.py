@@ -1,6 +1,10 @@
 """What needs fewer passes and changes no answer: the rule of the joint entropy; and entropies that are numbers, whatever narrows them."""
 
 import itertools
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,3 +221,43 @@ def test_no_logits_and_no_filters_make_an_entropy_that_is_none(seed, spread, tem
         assert not bool(prediction.bad.any())
         check(prediction)
         assert float(prediction.entropy.max()) <= torch.tensor(float(left)).log() + 1e-4
+
+
+# The benchmark
+
+
+def test_the_benchmark_compares_case_by_case_and_keeps_what_it_found(tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    arguments = ["sudoku", "units", "--cases", "3", "--batch", "2", "--only", "joint_threshold 0.1", "--only", "forget after 12"]
+    printed = [run_benchmark(*arguments, "--keep", str(kept)) for _ in range(2)]
+    lines = [[line for line in text.splitlines() if line.startswith("| ") and "%" in line] for text in printed]
+    assert lines[0] == lines[1] and len(lines[0]) == 6 and len(kept.read_text().splitlines()) == 6, "the second run computes nothing anew"
+    assert [line.split(" | ")[0] for line in lines[0][:3]] == ["| released", "| joint_threshold 0.1", "| forget after 12"]
+    for line in (lines[0][0], lines[0][3]):
+        assert line.endswith("| 1.00 | +0 -0 | 1 |")
+
+
+def run_benchmark(*arguments):
+    script = Path(__file__).parents[1] / "benchmarks" / "fewer_passes.py"
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "fewer_passes.py"))
+
+
+def test_intervals_and_chances_are_those_of_the_textbook(benchmark):
+    """Wilson's interval of 97 of 100 (0.9155 to 0.9897), and a sign test of 1 against 7: 2 * (1 + 8) / 256."""
+    assert benchmark["wilson"](97, 100) == pytest.approx((0.9155, 0.9897), abs=1e-4)
+    assert benchmark["wilson"](0, 50)[0] == pytest.approx(0) and benchmark["wilson"](50, 50)[1] == pytest.approx(1)
+    assert benchmark["mcnemar"](1, 7) == pytest.approx(18 / 256) and benchmark["mcnemar"](0, 0) == benchmark["mcnemar"](3, 3) == 1
+
+
+@pytest.mark.parametrize(("arguments", "named"), [(["sudoku", "--cases", "0"], "--cases"), (["days", "--only", "faster"], "--only")])
+def test_what_the_benchmark_cannot_do_is_named(benchmark, arguments, named, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark["parse"](arguments)
+    assert f"`{named}`" in capsys.readouterr().err
