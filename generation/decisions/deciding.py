@@ -10,7 +10,7 @@ from ..arguments import shown
 from .calibration import Calibration
 from .layout import Ends, lay_out
 from .questions import Asked, Decisions, make_decision, read_questions
-from .reading import How, Settled, read_canvases, settle
+from .reading import How, Prepared, read_canvases, settle
 from .spelling import spelling_of
 
 
@@ -37,7 +37,7 @@ def decide(
 
 
 def score_questions(
-    settled: Settled, ids: torch.Tensor, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, how: How, as_json: bool = True,
+    settled: Prepared, ids: torch.Tensor, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, how: How, as_json: bool = True,
     images: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], int]:  # fmt: skip
     """Of every question its scores, float64 (reads, options), and on how many canvases they stand; `as_json`: as an object, or the option

@@ -55,7 +55,7 @@ class How(NamedTuple):
             raise ValueError(f"`cache` is {shown(self.cache)}; expected a `DynamicCache` that holds the tokens before the prompt, or None")
 
 
-class Settled(NamedTuple):
+class Prepared(NamedTuple):
     """A model for the length of a call, and of it: `length`, positions of a canvas; `stops`, the ids that end a text, and `pad`, which
     stands behind; `noise`; `vocab_size`."""
 
@@ -67,7 +67,7 @@ class Settled(NamedTuple):
     vocab_size: int
 
 
-def settle(model, how: How) -> Settled:
+def settle(model, how: How) -> Prepared:
     """What a call needs to know of a model, whose generation config says pad, stop ids and the kind of noise.
 
     Raises:
@@ -83,12 +83,12 @@ def settle(model, how: How) -> Settled:
         raise ValueError(f"`eos_token_id` of the model's generation config is {config.eos_token_id}; expected an id that ends an answer")
     noise = MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size)
     pad = config.pad_token_id if config.pad_token_id is not None else stops[0]
-    return Settled(model, how.canvas_length or model.config.canvas_length, stops, pad, noise, vocab_size)
+    return Prepared(model, how.canvas_length or model.config.canvas_length, stops, pad, noise, vocab_size)
 
 
 @torch.no_grad()
 def read_canvases(
-    given: Settled, ids: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, ends: Ends, how: How,
+    given: Prepared, ids: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, ends: Ends, how: How,
     images: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[int, torch.Tensor]:  # fmt: skip
     """The scores of every question by its place: float64 (reads, options), nats.
@@ -182,7 +182,7 @@ def _seeds(how: How) -> list[int]:
     return [(how.seed + read * COPY_STRIDE) % 2**63 for read in range(how.reads)]
 
 
-def _noised(layouts: Sequence[Layout], given: Settled, how: How, device: torch.device) -> torch.Tensor:
+def _noised(layouts: Sequence[Layout], given: Prepared, how: How, device: torch.device) -> torch.Tensor:
     """int64 (layouts * reads, C): every canvas with noise where it is open, `reads` times."""
     draws, shape = RowDraws(tuple(_seeds(how))), (how.reads, given.length)
     found = []
@@ -206,4 +206,4 @@ class Taken(Watcher):
         return state._replace(finished=torch.ones_like(state.finished))
 
 
-__all__ = ["How", "Settled", "Taken", "read_canvases", "settle"]
+__all__ = ["How", "Prepared", "Taken", "read_canvases", "settle"]
