@@ -1,9 +1,10 @@
-"""`diffusiongemma trace`: an answer, how it came about in numbers, and that as a page, a picture and a file."""
+"""`diffusiongemma trace`: an answer, how it came about in numbers, and that as a page, pictures and a file."""
 
 import argparse
 import importlib.util
 from pathlib import Path
 
+from generation.watch.animation import draw_animation
 from generation.watch.pictures import draw_trace, trace_page
 from generation.watch.trace import Trace
 
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     summary = trace.summary()
     if args.html is not None:
         Path(args.html).write_text(trace_page(trace, session.tokenizer, args.prompt), encoding="utf-8")
+    if args.svg is not None:
+        Path(args.svg).write_text(draw_animation(trace, session.tokenizer, args.prompt), encoding="utf-8")
     if args.png is not None:
         draw_trace(trace, session.tokenizer, args.png)
     if args.save is not None:

@@ -137,6 +137,7 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", type=words, metavar="PROMPT", help="what to answer")
     parser.add_argument("--html", metavar="FILE", help="a page that plays the denoising, for any browser, without a network")
     parser.add_argument("--png", metavar="FILE", help="a picture, positions by steps, coloured by entropy; needs matplotlib")
+    parser.add_argument("--svg", metavar="FILE", help="a picture that moves, one step after another, for pages such as GitHub's; no script")
     parser.add_argument("--save", metavar="FILE", help="the trace itself, in safetensors, for generation.Trace.load")
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     add_constraint(parser)
@@ -145,7 +146,7 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def trace_check(args: argparse.Namespace) -> None:
-    given = {name: Path(value) for name in ("html", "png", "save") if (value := getattr(args, name)) is not None}
+    given = {name: Path(value) for name in ("html", "png", "svg", "save") if (value := getattr(args, name)) is not None}
     for name, path in given.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise UsageError(f"`--{name}` is {str(path)!r}; expected a file in a folder that is there")
@@ -304,7 +305,7 @@ COMMANDS: tuple[Command, ...] = (
 """ + WATCHED),
     Command("trace", "show how an answer came about, step by step", trace_arguments, trace_check, """\
   diffusiongemma trace "Write 3 March 1998 as an ISO date." --html date.html
-  diffusiongemma trace "Write 648 in words." --html out.html --png out.png --save out.safetensors
+  diffusiongemma trace "Write 648 in words." --html out.html --png out.png --svg out.svg --save out.safetensors
   diffusiongemma trace "Write 3 March 1998 as an ISO date." --regex "\\d{4}-\\d\\d-\\d\\d" --seed 0 --json
 
 files that are there already are written over. The page: left and right go a step, space plays; point at a token for its entropy.
