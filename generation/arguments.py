@@ -201,6 +201,17 @@ def _with_methods(*names: str) -> Callable[[Any], Any]:
     return read
 
 
+def _watchers(value: Any) -> list:
+    """A list, also of one."""
+    read = _with_methods("start", "step", "commit", "end")
+    try:
+        watchers = [read(value)]
+    except Unfit:
+        watchers = [read(item) for item in _items(value)]
+    _demand(len(set(map(id, watchers))) == len(watchers))
+    return watchers
+
+
 def _constraint(value: Any) -> Any:
     """One of the caller's that sees predictions, or a language: which ones there are `call.constrained` knows."""
     _demand(not isinstance(value, str | bytes | int | float | type | dict))
@@ -285,7 +296,7 @@ ARGUMENTS: dict[str, Kind] = {
     "logits_processor": Kind("a list of functions `(input_ids, scores) -> scores`", _callables),
     "stopping_criteria": Kind("a list of functions `(input_ids, scores) -> bool (rows,)`", _callables),
     "streamer": Kind("an object with the methods `put` and `end`", _with_methods("put", "end")),
-    "watcher": Kind("a `generation.watch.watcher.Watcher`", _with_methods("start", "step", "commit", "end")),
+    "watcher": Kind("a `generation.watch.watcher.Watcher`, or a list of them, each once", _watchers),
     "constraint": Kind("a `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins` of `generation`, a list with one for each prompt, or a "
                        "`generation.rules.constraint.Constraint`", _constraint),
     "first_step": integer(0),

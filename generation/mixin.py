@@ -145,7 +145,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        watcher: Watcher | None = None,
+        watcher: Watcher | Sequence[Watcher] | None = None,
         constraint: Language | Automaton | Constraint | Sequence[Language | Automaton | None] | None = None,
         first_step: int | None = None,
         self_conditioning_logits: torch.Tensor | None = None,
@@ -190,7 +190,8 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             callback_on_step_end (*optional*): a function that is called at the end of every denoising step and may change it,
                 `(model, step, noise_proportion, state) -> dict or None`; what it gets and may change: `generation.watch.callback`.
             callback_on_step_end_tensor_inputs (*optional*): names of what `state` holds. Default: all but `logits`, which are whole ones.
-            watcher (*optional*): a `generation.watch.watcher.Watcher`: is told of every step and every canvas, and may change the state.
+            watcher (*optional*): a `generation.watch.watcher.Watcher`, or a list of them: each is told of every step, as those before it
+                left the state, and of every canvas, and may change the state.
             constraint (*optional*): what is written must be a text of this language: one of `generation.constraints`, or a list with one,
                 or None, for each prompt. Exact in every step (generation/README.md); the text ends with an end-of-sequence token, or where
                 a row may get no more tokens. Or a `generation.rules.constraint.Constraint`: what it makes of each prediction is what
@@ -229,7 +230,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         if callback_on_step_end is not None:
             watchers.append(StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs, self, config.max_denoising_steps))
         watchers += [] if streamer is None else [StreamerWatcher(streamer)]
-        watchers += [] if watcher is None else [watcher]
+        watchers += watcher or []  # read as a list
         # 2. Plan.
         automata, copies = [None], config.num_return_sequences or 1
         if constraint is not None and not is_constraint(constraint):

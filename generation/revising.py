@@ -211,7 +211,7 @@ def read_call(model, tokenizer, prompt, constraint: Constraint | None, settings:
         raise ValueError("`eos_token_id` holds no id of the vocabulary; expected at least one, with which a text ends")
     watchers = [] if callback is None else [StepCallback(callback, names, model, config.max_denoising_steps)]
     watchers += [] if streamer is None else [StreamerWatcher(streamer)]
-    watchers += [] if watcher is None else [watcher]
+    watchers += watcher or []  # read as a list
     new_tokens = allowed_tokens(config, use_max_length, before.shape[1])
     return Call(config, before, new_tokens, stops, stopping, watchers, constraint, others)
 

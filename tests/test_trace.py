@@ -185,6 +185,58 @@ def test_verified_rounds_are_canvases(model):
     assert torch.equal(torch.cat([canvas.tokens for canvas in trace.row()]), output.sequences[0, 9:].int())
 
 
+# Several watchers
+
+
+class Overwrites(Watcher):
+    """Puts one id everywhere into the argmax canvas."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def step(self, canvas_index, step, places, state, prediction):
+        return state._replace(argmax=torch.full_like(state.argmax, self.token))
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_each_of_several_watchers_is_told_what_those_before_it_left(model, form):
+    before, between, after = Trace(), Trace(), Trace()
+    settings = {**SETTINGS, "seed": 0, "eos_token_id": []}
+    ids = prompts(1, 9)[0]
+    given = form([before, Overwrites(17), between, Overwrites(18), after])
+    output = model.generate(ids, watcher=given, **settings)
+    assert output.sequences[0, 9:].tolist() == [18] * 25
+    assert all(bool((canvas.argmax == 17).all()) for canvas in between.row())
+    assert all(bool((canvas.argmax == 18).all()) for canvas in after.row())
+    assert not any(bool((canvas.argmax == 17).all()) for canvas in before.row())
+    assert len(before.canvases) == len(between.canvases) == len(after.canvases) == 3 and before.finish_reasons == ["length"]
+
+
+def test_no_watcher_at_all_may_be_a_list(model):
+    settings = {**SETTINGS, "seed": 0}
+    assert torch.equal(
+        model.generate(prompts(1, 9)[0], watcher=[], **settings).sequences, model.generate(prompts(1, 9)[0], **settings).sequences
+    )
+
+
+def test_several_watchers_see_a_text_revised(trained, tokenizer):
+    first, second = Trace(), Trace()
+    trained.revise("1998-03-03", tokenizer, CHAT, noise=0.5, seed=0, watcher=[first, second])
+    assert len(first.canvases) == len(second.canvases) > 0
+    assert all(torch.equal(one.argmax, other.argmax) for one, other in zip(first.canvases, second.canvases, strict=True))
+
+
+@pytest.mark.parametrize("wrong", ["twice", "a class", "another object", "no list"])
+def test_what_is_no_list_of_watchers_is_refused(model, wrong):
+    trace = Trace()
+    given = {"twice": [trace, Trace(), trace], "a class": [trace, Trace], "another object": [trace, 3], "no list": {"watcher": trace}}[
+        wrong
+    ]
+    with pytest.raises(ValueError, match=r"`watcher` is .*; expected a `generation.watch.watcher.Watcher`, or a list of them, each once"):
+        model.generate(prompts(1, 9)[0], watcher=given, max_new_tokens=3)
+    assert trace.canvases == []
+
+
 # Numbers
 
 
