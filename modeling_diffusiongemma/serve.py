@@ -19,12 +19,18 @@ Put a proxy with authentication and time limits in front of it before you open i
 An answer ends by `stop` (an end of turn, a stop string) or `length` (its tokens are used up, or its `max_time`: OpenAI has no third word);
 `/v1/responses` says nothing of it, as transformers' server does.
 
+`trace` of a request, which may be "html", "svg" or "safetensors", brings along how the answer came about, as `trace` of the answer: the
+page or the picture as text, or the file in base64, for `generation.Trace.load`. An OpenAI client sends it in `extra_body`. Not with
+`stream`, nor to `/v1/responses`.
+
 `seed` of a request seeds torch for the whole process when the request arrives (transformers does it so): with several requests
 at once only `temperature=0` is reproducible.
 """
 
 import argparse
+import base64
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +43,9 @@ from transformers import AutoModelForMultimodalLM, GenerationConfig, PreTrainedT
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import Modality
 
+from generation.watch.animation import draw_animation
+from generation.watch.pictures import trace_page
+from generation.watch.trace import Trace
 from generation.watch.watcher import Watcher
 
 from .checkpoints import shipped
@@ -71,9 +80,55 @@ class Ending(Watcher):
             self.settings.max_new_tokens = None if finish_reasons[0] == "stop" else 0
 
 
+class Asked(dict):
+    """The body of a request, of which `trace` is taken out: `form`, how its answer brings that along; `made`, where it has been made."""
+
+    def __init__(self, body: dict[str, Any]):
+        super().__init__(body)
+        self.form, self.made = self.pop("trace", None), None
+
+    def make(self, trace: Trace, tokenizer) -> None:
+        if self.form == "safetensors":
+            self.made = base64.b64encode(trace.to_bytes()).decode("ascii")
+        else:
+            self.made = {"html": trace_page, "svg": draw_animation}[self.form](trace, tokenizer, self.title())
+
+    def title(self) -> str:
+        """What was asked last."""
+        content = self["messages"][-1].get("content") if "messages" in self else self.get("prompt")
+        return content if isinstance(content, str) else " ".join(piece["text"] for piece in content or () if "text" in piece)
+
+
+def settings_of(build: Callable, body: dict[str, Any], *args, **kwargs) -> GenerationConfig:
+    """As a handler's reading of settings, `build`; they carry a body that asks for a trace to where it is answered, in another thread."""
+    settings = build(body, *args, **kwargs)
+    if isinstance(body, Asked):
+        settings.asked = body
+    return settings
+
+
+async def answer_with_trace(answer: Callable, body: dict[str, Any], request_id: str):
+    """As a handler's `answer`, with `trace` in it where that is asked for."""
+    from fastapi.responses import JSONResponse
+
+    if (asked := Asked(body)).form is None:
+        body.pop("trace", None)
+        return await answer(body, request_id)
+    response = await answer(asked, request_id)
+    if asked.made is None:
+        raise ValueError(f"`trace` is {asked.form!r}, and `model` {body['model']!r}, which denoises no canvas of ours; expected none")
+    return JSONResponse({**json.loads(response.body), "trace": asked.made}, response.status_code)
+
+
 def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
     """`generate` for one request, in our manners: a tensor, and rows of single tokens for the streamer."""
-    return DiffusionGemmaForMaskedBlockLM.generate(model, generation_config=generation_config, watcher=Ending(generation_config), **kwargs)
+    asked, watchers = generation_config.__dict__.pop("asked", None), [Ending(generation_config)]
+    if asked is not None:
+        watchers.append(trace := Trace())
+    output = DiffusionGemmaForMaskedBlockLM.generate(model, generation_config=generation_config, watcher=watchers, **kwargs)
+    if asked is not None:
+        asked.make(trace, kwargs["tokenizer"])
+    return output
 
 
 def modality_of(theirs: Callable, model, processor=None) -> Modality:
@@ -149,6 +204,9 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
     manager.get_model_modality = partial(modality_of, manager.get_model_modality)
     for handler in (server._chat_handler, server._completion_handler, server._response_handler):
         handler.get_processor_inputs_from_messages = partial(read_checked, handler.get_processor_inputs_from_messages)
+    for handler in (server._chat_handler, server._completion_handler):
+        handler.handle_request = partial(answer_with_trace, handler.handle_request)
+        handler._build_generation_config = partial(settings_of, handler._build_generation_config)
     pinned = manager.force_model
     models = [pinned] if pinned is not None else [name.path for name in ours.allow] or [*shipped().values()]
     door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=ours.max_characters)

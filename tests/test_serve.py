@@ -6,7 +6,9 @@ client.chat.completions.create(model=default_checkpoint(), messages=[{"role": "u
 """
 
 import argparse
+import base64
 import contextlib
+import html
 import json
 import os
 import re
@@ -17,10 +19,12 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
+from generation import Trace
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.console.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
 from modeling_diffusiongemma.serve import loading_as, main
@@ -147,6 +151,45 @@ def test_other_endpoints_count_the_same(client):
     assert (response.output_text, response.usage.output_tokens) == ("2052-10-02", 11)
 
 
+def ask_traced(client, form, **settings):
+    return client.chat.completions.create(model=MODEL, messages=CHAT, extra_body={**NARROW, "trace": form}, **settings)
+
+
+def test_answer_brings_along_how_it_came_about(client, tmp_path):
+    """`trace` in the client's `extra_body`, and an attribute of what it gets."""
+    page, picture, file = (ask_traced(client, form) for form in ("html", "svg", "safetensors"))
+    for answer in (page, picture, file):
+        assert (answer.choices[0].message.content, answer.usage.completion_tokens, answer.choices[0].finish_reason) == (
+            "2052-10-02",
+            11,
+            "stop",
+        )
+    assert page.trace.startswith("<!doctype html>") and html.escape(CHAT[0]["content"]) in page.trace
+    assert picture.trace.startswith("<svg ") and html.escape(CHAT[0]["content"]) in picture.trace
+    (path := tmp_path / "trace.safetensors").write_bytes(base64.b64decode(file.trace))
+    (canvas,) = (trace := Trace.load(path)).row()
+    text = AutoTokenizer.from_pretrained(MODEL).decode(canvas.tokens, skip_special_tokens=True)
+    assert text == "2052-10-02" and trace.finish_reasons == ["stop"]
+
+
+def test_trace_comes_with_a_completion_and_with_none_that_does_not_ask(client):
+    prompt = f"<|turn>user\n{CHAT[0]['content']}<turn|>\n<|turn>model\n"
+    completion = client.completions.create(model=MODEL, prompt=prompt, max_tokens=16, temperature=0, extra_body={"trace": "html"})
+    assert completion.choices[0].text == "2052-10-02" and html.escape(CHAT[0]["content"]) in completion.trace
+    for settings in ({}, {"trace": None}):
+        answer = client.chat.completions.create(model=MODEL, messages=CHAT, extra_body={**NARROW, **settings})
+        assert not hasattr(answer, "trace") and answer.choices[0].message.content == "2052-10-02"
+
+
+def test_traces_of_requests_at_once_are_their_own(client):
+    with ThreadPoolExecutor(len(DATES)) as pool:
+        chats = [[{"role": "user", "content": [{"type": "text", "text": f"Write {date} as an ISO date."}]}] for date in DATES]
+        ask_one = partial(client.chat.completions.create, model=MODEL, extra_body={**NARROW, "trace": "svg"})
+        answers = pool.map(lambda chat: ask_one(messages=chat), chats)
+        for date, answer in zip(DATES, answers, strict=True):
+            assert answer.choices[0].message.content == DATES[date] and f">Write {date} as an ISO date.</text>" in answer.trace
+
+
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 PATH_PART = {"type": "image_url", "image_url": {"url": "/etc/passwd"}}
 BAD = {
@@ -170,6 +213,16 @@ BAD = {
     "probabilities": ({"messages": CHAT, "logprobs": True}, "`logprobs` is True"),
     "list of biases": ({"messages": CHAT, "logit_bias": [1]}, "`logit_bias` is [1]"),
     "template of its own": ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "a template is a program"),
+    "unknown form of a trace": (
+        {"messages": CHAT, "trace": "gif"},
+        "`trace` is 'gif' in a request to /v1/chat/completions; expected one of",
+    ),
+    "trace as a flag": ({"messages": CHAT, "trace": True}, "`trace` is True"),
+    "trace of a stream": ({"messages": CHAT, "trace": "svg", "stream": True}, "`trace` is 'svg', and `stream` is set"),
+    "trace without steps": (
+        {"messages": CHAT, "trace": "svg", "generation_config": '{"decoding": "autoregressive"}'},
+        "no denoising steps",
+    ),
     "settings that are no JSON": ({"messages": CHAT, "generation_config": "{"}, "double quotes"),
 }
 
@@ -209,6 +262,9 @@ HOSTILE = {  # path, body, status, what the reason says
     "another folder": ("/v1/completions", json.dumps({"model": os.path.dirname(__file__), "prompt": "a"}).encode(), 404, "not served"),
     "another folder to load": ("/load_model", b'{"model": "/etc"}', 404, "not served"),
     "another repository": ("/v1/completions", b'{"model": "gpt2", "prompt": "a"}', 404, "not served"),
+    "trace of a response": (
+        "/v1/responses", json.dumps({"model": MODEL, "input": "a", "trace": "html"}).encode(), 400, "`trace` is 'html' in a request to",
+    ),
     "audio": ("/v1/audio/transcriptions", b"", 501, "reads no audio"),
     "unknown path": ("/v1/embeddings", json.dumps({"model": MODEL}).encode(), 404, "Not Found"),
 }  # fmt: skip

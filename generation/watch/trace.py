@@ -8,11 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..rules.prediction import Prediction
 from ..rules.schedule import TemperatureSchedule
@@ -206,7 +207,11 @@ class Trace(Watcher):
         }  # fmt: skip
 
     def save(self, path: str | PathLike) -> None:
-        """Writes a safetensors file: what changed from step to step, flags as bits, nothing after a row's last step.
+        """Writes a safetensors file, for `load`."""
+        Path(path).write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes: what changed from step to step, flags as bits, nothing after a row's last step.
 
         A row of 256 positions takes under 100 kB for 48 steps, noise that cannot be made smaller being half of it.
         """
@@ -217,7 +222,7 @@ class Trace(Watcher):
             "finish_reasons": self.finish_reasons,
             "canvases": [[canvas.first_step, *canvas.canvas.shape] for canvas in self.canvases],
         }
-        save_file(tensors, path, metadata={"kind": KIND, "version": str(VERSION), "about": json.dumps(about)})
+        return save(tensors, metadata={"kind": KIND, "version": str(VERSION), "about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | PathLike) -> "Trace":

@@ -19,6 +19,8 @@ IGNORED = {
     "response_format": ({"type": "text"},), "text": ({"format": {"type": "text"}},), "tool_choice": ("auto",), "functions": ([],),
     "function_call": ("auto",), "previous_response_id": (), "background": (False,),
 }  # fmt: skip
+TRACES = ("html", "svg", "safetensors")  # what `trace` of a request may be: how its answer brings along how it came about
+TRACED = ("/v1/chat/completions", "/v1/completions")
 FORMS = {"chat_template_kwargs": dict, "logit_bias": dict, "tools": list}  # which transformers' server takes for granted
 
 
@@ -56,7 +58,7 @@ class Door:
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self.read(receive)
                 if scope["path"] != "/reset":  # the one path without a body
-                    self.check(body)
+                    self.check(body, scope["path"])
                 receive = again(body, receive)
         except Refused as refusal:
             return await JSONResponse(error_body(*refusal.args), refusal.args[0])(scope, receive, send)
@@ -75,7 +77,7 @@ class Door:
             raise Refused(413, f"the request's body is longer than {MAX_BODY:,} bytes; expected a shorter one")
         return b"".join(chunks)
 
-    def check(self, body: bytes) -> None:
+    def check(self, body: bytes, path: str) -> None:
         try:
             request = json.loads(body)
         except (RecursionError, ValueError) as error:
@@ -89,6 +91,11 @@ class Door:
             raise Refused(400, f"`model` is {model!r}; expected one of {list(self.models)}")
         if isinstance(model, str) and model.removesuffix("@main") not in self.models:  # answers name the revision, too
             raise Refused(404, f"`model` is {model!r}, which is not served here; expected one of {list(self.models)}", "model_not_found")
+        if (trace := request.get("trace")) is not None:
+            if trace not in TRACES or path not in TRACED:
+                raise Refused(400, f"`trace` is {trace!r} in a request to {path}; expected one of {TRACES}, to one of {TRACED}")
+            if request.get("stream"):
+                raise Refused(400, f"`trace` is {trace!r}, and `stream` is set; expected one of them: a trace is whole when its answer is")
         for name, value in request.items():
             if value is not None and name in IGNORED and value not in IGNORED[name]:
                 raise Refused(400, f"`{name}` is {value!r}, which this server does not honour; expected it unset")
