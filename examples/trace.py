@@ -1,18 +1,21 @@
 """Records how an answer came about, and says it in numbers: what each step knew, since when each token stood, what was taken back.
 
 python examples/trace.py
-python examples/trace.py --canvas-length 16 --html trace.html --png trace.png
+python examples/trace.py --canvas-length 16 --html trace.html --svg trace.svg --png trace.png
 
-The first prints this. A token stands once its best guess is the one that is committed, and changes no more:
+The first prints this: of each step how many tokens stand, how many it accepted, the mean entropy in nats, and the best guesses. A token
+stands once its best guess is the one that is committed, and changes no more:
 
-    To JSON: Order from Quinn: 54 paper mirrors, due 4 December 2026.
+    Note to JSON: By 1 April 2036 Simon wants 71 summer bulbs for 66.75 euros.
 
-    canvas 1, 39 tokens; steps after all of them stood: 1
-      step  1  22 stand  14 accepted  0.517 nats  {"name": "Quinn", "quantity": 54, "item": "papap mirirsss", "date": "2022222----
-      step  2  35 stand  27 accepted  0.187 nats  {"name": "Quinn", "quantity": 54, "item": "paper mirrors", "date": "2002-02--4"}
-      step  3  39 stand  35 accepted  0.017 nats  {"name": "Quinn", "quantity": 54, "item": "paper mirrors", "date": "2026-12-04"}
-      step  4  39 stand  39 accepted  0.000 nats  {"name": "Quinn", "quantity": 54, "item": "paper mirrors", "date": "2026-12-04"}
-      changed after they had been accepted, how often: none
+    canvas 1, 48 tokens; steps after all of them stood: 1
+      step  1  24 stand  19 accepted  0.32  {"name": "Simon", "quantity": 71, "item": "summer bulb", "price": 6.75, "date": "2036-04-01"}"}
+      step  2  31 stand  30 accepted  0.21  {"name": "Simon", "quantity": 71, "item": "summer bulbs", "price": 677.5": "": "date36--4-0110"}
+      step  3  36 stand  33 accepted  0.18  {"name": "Simon", "quantity": 71, "item": "summer bulbs", "price": 66..5, "date236----0110"}
+      step  4  47 stand  45 accepted  0.02  {"name": "Simon", "quantity": 71, "item": "summer bulbs", "price": 66.75, "date": "2036-04-00"}
+      step  5  48 stand  48 accepted  0.00  {"name": "Simon", "quantity": 71, "item": "summer bulbs", "price": 66.75, "date": "2036-04-01"}
+      step  6  48 stand  48 accepted  0.00  {"name": "Simon", "quantity": 71, "item": "summer bulbs", "price": 66.75, "date": "2036-04-01"}
+      changed after they had been accepted, how often: '2' 1, '0' 1, '4' 1, '-' 1, '1' 1
 """
 
 import argparse
@@ -20,16 +23,18 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation import Trace
+from generation.watch.animation import draw_animation
 from generation.watch.pictures import draw_trace, token_text, trace_page
 from modeling_diffusiongemma import default_checkpoint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="To JSON: Order from Quinn: 54 paper mirrors, due 4 December 2026.")
-    parser.add_argument("--canvas-length", type=int, default=64, help="tokens; a longer answer takes several canvases")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", default="Note to JSON: By 1 April 2036 Simon wants 71 summer bulbs for 66.75 euros.")
+    parser.add_argument("--canvas-length", type=int, help="tokens; a longer answer takes several canvases (default: the checkpoint's)")
+    parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--html", help="a page that plays it")
+    parser.add_argument("--svg", help="a picture of it that moves")
     parser.add_argument("--png", help="a picture of it; needs matplotlib")
     args = parser.parse_args()
     path = default_checkpoint()
@@ -47,7 +52,7 @@ def main() -> None:
             stand, accepted = int((stood_at <= index).sum()), int(canvas.accepted[index, :count].sum())
             entropy = float(canvas.entropy[index, :count].float().mean())
             text = tokenizer.decode(canvas.argmax[index, :count], skip_special_tokens=True)
-            print(f"  step {index + 1:2}  {stand:2} stand  {accepted:2} accepted  {entropy:.3f} nats  {text}")
+            print(f"  step {index + 1:2}  {stand:2} stand  {accepted:2} accepted  {entropy:.2f}  {text}")
         texts = [repr(token_text(tokenizer, token)) for token in canvas.tokens.tolist()]
         changed = [f"{text} {times}" for text, times in zip(texts, revisions, strict=True) if times]
         print(f"  changed after they had been accepted, how often: {', '.join(changed) or 'none'}")
@@ -55,6 +60,9 @@ def main() -> None:
     if args.html:
         with open(args.html, "w", encoding="utf-8") as file:
             file.write(trace_page(trace, tokenizer, args.prompt))
+    if args.svg:
+        with open(args.svg, "w", encoding="utf-8") as file:
+            file.write(draw_animation(trace, tokenizer, args.prompt))
     if args.png:
         draw_trace(trace, tokenizer, args.png)
 

@@ -69,7 +69,7 @@ def test_trace_prints_what_its_docstring_shows(here):
     steps = re.findall(r"^  step +(\d+)  +(\d+) stand  +(\d+) accepted", printed, re.MULTILINE)
     stand = [int(count) for _, count, _ in steps]
     assert error is None and [int(step) for step, _, _ in steps] == [*range(1, len(steps) + 1)]
-    assert stand == sorted(stand) and f", {stand[-1]} tokens;" in printed and '"quantity": 54' in printed
+    assert stand == sorted(stand) and f", {stand[-1]} tokens;" in printed and '"quantity": 71' in printed
 
 
 def test_race_measures_both_ways_over_the_same_answers(here):
