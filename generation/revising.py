@@ -21,7 +21,7 @@ from .rules.draws import COPY_STRIDE, row_draws
 from .rules.noise import MaskNoise, UniformNoise
 from .rules.stopping import StoppingRule
 from .watch.callback import StepCallback
-from .watch.watcher import StreamerWatcher, Watcher, watch
+from .watch.watcher import StreamerWatcher, Watcher, candidates_of, watch
 
 # What `generate` takes, and a revised text says itself or has no place for.
 REFUSED = (
@@ -67,6 +67,7 @@ class OneCall(Watcher):
         self.watchers, self.prompt, self.waiting = watchers, prompt, list(watchers)
         self.canvas_index, self.goes_on = 0, False
         self.wants_logits = any(watcher.wants_logits for watcher in watchers if isinstance(watcher, Watcher))
+        self.candidates = candidates_of(watchers)
 
     def begin(self, schedule) -> None:
         for watcher in self.waiting:

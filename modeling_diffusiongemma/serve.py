@@ -124,7 +124,7 @@ def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: 
     """`generate` for one request, in our manners: a tensor, and rows of single tokens for the streamer."""
     asked, watchers = generation_config.__dict__.pop("asked", None), [Ending(generation_config)]
     if asked is not None:
-        watchers.append(trace := Trace())
+        watchers.append(trace := Trace(alternatives=3 if asked.form == "html" else 0))
     output = DiffusionGemmaForMaskedBlockLM.generate(model, generation_config=generation_config, watcher=watchers, **kwargs)
     if asked is not None:
         asked.make(trace, kwargs["tokenizer"])

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import CANVAS, prompts, small_model
+from transformers import pipeline
 
 from generation import Regex, Trace, Watcher
 from generation.watch.packing import fill_forward, pack_bits, unpack_bits
@@ -183,6 +184,77 @@ def test_verified_rounds_are_canvases(model):
     settings = {**SETTINGS, "seed": 0, "eos_token_id": [], "max_new_tokens": 5}
     output = model.generate(prompts(1, 9)[0], watcher=trace, decoding="verified", do_sample=False, **settings)
     assert torch.equal(torch.cat([canvas.tokens for canvas in trace.row()]), output.sequences[0, 9:].int())
+
+
+# Alternatives
+
+
+@pytest.mark.parametrize("way", [{}, {"output_logits": True}, {"decoding": "verified", "do_sample": False}])
+def test_alternatives_are_the_most_probable_ids_beside_the_best_and_change_no_token(model, way):
+    """Walked in pieces, and from whole logits."""
+
+    class Logits(Watcher):
+        wants_logits, seen = True, []
+
+        def step(self, canvas_index, step, places, state, prediction):
+            self.seen.append((state.argmax, prediction.shaped.log_softmax(dim=-1)))
+
+    plain, trace, whole, logits = Trace(), Trace(alternatives=2), Trace(alternatives=2), Logits()
+    settings = {**SETTINGS, "seed": 0, "eos_token_id": [], "max_new_tokens": 5, **way}
+    for watcher in (plain, trace, [whole, logits]):
+        model.generate(prompts(1, 9)[0], watcher=watcher, **settings)
+    assert plain.canvases[0].alternatives is None and torch.equal(plain.row()[0].canvas, trace.row()[0].canvas)
+    steps = [
+        values for canvas in whole.row() for values in zip(canvas.argmax, canvas.alternatives, canvas.alternative_log_probs, strict=True)
+    ]
+    for (best, ids, log_probs), (argmax, every) in zip(steps, logits.seen, strict=True):
+        assert ids.shape == log_probs.shape == (CANVAS, 2) and torch.equal(best, argmax[0].int())
+        expected = every[0].scatter(-1, argmax[0, :, None], -float("inf")).topk(2, dim=-1)
+        assert torch.equal(ids, expected.indices.int()) and torch.allclose(log_probs.float(), expected.values, atol=0.01)
+    for canvas in trace.row():
+        assert canvas.alternatives.shape == (*canvas.argmax.shape, 2) and not bool((canvas.alternatives == canvas.argmax[..., None]).any())
+        assert bool((canvas.alternative_log_probs.diff(dim=-1) <= 0).all()) and bool((canvas.alternative_log_probs < 0).all())
+
+
+def test_best_token_that_somebody_put_there_leaves_two_others(model):
+    trace = Trace(alternatives=2)
+    model.generate(prompts(1, 9)[0], watcher=[Overwrites(17), trace], **{**SETTINGS, "seed": 0})
+    assert all(canvas.alternatives.shape[-1] == 2 and not bool((canvas.alternatives == 17).any()) for canvas in trace.row())
+
+
+def test_file_and_page_hold_alternatives(trained, tokenizer, tmp_path):
+    trace, inputs = Trace(alternatives=3), tokenizer(CHAT, return_tensors="pt")
+    trained.generate(**inputs, watcher=trace, canvas_length=16, max_new_tokens=16, max_denoising_steps=3, seed=0)
+    trace.save(path := tmp_path / "trace.safetensors")
+    loaded = Trace.load(path)
+    assert loaded.candidates == trace.candidates == 4
+    for name in ("alternatives", "alternative_log_probs", "argmax", "seconds"):
+        assert torch.equal(getattr(trace.canvases[0], name), getattr(loaded.canvases[0], name))
+    data = json.loads(re.search(r'json">(.*?)</script>', trace_page(loaded, tokenizer), re.DOTALL)[1])
+    canvas = loaded.row()[0]
+    for step, shown in enumerate(data["canvases"][0]["steps"]):
+        for place in range(16):
+            chances = canvas.alternative_log_probs[step, place].float().exp()
+            expected = [tokenizer.decode([token]) for token in canvas.alternatives[step, place][chances >= 0.001].tolist()]
+            found = [data["texts"][id].replace("\u23ce", "") for id, _ in shown["others"].get(str(place), [])]
+            assert found == [text or "\u2205" for text in expected]
+    assert any(step["others"] for step in data["canvases"][0]["steps"])
+
+
+@pytest.mark.parametrize("wrong", [-1, True, 1.5, "3", None])
+def test_number_of_alternatives_is_checked(wrong):
+    with pytest.raises(ValueError, match="`alternatives` is .*; expected 0, or how many"):
+        Trace(alternatives=wrong)
+
+
+def test_alternatives_under_a_constraint_are_refused(trained, tokenizer):
+    inputs, trace = tokenizer(CHAT, return_tensors="pt"), Trace(alternatives=1)
+    with pytest.raises(ValueError, match="`constraint` is given, and a `watcher` that reads the most probable ids"):
+        trained.generate(**inputs, watcher=[Trace(), trace], constraint=Regex("a"), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="`constraint` is given"):
+        trained.revise("1998-03-03", tokenizer, CHAT, noise=0.5, keep=["1998"], seed=0, watcher=trace)
+    trained.revise("1998-03-03", tokenizer, CHAT, noise=0.5, seed=0, watcher=trace, canvas_length=16)
+    assert trace.canvases[0].alternatives.shape[-1] == 1
 
 
 # Several watchers
@@ -427,6 +499,13 @@ def test_picture_is_a_png(answered, tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`row` is 0, which keeps no token"):
         draw_trace(nothing, tokenizer, tmp_path / "no.png")
     assert not (tmp_path / "no.png").exists()
+
+
+def test_pipeline_hands_a_trace_through(trained, tokenizer):
+    ask, trace = pipeline("text-generation", model=trained, tokenizer=tokenizer), Trace()
+    (answer,) = ask([{"role": "user", "content": CHAT}], watcher=trace, canvas_length=16, max_new_tokens=16, do_sample=False)
+    (canvas,) = trace.row()
+    assert answer["generated_text"][-1]["content"] == tokenizer.decode(canvas.tokens, skip_special_tokens=True)
 
 
 # Console and example

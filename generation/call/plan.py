@@ -12,11 +12,11 @@ from ..fast.proofs import works
 from ..fast.recording import RECORDED_STEP
 from ..rules.constraint import Constraint
 from ..rules.noise import MaskNoise, Noise, UniformNoise
-from ..rules.prediction import NOTHING_MORE, Wanted
+from ..rules.prediction import Wanted
 from ..rules.samplers import SAMPLERS, PredictorCorrectorSampler, Sampler
 from ..rules.schedule import TemperatureSchedule
 from ..rules.stopping import AnyOf, Patience, Settled, StableAndConfident, StoppingRule
-from ..watch.watcher import Watcher
+from ..watch.watcher import Watcher, candidates_of
 from .configuration import DiffusionGenerationConfig
 from .processors import Shaping, build_shaping
 from .prompt import Prompt
@@ -199,7 +199,7 @@ def make_plan(
         rules,
         Execution(
             why_dense=why,
-            wanted=NOTHING_MORE if constraint is None else constraint.wanted,
+            wanted=Wanted(candidates_of(watchers)) if constraint is None else constraint.wanted,
             compact=not reference and not stays,
             count_padding=reference,
             keep_logits=bool(config.output_logits),

@@ -117,8 +117,10 @@ function tell(canvas, step, index) {
   const noise = held === best ? "" : `, the canvas holds ${JSON.stringify(words(held))}`;
   const seen = canvas.steps.slice(0, index + 1).map((one) => one.argmax[chosen]);
   const changes = seen.filter((id, place) => place === 0 || id !== seen[place - 1]).map((id) => JSON.stringify(words(id)));
+  const others = (step.others[chosen] ?? []).map(([id, chance]) => `${JSON.stringify(words(id))} ${(100 * chance).toFixed(1)}%`);
   about.textContent = `position ${chosen}: ${JSON.stringify(words(best))} since step ${since + 1}${noise};`
     + ` ${kinds[step.states[chosen]]}${step.forced[chosen] === "1" ? ", forced" : ""}, entropy ${step.entropy[chosen].toFixed(3)} nats`
+    + (others.length ? `\\nor: ${others.join(", ")}` : "")
     + (changes.length > 1 ? `\\nso far: ${changes.join(" \\u2192 ")}` : "");
 }
 

@@ -13,6 +13,7 @@ from .page import DATA, PAGE, TITLE
 from .trace import RowCanvas, Trace
 
 ACCEPTED, CORRECTED, RENOISED = "a", "c", "r"
+RARE = 0.001  # the probability below which another id is not told
 EMPTY, LINE_END = "\u2205", "\u23ce"
 
 
@@ -46,14 +47,29 @@ def trace_page(trace: Trace, tokenizer, title: str = "", row: int = 0) -> str:
     ids = sorted(
         {token for canvas in canvases for name in (canvas.canvas, canvas.argmax, canvas.tokens) for token in name.unique().tolist()}
     )
+    others = [likely_others(canvas) for canvas in canvases]
+    ids = sorted({*ids, *(token for found in others for step in found for position in step for token, _ in position)})
     index = {token: place for place, token in enumerate(ids)}
-    data = {"texts": [token_text(tokenizer, token) for token in ids], "canvases": [_data(canvas, index) for canvas in canvases]}
+    data = {
+        "texts": [token_text(tokenizer, token) for token in ids],
+        "canvases": [_data(canvas, found, index) for canvas, found in zip(canvases, others, strict=True)],
+    }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     values = {TITLE: html.escape(title or "A canvas being denoised"), DATA: text}
     return re.sub("|".join(values), lambda found: values[found[0]], PAGE)
 
 
-def _data(canvas: RowCanvas, index: dict[int, int]) -> dict:
+def likely_others(canvas: RowCanvas) -> list[list[list[tuple[int, float]]]]:
+    """Of each step and position the ids beside the best that were recorded, with their probabilities, but those that are rare."""
+    if canvas.alternatives is None:
+        return [[[] for _ in row] for row in canvas.argmax.tolist()]
+    steps = zip(canvas.alternatives.tolist(), canvas.alternative_log_probs.float().exp().tolist(), strict=True)
+    return [
+        [[pair for pair in zip(ids, chances, strict=True) if pair[1] >= RARE] for ids, chances in zip(*step, strict=True)] for step in steps
+    ]
+
+
+def _data(canvas: RowCanvas, others: list[list[list[tuple[int, float]]]], index: dict[int, int]) -> dict:
     def places(ids: Sequence[int]) -> list[int]:
         return [index[token] for token in ids]
 
@@ -66,6 +82,10 @@ def _data(canvas: RowCanvas, index: dict[int, int]) -> dict:
         }
         for step in range(len(canvas.steps))
     ]  # fmt: skip
+    for step, found in zip(steps, others, strict=True):
+        step["others"] = {
+            place: [[index[token], round(chance, 3)] for token, chance in pairs] for place, pairs in enumerate(found) if pairs
+        }
     return {"tokens": places(canvas.tokens.tolist()), "steps": steps}
 
 

@@ -25,6 +25,7 @@ KIND, VERSION = "diffusiongemma.trace", 1
 WHOLE = ("temperature", "seconds", "tokens", "lengths")  # saved as they are
 NAMES = ("taken", "accepted", "forced", "entropy", "argmax_changed", "argmax_ids", "canvas_differs", "canvas_ids", *WHOLE)
 OF_STATE = ("canvas", "argmax", "accepted", "entropy", "forced")
+OTHERS = ("alternatives", "alternative_log_probs")  # where they were asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,8 @@ class CanvasTrace:
     `temperature` float32 (T,). `seconds` float32 (T,): since the step before; of the first, since the prompt was read or the last canvas
     committed, so that the prompt pass or the commit is in it.
     `tokens` int32 (B, n): what was committed, pad behind a row's end; `lengths` int64 (B,): how many of them each row keeps.
+    `alternatives` int32 (T, B, C, k), None where none were asked for: the most probable ids beside the argmax, falling, and
+    `alternative_log_probs` float16 nats; -inf where no other id can stand.
     """
 
     first_step: int
@@ -51,6 +54,8 @@ class CanvasTrace:
     seconds: torch.Tensor
     tokens: torch.Tensor
     lengths: torch.Tensor
+    alternatives: torch.Tensor | None = None
+    alternative_log_probs: torch.Tensor | None = None
 
     def of_row(self, row: int) -> "RowCanvas":
         """What one row saw of it."""
@@ -58,12 +63,13 @@ class CanvasTrace:
         return RowCanvas(
             self.first_step + taken.nonzero().flatten(), *(getattr(self, name)[taken, row] for name in OF_STATE),
             self.temperature[taken], self.seconds[taken], self.tokens[row, : int(self.lengths[row])],
+            *(None if (value := getattr(self, name)) is None else value[taken, row] for name in OTHERS),
         )  # fmt: skip
 
 
 class RowCanvas(NamedTuple):
     """A canvas of one row, over the t steps that the row took: `steps` int64 (t,), counted as the schedule counts them; of (t, C), (t,) and
-    in their dtypes as in `CanvasTrace`; `tokens` int32 (n,), what the row keeps of it."""
+    in their dtypes as in `CanvasTrace`; `tokens` int32 (n,), what the row keeps of it; alternatives (t, C, k), or None."""
 
     steps: torch.Tensor
     canvas: torch.Tensor
@@ -74,6 +80,8 @@ class RowCanvas(NamedTuple):
     temperature: torch.Tensor
     seconds: torch.Tensor
     tokens: torch.Tensor
+    alternatives: torch.Tensor | None = None
+    alternative_log_probs: torch.Tensor | None = None
 
     def revisions(self) -> torch.Tensor:
         """Int64 (n,): how often each kept token's argmax changed after the position was first accepted."""
@@ -121,11 +129,18 @@ class Trace(Watcher):
     where a canvas is committed alone; but under a constraint on the text `generate` waits at every step for any watcher, to count what
     could stand at a position. Without a trace nothing of it exists.
 
+    `alternatives`: how many ids beside the best are kept of each position and step, with their probabilities, 6 bytes each; a step then
+    looks for them among all ids. Not together with a `constraint`.
+
     `prompt` int32 (B, P), empty where it was given as embeddings; `canvases`: a `CanvasTrace` for each; `finish_reasons`: as in
     `DiffusionGenerationOutput`.
     """
 
-    def __init__(self):
+    def __init__(self, alternatives: int = 0):
+        """Raises ValueError for a number that is none, or below 0."""
+        if not isinstance(alternatives, int) or isinstance(alternatives, bool) or alternatives < 0:
+            raise ValueError(f"`alternatives` is {alternatives!r}; expected 0, or how many ids beside the best are kept of a position")
+        self.candidates = alternatives + 1 if alternatives else 0
         self.prompt = torch.zeros(0, 0, dtype=torch.int32, device="cpu")
         self.canvases: list[CanvasTrace] = []
         self.finish_reasons: list[str | None] = []
@@ -149,7 +164,7 @@ class Trace(Watcher):
         forced = state.possible[0] == 1 if state.possible else torch.zeros_like(state.accepted)
         self._pieces[-1][1].append((
             state.passes, state.canvas.to(torch.int32), state.argmax.to(torch.int32), state.accepted,
-            state.entropy.to(torch.float16), forced,
+            state.entropy.to(torch.float16), forced, *(others(prediction, state.argmax) if self.candidates else ()),
         ))  # fmt: skip
         self._ticks.append(tick(state.canvas.device))
 
@@ -163,8 +178,8 @@ class Trace(Watcher):
         temperatures = self._schedule.temperatures().cpu()[self._first_step :][: len(taken)]
         self.canvases.append(
             CanvasTrace(
-                self._first_step, taken & ~ended, *values, temperatures, seconds_between(self._ticks), tokens.to("cpu", torch.int32),
-                lengths.cpu(),
+                self._first_step, taken & ~ended, *values[: len(OF_STATE)], temperatures, seconds_between(self._ticks),
+                tokens.to("cpu", torch.int32), lengths.cpu(), *values[len(OF_STATE) :],
             )
         )  # fmt: skip
         self.finish_reasons = list(finish_reasons)
@@ -173,7 +188,7 @@ class Trace(Watcher):
     def _on_host(self):
         """Of each thing recorded: rows and values (t, b, ...) of the steps with the same rows, in their order."""
         hosted = [(places.cpu(), [torch.stack(value).cpu() for value in zip(*steps, strict=True)]) for places, steps in self._pieces]
-        for index in range(1 + len(OF_STATE)):
+        for index in range(len(hosted[0][1])):
             yield [(places, values[index]) for places, values in hosted]
 
     def row(self, row: int = 0) -> list[RowCanvas]:
@@ -221,6 +236,7 @@ class Trace(Watcher):
         about = {
             "finish_reasons": self.finish_reasons,
             "canvases": [[canvas.first_step, *canvas.canvas.shape] for canvas in self.canvases],
+            "alternatives": max(0, self.candidates - 1),
         }
         return save(tensors, metadata={"kind": KIND, "version": str(VERSION), "about": json.dumps(about)})
 
@@ -239,14 +255,25 @@ class Trace(Watcher):
                     raise ValueError(f"`path` is {str(path)!r}, which is a safetensors file of something else; {expected}")
                 if metadata.get("version") != str(VERSION):
                     raise ValueError(f"`path` is {str(path)!r}, a trace of version {metadata.get('version')!r}; {expected}")
-                about, trace = json.loads(metadata["about"]), cls()
+                about = json.loads(metadata["about"])
+                trace = cls(about["alternatives"])
+                names = NAMES + OTHERS if trace.candidates else NAMES
                 trace.prompt, trace.finish_reasons = file.get_tensor("prompt"), list(about["finish_reasons"])
                 for index, (first_step, *shape) in enumerate(about["canvases"]):
-                    read = {name: file.get_tensor(f"{index}.{name}") for name in NAMES}
+                    read = {name: file.get_tensor(f"{index}.{name}") for name in names}
                     trace.canvases.append(unpacked(first_step, tuple(shape), read))
                 return trace
         except (IndexError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
             raise ValueError(f"`path` is {str(path)!r}, which cannot be read ({error}); {expected}") from error
+
+
+def others(prediction: Prediction, argmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The candidates but `argmax` int64 (B, C), int32 (B, C, k), and their log-probabilities, float16; without the last where it is not
+    among them."""
+    is_best = prediction.candidates == argmax[..., None]
+    order = is_best.int().sort(dim=-1, stable=True).indices[..., :-1]
+    found = prediction.candidate_log_probs.gather(-1, order)
+    return prediction.candidates.gather(-1, order).to(torch.int32), found.to(torch.float16)
 
 
 def tick(device: torch.device) -> "float | torch.cuda.Event":
@@ -280,6 +307,7 @@ def packed(canvas: CanvasTrace) -> dict[str, torch.Tensor]:
         "entropy": canvas.entropy[taken], "argmax_changed": pack_bits(changed), "argmax_ids": argmax[taken][changed],
         "canvas_differs": pack_bits(differs), "canvas_ids": canvas.canvas[taken][differs],
         **{name: getattr(canvas, name) for name in WHOLE},
+        **{name: value[taken] for name in OTHERS if (value := getattr(canvas, name)) is not None},
     }  # fmt: skip
 
 
@@ -297,12 +325,14 @@ def unpacked(first_step: int, shape: tuple[int, int, int], read: dict[str, torch
         last[row] = argmax[place] = torch.where(changed[place], argmax[place], last[row])
     canvas = argmax.clone()
     canvas[differs] = read["canvas_ids"]
-    values = (canvas, argmax, accepted, read["entropy"].view(small), forced)
+    values = [canvas, argmax, accepted, read["entropy"].view(small), forced]
+    values += [read[name].view(*small, -1) for name in OTHERS if name in read]
     whole = []
     for value in values:
         pieces = [(rows[steps == step], value[steps == step][None]) for step in range(shape[0])]
         whole.append(fill_forward(shape[1], pieces))
-    return CanvasTrace(first_step, taken, *whole, *(read[name] for name in WHOLE))
+    count = len(OF_STATE)
+    return CanvasTrace(first_step, taken, *whole[:count], *(read[name] for name in WHOLE), *whole[count:])
 
 
 __all__ = ["CanvasTrace", "RowCanvas", "Trace"]

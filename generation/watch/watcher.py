@@ -15,9 +15,11 @@ class Watcher:
     """Does nothing; derive from it and pass an instance to `generate` as `watcher`.
 
     `wants_logits`: whether `step` reads whole logits (`Prediction.shaped`), which costs the walk over the vocabulary.
+    `candidates`: how many of the most probable ids of a position it reads (`Prediction.candidates`, which may hold more); not together with
+    a `constraint`.
     """
 
-    wants_logits = False
+    wants_logits, candidates = False, 0
 
     def begin(self, schedule: TemperatureSchedule) -> None:
         """Generation begins, before `start`; `schedule` has the temperature of every denoising step. Told to watchers of this class."""
@@ -83,6 +85,11 @@ class StreamerWatcher(WholeCanvas):
         self.streamer.end()
 
 
+def candidates_of(watchers: Sequence[Watcher]) -> int:
+    """How many of a position's most probable ids predictions must hold for them."""
+    return max((getattr(watcher, "candidates", 0) for watcher in watchers), default=0)
+
+
 def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: torch.Tensor, state: CanvasState, prediction: Prediction):
     """Tells all of them of a step. Returns the state to go on with.
 
@@ -104,4 +111,4 @@ def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: tor
     return state
 
 
-__all__ = ["StreamerWatcher", "Watcher", "WholeCanvas", "watch"]
+__all__ = ["StreamerWatcher", "Watcher", "WholeCanvas", "candidates_of", "watch"]

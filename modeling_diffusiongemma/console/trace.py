@@ -12,6 +12,7 @@ from .arguments import UsageError, json_line
 from .constrained import constraint_of, refuse_reference
 from .session import Session, generation_settings
 
+ALTERNATIVES = 3  # of a position and step, beside the best
 TITLES = {
     "tokens": "tokens of the answer",
     "steps": "denoising steps of each canvas",
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         refuse_reference(settings)
     if args.png is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("matplotlib is not installed, which `--png` needs; expected it: pip install 'modeling-diffusiongemma[bench]'")
-    session, trace = Session(args), Trace()
+    alternatives = ALTERNATIVES if args.html is not None and constraint is None else 0  # which the page alone shows
+    session, trace = Session(args), Trace(alternatives)
     prompt = args.prompt if args.raw else [{"role": "user", "content": args.prompt}]
     (answer,) = session.answer([prompt], constraint=constraint, watcher=trace)
     summary = trace.summary()
