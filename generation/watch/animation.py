@@ -73,7 +73,8 @@ def draw_animation(trace: Trace, tokenizer, title: str = "", row: int = 0, secon
             many = "" if len(canvases) == 1 else f"canvas {place + 1} of {len(canvases)}, "
             kept = sum(token.kind != RENOISED for token in tokens)
             frames.append((f"{many}step {index + 1} of {len(steps)} \u00b7 {kept} of {len(tokens)} accepted", lay_out([*past, *tokens])))
-        past += [token._replace(kind=PAST, forced=False, level=0) for token in steps[-1]]
+        committed = canvas.tokens[: len(steps[-1])].tolist()
+        past += [Token(visible(token_text(tokenizer, token)), PAST, False, 0) for token in committed]
     return _svg(frames, title or "A canvas being denoised", seconds, pause)
 
 
