@@ -1,6 +1,6 @@
-r"""Draws a canvas being denoised, one line a step, as an SVG: the pictures in the README and in docs/constraints.md.
+r"""Draws a canvas being denoised, one line a step, as an SVG: the picture in docs/constraints.md. (`diffusiongemma trace --svg` draws one that moves.)
 
-python examples/picture.py --out model_cards/denoising.svg --seed 4
+python examples/picture.py --out canvas.svg --seed 4
 python examples/picture.py --out docs/constraints.svg --seed 4 \
     --prompt "To JSON: 9.72 euros paid by Quinn on 14 Dec 2032 for 20 white clips." \
     --template '{{"name": "{name}", "quantity": {quantity}, "item": "{item}", "price": {price}, "date": "{date}"}}' \
