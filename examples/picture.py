@@ -1,4 +1,6 @@
-r"""Draws a canvas being denoised, one line a step, as an SVG: the picture in docs/constraints.md. (`diffusiongemma trace --svg` draws one that moves.)
+r"""Draws a canvas being denoised, one line a step, as an SVG: the picture in docs/constraints.md.
+
+`diffusiongemma trace --svg` draws one that moves.
 
 python examples/picture.py --out canvas.svg --seed 4
 python examples/picture.py --out docs/constraints.svg --seed 4 \
