@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import shown
+from .asking import prompt_ids
 from .constraints.languages import Template
 
 
@@ -27,15 +28,7 @@ def fill(
     for name in ("inputs", "input_ids", "inputs_embeds", "constraint", "return_dict_in_generate", "num_return_sequences"):
         if settings.get(name) is not None:
             raise ValueError(f"`{name}` is given to `fill`; expected None: `generate(constraint=Template(...))` takes it")
-    if prompt is None:
-        if tokenizer.bos_token_id is None:
-            raise ValueError("`prompt` is None, and the tokenizer has no `bos_token_id` to begin with; expected a prompt")
-        ids = torch.tensor([[tokenizer.bos_token_id]], dtype=torch.int64, device=model.device)
-    elif isinstance(prompt, str):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    else:
-        chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        ids = chat["input_ids"].to(model.device)
+    ids = prompt_ids(prompt, tokenizer, model.device)
     output = model.generate(ids, constraint=template, tokenizer=tokenizer, return_dict_in_generate=True, **settings)
     tokens = output.sequences[0, ids.shape[1] :][: int(output.lengths[0])]
     if output.finish_reasons[0] == "time":

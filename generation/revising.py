@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import ARGUMENTS, read, shown
+from .asking import prompt_ids
 from .call.configuration import DiffusionGenerationConfig
 from .call.constrained import compile_languages
 from .call.settings import resolve_config, resolve_stopping
@@ -205,7 +206,7 @@ def read_call(model, tokenizer, prompt, constraint: Constraint | None, settings:
             raise ValueError(f"`{name}` is {getattr(config, name)!r}; expected {expected}")
     if names is not None and callback is None:
         raise ValueError("`callback_on_step_end_tensor_inputs` is given; expected `callback_on_step_end` with it, which gets them")
-    before = prompt_ids(model, tokenizer, prompt)
+    before = prompt_ids(prompt, tokenizer, model.device)
     stops = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
     stops = [token for token in stops if token < model.config.get_text_config().vocab_size]
     if not stops:
@@ -215,22 +216,6 @@ def read_call(model, tokenizer, prompt, constraint: Constraint | None, settings:
     watchers += watcher or []  # read as a list
     new_tokens = allowed_tokens(config, use_max_length, before.shape[1])
     return Call(config, before, new_tokens, stops, stopping, watchers, constraint, others)
-
-
-def prompt_ids(model, tokenizer, prompt: str | Sequence[dict[str, Any]] | None) -> torch.Tensor:
-    """Int64 (1, P): a chat by the chat template, a text as it is, or the beginning of a sequence.
-
-    Raises:
-        ValueError: there is no prompt, and nothing to begin a sequence with.
-    """
-    if prompt is None:
-        if tokenizer.bos_token_id is None:
-            raise ValueError("`prompt` is None, and the tokenizer has no `bos_token_id` to begin with; expected a prompt")
-        return torch.tensor([[tokenizer.bos_token_id]], dtype=torch.int64, device=model.device)
-    if isinstance(prompt, str):
-        return tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    return chat["input_ids"].to(model.device)
 
 
 def read_text(tokenizer, text: str, most: int) -> tuple[torch.Tensor, list[tuple[int, int]] | None]:
@@ -271,4 +256,4 @@ def stands(ahead: Automaton | None, tokens: list[int], last: bool) -> bool:
     return state is not None and (not last or bool(ahead.accepting[state]))
 
 
-__all__ = ["Revised", "prompt_ids", "revise"]
+__all__ = ["Revised", "revise"]

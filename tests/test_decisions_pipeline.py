@@ -28,14 +28,14 @@ REQUEST = {"state": STATE, "questions": {"colour": COLOUR, "red": RED, "full": F
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """A tiny random model with a shipped tokenizer and decision template."""
+    """A tiny random model with a shipped tokenizer and decision template, not calibrated."""
     folder = tmp_path_factory.mktemp("decisions")
     model = small_model(canvas_length=48, vocab_size=len(tokenizer))
     model.generation_config.update(eos_token_id=[1, 106], pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for name in ("decision.json", "decision_template.jinja"):
-        shutil.copy(FOLDER / "decisions" / name, folder / name)
+    shutil.copy(FOLDER / "decisions" / "decision_template.jinja", folder)
+    (folder / "decision.json").write_text(json.dumps({"labels": {"noul": ["Y", "N"]}}))
     return folder
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # The rooms of each package and the files beside them, leaves first: who stands behind a `<` may import from whoever stands before it, and
 # from nobody else.
 ORDER = {
-    "generation": "rules cache_names < arguments fast output < checks constraints vocabulary < watch < call contract < loop < "
+    "generation": "rules cache_names < arguments fast output < asking checks constraints vocabulary < watch < call contract < loop < "
     "decisions filling renoising < revising < mixin",
     "modeling_diffusiongemma": "version checkpoints layers < training weights < model < drop_in < console < quantize serve lm_evaluation",
 }

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import shown
+from ..asking import prompt_ids
 from .calibration import Calibration
 from .layout import Ends, lay_out
 from .questions import Asked, Decisions, make_decision, read_questions
@@ -27,7 +28,9 @@ def decide(
     calibration = model.calibration if calibration is None else calibration
     chosen = How(**how)
     settled = settle(model, chosen)
-    ids = read_prompt(prompt, tokenizer, model.device)
+    if prompt is None:
+        raise ValueError("`prompt` is None; expected a text or a list of messages")
+    ids = prompt_ids(prompt, tokenizer, model.device)
     scores, canvases = score_questions(settled, ids, asked, tokenizer, chosen)
     answers = {
         one.name: make_decision(one.options, each, calibration.apply(each, one.name, one.kind))
@@ -49,26 +52,6 @@ def score_questions(
     return [found[place] for place in range(len(asked))], len(layouts)
 
 
-def read_prompt(prompt: Any, tokenizer: Any, device: torch.device) -> torch.Tensor:
-    """The ids of a prompt, int64 (1, P): a text as it stands, or a chat by the tokenizer's template.
-
-    Raises:
-        ValueError: no tokenizer, or a prompt that is neither, or empty.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"`tokenizer` is {shown(tokenizer)}; expected the model's tokenizer")
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
-        chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        ids = chat["input_ids"]
-    else:
-        raise ValueError(f"`prompt` is {shown(prompt)}; expected a text or a list of messages")
-    if not ids.numel():
-        raise ValueError(f"`prompt` is {shown(prompt)}, which has no tokens; expected at least one")
-    return ids.to(device=device, dtype=torch.int64)
-
-
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
     """Of the ids that end a text the one that ends the assistant's turn in the chat template; without a template the tokenizer's end of
     sequence, where it is among them, and else the first."""
@@ -81,4 +64,4 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int
     return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
 
 
-__all__ = ["decide", "end_of_turn", "read_prompt", "score_questions"]
+__all__ = ["decide", "end_of_turn", "score_questions"]
