@@ -1,8 +1,25 @@
 """Decisions: how probable each answer is, of several questions at once, from one canvas pass.
 
-python examples/decide.py                                   an unseen bag of marbles: what the model says, and what is true
-python examples/decide.py --seed 4 --reads 8                another request, with less noise in what is said
+python examples/decide.py                                   an unseen number of seats: what the model says, and what is true
+python examples/decide.py --about amounts --seed 4          of which the small checkpoint knows little, and says so
 python examples/decide.py --state "A bag holds 3 red and 7 blue marbles."
+
+The first prints this:
+
+    48 of 59 seats are taken.
+    full: How full is it? A. little, B. some, C. more, D. most
+    half: Is it at least half full? Y or N
+    Answer as JSON.
+
+    question  option                    said   error    true
+    full      A: little                0.020   0.003   0.000
+    full      B: some                  0.032   0.002   0.000
+    full      C: more                  0.119   0.004   0.000
+    full      D: most                  0.829   0.008   1.000
+    half      Y: yes                   0.878   0.007   1.000
+    half      N: no                    0.122   0.007   0.000
+
+    4 canvas passes on 1 canvas, 4 reads
 
 All questions stand on one canvas, a JSON object of which everything is pinned but the answers. A read is a canvas of other noise at these;
 probabilities are means over the reads. The checkpoint's `decision.json` holds what was fitted on held-out requests to make
@@ -16,6 +33,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation import Choice
+from jobs import DECISION_JOBS
 from jobs.decisions import COLOURS, draw_request, labels, options, read_bag, render, truth
 from modeling_diffusiongemma import default_checkpoint
 
@@ -40,9 +58,10 @@ def main() -> None:
     parser.add_argument("--state", help="a bag of marbles (default: an unseen request)")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="instead of the shipped one of decisions")
     parser.add_argument("--reads", type=int, default=4, help="canvases of other noise (default: 4)")
+    parser.add_argument("--about", choices=list(DECISION_JOBS), default="seats", help="what the request is about (default: seats)")
     parser.add_argument("--seed", type=int, default=0, help="of the request (default: 0)")
     args = parser.parse_args()
-    request = draw_request(random.Random(args.seed), "test") if args.state is None else request_of(args.state)
+    request = draw_request(random.Random(args.seed), "test", args.about) if args.state is None else request_of(args.state)
     path = args.checkpoint or default_checkpoint("decisions")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path, padding_side="left")
     asked = {name: Choice(labels(question, False)) for name, question in request["questions"].items()}

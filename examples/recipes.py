@@ -215,11 +215,9 @@ class DecisionsRecipe(TextRecipe):
     canvas = 32
     defaults = {"hidden_size": 128, "layers": 6, "batch_size": 32}
     LENGTH = 144  # of prompt and answer, in tokens
-    WEIGHTS = {"bag": 2, "amounts": 2, "seats": 1}  # harder ones more often
 
     def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
-        names = rng.choices([*self.WEIGHTS], weights=[*self.WEIGHTS.values()], k=size)
-        pairs = [self.jobs[name].sample(rng, "train") for name in names]
+        pairs = [rng.choice([*self.jobs.values()]).sample(rng, "train") for _ in range(size)]
         return self.collate(pairs, self.canvas, self.LENGTH), {"canvas_length": self.canvas, "causal": True}
 
 
