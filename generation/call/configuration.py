@@ -93,7 +93,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             drafts by diffusion and keeps what the causal pass agrees with: greedy output equals autoregressive output.
         canvas_length (`int`): tokens of a canvas; default the checkpoint's. A narrower one is cheaper for short answers.
         joint_threshold (`float`): nats; a row stops, too, as soon as the entropies of its positions come to less than this together,
-            whatever has changed; 0.1, the released entropy bound, saves a sixth of the passes of short answers. Default: None, never.
+            whatever has changed; 0.1, the released entropy bound, saves a seventh to a third of them on text. Default: None, never.
         patience (`int`): a row gives up on a canvas whose mean entropy has reached no new minimum for so many steps. Default: never.
         ignore_after_eos (`bool`): do not wait for positions behind an end of sequence the canvas is sure of. Default: True, but
             False with the reference backend.
