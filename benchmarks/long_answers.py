@@ -3,8 +3,8 @@
     python benchmarks/long_answers.py                       # the shipped text checkpoint, 200 unseen lists of days
     python benchmarks/long_answers.py --cases 40 --batches 1 8 --threads 2
 
-The job `days` (examples/jobs/days.py): 14 to 22 days from a day on, 154 to 242 tokens, of years that no training list shows. Both ways
-answer the same requests; tokens are those of the answers without padding; the two take turns batch by batch, in one process. At batch 1
+The job `days` (examples/jobs/days.py): 14 to 22 days from a day on, 154 to 242 tokens, of years that no training list shows. All ways
+answer the same requests; tokens are those of the answers without padding; they take turns batch by batch, in one process. At batch 1
 the first `--single` cases are timed, larger batches take all of them.
 """
 
@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> None:
     prompts = [JOB.sample(rng, "test")[0] for _ in range(args.cases)]
     Measured().add(model, tokenizer, prompts[:1], [0], {})  # the first call of a process is slower
     print(heading("long_answers.py", arguments, machine("cpu", args.threads)) + "\n")
-    rows = []
+    rows, ways = [], {**WAYS, "diffusion, released settings": {}}
     for batch in args.batches:
-        found = {way: Measured() for way in WAYS}
+        found = {way: Measured() for way in ways}
         cases = prompts[: args.single] if batch == 1 else prompts
         for first in range(0, len(cases), batch):
-            for way, settings in WAYS.items():
+            for way, settings in ways.items():
                 some = cases[first : first + batch]
                 found[way].add(model, tokenizer, some, list(range(first, first + len(some))), settings)
         for way, each in found.items():
