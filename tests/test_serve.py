@@ -299,7 +299,8 @@ def test_body_longer_than_it_says_is_cut_off(address):
 
 def test_models_are_those_that_may_be_asked_for(client):
     """Without a cache folder the list was an internal error."""
-    assert [model.id for model in client.models.list()] == [default_checkpoint("sudoku"), MODEL]
+    shipped = [default_checkpoint(name) for name in ("decisions", "sudoku")]
+    assert [model.id for model in client.models.list()] == [*shipped, MODEL]
 
 
 @pytest.mark.parametrize("calls", [None, []])
@@ -406,7 +407,7 @@ def test_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path):
         main([str(tmp_path)])
 
 
-@pytest.mark.parametrize("name", ["text", "sudoku"])
+@pytest.mark.parametrize("name", ["text", "sudoku", "decisions"])
 def test_shipped_tokenizer_is_its_processor(name):
     """The server loads AutoProcessor, which looked for Gemma 4's image processor."""
     path = default_checkpoint(name)
