@@ -2,9 +2,9 @@
 
     python examples/race.py
 
-    913 tokens of 5 long answers, same weights: 11.7 times as fast by denoising
-      denoising              14 passes,    2,934 tokens/s, 4 of 5 right
-      one token at a time   913 passes,      250 tokens/s, 5 of 5 right
+    1045 tokens of 5 long answers, same weights: 11.4 times as fast by denoising
+      denoising              15 passes,    2,114 tokens/s, 5 of 5 right
+      one token at a time  1045 passes,      186 tokens/s, 5 of 5 right
 
 Lists of days (`jobs/days.py`), which take 154 to 242 tokens, by the predictor of `sampler="predictor_corrector"`. `benchmarks/long_answers.py` measures more of them, in batches too.
 """
