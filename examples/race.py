@@ -6,7 +6,8 @@
       denoising              15 passes,    2,114 tokens/s, 5 of 5 right
       one token at a time  1045 passes,      186 tokens/s, 5 of 5 right
 
-Lists of days (`jobs/days.py`), which take 154 to 242 tokens, by the predictor of `sampler="predictor_corrector"`. `benchmarks/long_answers.py` measures more of them, in batches too.
+Lists of days (`jobs/days.py`), which take 154 to 242 tokens, by the predictor of `sampler="predictor_corrector"`.
+`benchmarks/long_answers.py` measures more of them, in batches too.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import torch
 from transformers import Cache
 
 from .arguments import ARGUMENTS, Kind, floats, integers, read, shown
+from .rules.prediction import narrowed
 
 TENSORS: dict[str, Kind] = {
     **{name: kind for name, kind in ARGUMENTS.items() if name.endswith("_ids") or name in ("inputs_embeds", "pixel_values")},
@@ -139,7 +140,7 @@ def embed_conditioning(model, logits: torch.Tensor, shape: tuple[int, int, int])
         ValueError: another shape, or logits that say nothing of a position.
     """
     check_shape("self_conditioning_logits", logits, shape, shape[1:])
-    soft_embeds = model.soft_embed((logits if logits.dim() == 3 else logits[None]).to(model.dtype))
+    soft_embeds = model.soft_embed(narrowed(logits if logits.dim() == 3 else logits[None], model.dtype))
     if bool(soft_embeds.isnan().any()):
         raise ValueError("`self_conditioning_logits` holds NaN, inf, or -inf for every id of a position; expected finite logits")
     return soft_embeds.expand(shape[0], -1, -1)

@@ -184,6 +184,11 @@ def test_a_cold_float16_model_conditions_itself_on_the_most_probable_token():
     assert torch.equal(found[0, 2], logits[0, 2].half()) and torch.equal(narrowed(logits, torch.bfloat16), logits.bfloat16())
 
 
+def test_given_logits_that_float16_does_not_hold_condition_a_model_of_it():
+    logits = torch.zeros(CANVAS, VOCAB).index_fill(1, torch.tensor([7]), 1e6)
+    check_all(watched(small_model(vocab_size=VOCAB).half(), {}, self_conditioning_logits=logits))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_with_every_sampler_and_under_a_constraint_too(sampler, dtype, tokenizer):

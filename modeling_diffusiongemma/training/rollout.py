@@ -15,7 +15,7 @@ import torch
 
 from generation.rules.draws import BatchDraws
 from generation.rules.noise import Noise, UniformNoise
-from generation.rules.prediction import dense_prediction
+from generation.rules.prediction import dense_prediction, narrowed
 from generation.rules.samplers import EntropyBoundSampler, Sampler
 from generation.rules.schedule import TemperatureSchedule
 from generation.rules.state import CanvasState, advance, start_canvas
@@ -109,7 +109,9 @@ class Rollout:
         state, draws = self.state, BatchDraws()
         temperatures = self.temperatures.to(logits.device)[state.passes]
         shaped = logits.detach().float() / temperatures[:, None, None]
-        soft_embeds = self.model.soft_embed(shaped.to(self.model.dtype)).to(self.model.dtype)  # under autocast it comes in other bits
+        soft_embeds = self.model.soft_embed(narrowed(shaped, self.model.dtype)).to(
+            self.model.dtype
+        )  # under autocast it comes in other bits
         prediction = dense_prediction(shaped, draws)._replace(soft_embeds=soft_embeds)
         noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
         self.state = advance(state, prediction, 0, len(self.temperatures), noise, self.sampler, self.stopping)
