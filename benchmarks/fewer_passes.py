@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from generation.call.presets import PRESETS
-from measure import heading, machine, markdown, say
+from measure import heading, machine, markdown, say, wilson
 from modeling_diffusiongemma import default_checkpoint
 
 from jobs import TEXT_JOBS, sudoku  # isort: skip
@@ -112,12 +112,6 @@ def answer(model, tokenizer, cases: list[Case], batch_size: int, settings: dict)
         line.exact.extend(bool(case.judged(text)) for case, text in zip(some, answers, strict=True))
         line.passes.extend(output.denoising_steps.tolist())
     return line
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share, of 95 %."""
-    middle, spread = right + z * z / 2, z * math.sqrt(right * (count - right) / count + z * z / 4)
-    return (middle - spread) / (count + z * z), (middle + spread) / (count + z * z)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -353,6 +354,12 @@ def heading(script: str, arguments: list[str], about: dict) -> str:
 def markdown(header: list[str], rows: list[list]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a share, of 95 %."""
+    middle, width = right / count + z * z / (2 * count), z * math.sqrt(right * (count - right) / count**3 + z * z / (4 * count * count))
+    return tuple(max(0.0, min(1.0, (middle + sign * width) / (1 + z * z / count))) for sign in (-1, 1))
 
 
 def number(value: float) -> str:

@@ -16,7 +16,6 @@ Whole answers come with Wilson's interval at 95 %. Passes are denoising steps, w
 """
 
 import argparse
-import math
 import random
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from measure import heading, machine, markdown, say
+from measure import heading, machine, markdown, say, wilson
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "examples")]
 
@@ -107,12 +106,6 @@ def left_out(model, tokenizer, prompt: list[dict], ids: list[int], length: int, 
         max_denoising_steps=1, t_min=1.0, t_max=1.0, seed=seed, watcher=watcher,
     )  # fmt: skip
     return watcher.found[places, places, torch.tensor(ids)].argsort().tolist()
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share at 95 %."""
-    middle, width = right / count + z * z / (2 * count), z * math.sqrt(right * (count - right) / count**3 + z * z / (4 * count * count))
-    return tuple(max(0.0, min(1.0, (middle + sign * width) / (1 + z * z / count))) for sign in (-1, 1))
 
 
 def measure(name: str, model, tokenizer, cases: list[Case], count: int, settings: dict | None, args: argparse.Namespace) -> dict:

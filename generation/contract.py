@@ -14,7 +14,7 @@ B: rows, P: new tokens, L: cached tokens, C: positions of a canvas, D: hidden si
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -173,6 +173,11 @@ class SharesWeights(Protocol):
 OFFERS = (WalksVocabulary, RecordsSteps, Compiles, RoundsAsReference, ChecksPrompts, EmbedsTokens, SharesWeights)
 
 
+def passes_in_step(model: Any) -> AbstractContextManager:
+    """The model's `in_step`, where it has one."""
+    return model.in_step() if hasattr(model, "in_step") else nullcontext()
+
+
 # What transformers' `generate` is made of. The mixin has these three of its own.
 NOT_CALLED = frozenset(name for name, member in vars(GenerationMixin).items() if inspect.isfunction(member) and name[:2] != "__") - {
     "adjust_generation_fn", "compute_transition_scores", "generate"
@@ -248,5 +253,5 @@ def _misfits(given: Any, protocol: type, images: Sequence[str] = ()) -> Iterator
 
 __all__ = [
     "CanvasConfig", "ChecksPrompts", "Compiles", "EmbedsTokens", "GeneratesCanvases", "PassOutput", "RecordsSteps", "RoundsAsReference",
-    "SharesWeights", "TextConfig", "WalksVocabulary", "check_contract",
+    "SharesWeights", "TextConfig", "WalksVocabulary", "check_contract", "passes_in_step",
 ]  # fmt: skip

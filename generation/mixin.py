@@ -21,7 +21,7 @@ from .call.settings import resolve_config, resolve_stopping
 from .call.together import allowed_tokens, check_arguments
 from .constraints.automaton import Automaton
 from .constraints.languages import Choice, Language, Template
-from .contract import check_contract
+from .contract import check_contract, passes_in_step
 from .decisions.calibration import Calibration
 from .decisions.deciding import decide
 from .decisions.questions import Decisions
@@ -78,7 +78,7 @@ def in_step(generate: Callable) -> Callable:
 
     @functools.wraps(generate)
     def together(self, *args, **kwargs):
-        with self.in_step() if hasattr(self, "in_step") else contextlib.nullcontext():
+        with passes_in_step(self):
             return generate(self, *args, **kwargs)
 
     return together

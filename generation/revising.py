@@ -13,13 +13,13 @@ from .arguments import ARGUMENTS, read, shown
 from .asking import prompt_ids
 from .call.configuration import DiffusionGenerationConfig
 from .call.constrained import compile_languages
-from .call.settings import resolve_config, resolve_stopping
+from .call.settings import resolve_config, resolve_stopping, stop_ids
 from .call.together import allowed_tokens
 from .constraints.automaton import Automaton
 from .renoising import Positions, any_text, begun, choose, hold, likelihood, read_choice
 from .rules.constraint import Constraint, is_constraint
-from .rules.draws import COPY_STRIDE, row_draws
-from .rules.noise import MaskNoise, UniformNoise
+from .rules.draws import row_draws
+from .rules.noise import make_noise
 from .rules.stopping import StoppingRule
 from .watch.callback import StepCallback
 from .watch.watcher import StreamerWatcher, Watcher, candidates_of, watch
@@ -130,11 +130,12 @@ def revise(
             log_probs = torch.cat([likelihood(model, before, canvas) for before, canvas in pairs])[: len(ids)]
         renoised = choose(draws, ~choice.kept, choice.noise, log_probs)
     kept = ~renoised if choice.alone else choice.kept
-    source = MaskNoise(call.config.mask_token_id) if call.config.noise == "mask" else UniformNoise(size)
+    source = make_noise(call.config.noise, size, call.config.mask_token_id)
     drawn = torch.cat([draws.at(place, -1).noise(source, (1, length), canvases.device) for place in range(len(canvases))])
     there = torch.nn.functional.pad(renoised, (0, canvases.numel() - len(ids))).view(canvases.shape).to(canvases.device)
     noisy = torch.where(there, drawn, canvases)
     # 3. Denoise.
+    seeds = row_draws(draws.seeds[0], None, 1, len(canvases)).seeds  # one a canvas
     told, written, steps, state = OneCall(call.watchers, call.before), [], [], 0
     for place in range(len(canvases)):
         start, last = place * length, place == len(canvases) - 1
@@ -158,7 +159,7 @@ def revise(
                 decoder_input_ids=noisy[place : place + 1], first_step=first_step, max_new_tokens=call.new_tokens - start,
                 min_new_tokens=least, canvas_length=length, return_dict_in_generate=True, tokenizer=tokenizer,
                 watcher=told if call.watchers else None,
-                seed=(draws.seeds[0] + place * COPY_STRIDE) % 2**63, constraint=call.constraint if ahead is None else ahead,
+                seed=seeds[place], constraint=call.constraint if ahead is None else ahead,
                 stopping=call.stopping, **ends, **call.others,
             )  # fmt: skip
             tokens = output.sequences[0, call.before.shape[1] + len(written) :][: int(output.lengths[0])].tolist()
@@ -207,8 +208,7 @@ def read_call(model, tokenizer, prompt, constraint: Constraint | None, settings:
     if names is not None and callback is None:
         raise ValueError("`callback_on_step_end_tensor_inputs` is given; expected `callback_on_step_end` with it, which gets them")
     before = prompt_ids(prompt, tokenizer, model.device)
-    stops = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
-    stops = [token for token in stops if token < model.config.get_text_config().vocab_size]
+    stops = stop_ids(config, model.config.get_text_config().vocab_size)
     if not stops:
         raise ValueError("`eos_token_id` holds no id of the vocabulary; expected at least one, with which a text ends")
     watchers = [] if callback is None else [StepCallback(callback, names, model, config.max_denoising_steps)]

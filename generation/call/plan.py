@@ -11,7 +11,7 @@ from ..fast.flags import LATE_FLAGS
 from ..fast.proofs import works
 from ..fast.recording import RECORDED_STEP
 from ..rules.constraint import Constraint
-from ..rules.noise import MaskNoise, Noise, UniformNoise
+from ..rules.noise import Noise, make_noise
 from ..rules.prediction import Wanted
 from ..rules.samplers import SAMPLERS, PredictorCorrectorSampler, Sampler
 from ..rules.schedule import TemperatureSchedule
@@ -168,7 +168,7 @@ def make_rules(
         sampler=sampler,
         stopping=stopping,
         sure_end=(eos, config.confidence_threshold) if ignores else None,
-        noise=MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size),
+        noise=make_noise(config.noise, vocab_size, config.mask_token_id),
         shaping=build_shaping(config, given, eos, prompt_length, vocab_size),
         eos=eos,
         pad=config.pad_token_id if config.pad_token_id is not None else int(eos[0]) if len(eos) else 0,

@@ -90,4 +90,10 @@ def _refuse(refused: list[str]) -> None:
         raise ValueError(f"block diffusion does not support {', '.join(refused)}; expected these arguments unset")
 
 
-__all__ = ["resolve_config", "resolve_stopping"]
+def stop_ids(config: DiffusionGenerationConfig, vocab_size: int) -> list[int]:
+    """The ids of the vocabulary that end a text."""
+    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [token for token in given if token is not None and token < vocab_size]
+
+
+__all__ = ["resolve_config", "resolve_stopping", "stop_ids"]

@@ -76,10 +76,12 @@ class Calibration:
         Raises:
             ValueError: its `decision.json` is no JSON object, or holds what a calibration may not.
         """
-        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        path = cached_file(str(name), FILE, **download, **lenient, _raise_exceptions_for_gated_repo=False)
-        if path is None:
-            return cls()
+        path = find_files(name, FILE, **download)[FILE]
+        return cls() if path is None else cls.from_file(path)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "Calibration":
+        """Of a `decision.json`; raises as `from_pretrained`."""
         try:
             said = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -87,6 +89,13 @@ class Calibration:
         if not isinstance(said, dict):
             raise ValueError(f"{path} holds {shown(said)}; expected a JSON object")
         return cls(said.get("temperature", {}), said.get("bias", {}))
+
+
+def find_files(name: str | os.PathLike, *files: str, **download: Any) -> dict[str, str | None]:
+    """Where files of a checkpoint are, a folder or a name on the Hub; None for one that it has not, or that cannot be had now."""
+    kinds = ("missing_entries", "connection_errors", "gated_repo")
+    lenient = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    return {file: cached_file(str(name), file, **download, **lenient) for file in files}
 
 
 def _is_finite(value: Any) -> bool:
@@ -161,4 +170,4 @@ def _fit(scores: list[torch.Tensor], truths: list[torch.Tensor], with_bias: bool
     return float(log_temperature.detach().exp()), (found - found.mean()).tolist() if with_bias else []
 
 
-__all__ = ["FILE", "Calibration", "fit_calibration", "true_probabilities"]
+__all__ = ["FILE", "Calibration", "find_files", "fit_calibration", "true_probabilities"]

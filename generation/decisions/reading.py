@@ -4,7 +4,6 @@ The noise of a read is its own, by the seed, the read's place and the canvas's, 
 steps of `generate` under the constraint that the canvas be one of those the options allow, and the last one is read.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,12 +14,12 @@ from ..arguments import shown
 from ..call.caches import dynamic_cache
 from ..call.configuration import DiffusionGenerationConfig
 from ..call.prompt import IMAGES
-from ..call.settings import resolve_config
+from ..call.settings import resolve_config, stop_ids
 from ..checks import check_ids, check_images
-from ..contract import check_contract
+from ..contract import check_contract, passes_in_step
 from ..loop.rows import select_cache
-from ..rules.draws import COPY_STRIDE, RowDraws
-from ..rules.noise import MaskNoise, UniformNoise
+from ..rules.draws import RowDraws, row_draws
+from ..rules.noise import Noise, make_noise
 from ..watch.watcher import Watcher
 from .allowed import canvas_automaton
 from .layout import Ends, Layout
@@ -63,7 +62,7 @@ class Prepared(NamedTuple):
     length: int
     stops: tuple[int, ...]
     pad: int
-    noise: UniformNoise | MaskNoise
+    noise: Noise
     vocab_size: int
 
 
@@ -77,13 +76,18 @@ def settle(model, how: How) -> Prepared:
     check_contract(model)
     config, _ = resolve_config(None, model.generation_config or DiffusionGenerationConfig(), {})
     vocab_size = model.config.get_text_config().vocab_size
-    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = tuple(token for token in given if token is not None and token < vocab_size)
+    stops = tuple(stop_ids(config, vocab_size))
     if not stops:
         raise ValueError(f"`eos_token_id` of the model's generation config is {config.eos_token_id}; expected an id that ends an answer")
-    noise = MaskNoise(config.mask_token_id) if config.noise == "mask" else UniformNoise(vocab_size)
     pad = config.pad_token_id if config.pad_token_id is not None else stops[0]
-    return Prepared(model, how.canvas_length or model.config.canvas_length, stops, pad, noise, vocab_size)
+    return Prepared(
+        model,
+        how.canvas_length or model.config.canvas_length,
+        stops,
+        pad,
+        make_noise(config.noise, vocab_size, config.mask_token_id),
+        vocab_size,
+    )
 
 
 @torch.no_grad()
@@ -110,10 +114,11 @@ def read_canvases(
         model.check_prompt(input_ids=ids, attention_mask=_ones(1, length, device), cache=how.cache, **images)
     first = torch.zeros(1, dtype=torch.int64, device=device)
     cache = dynamic_cache(model.config.get_text_config()) if how.cache is None else select_cache(how.cache, first)
-    canvases = _noised(layouts, given, how, device)
+    draws = row_draws(how.seed, None, 1, how.reads)  # a seed for each read
+    canvases = _noised(layouts, given, draws, device)
     rows, soft_embeds = len(canvases), None
     held = 0 if how.steps == 1 else 1  # tokens that `generate` prefills, which takes no prompt without any
-    with _together(model):
+    with passes_in_step(model):
         if ids.shape[1] > held:
             now = {name: value[:, : ids.shape[1] - held] if name == "mm_token_type_ids" else value for name, value in images.items()}
             hidden = _prefill(model, ids[:, : ids.shape[1] - held], cache, seen, now)
@@ -127,7 +132,7 @@ def read_canvases(
         model.generate(
             input_ids=ids[:, -1:].expand(rows, -1), attention_mask=_ones(rows, length, device), cache=cache, watcher=taken,
             decoder_input_ids=canvases, constraint=constraint, max_denoising_steps=how.steps, canvas_length=given.length,
-            max_new_tokens=given.length, stability_threshold=None, confidence_threshold=None, seed=_seeds(how) * len(layouts),
+            max_new_tokens=given.length, stability_threshold=None, confidence_threshold=None, seed=[*draws.seeds] * len(layouts),
             decoding="diffusion", num_return_sequences=1,
         )  # fmt: skip
         if taken.canvas is None:
@@ -137,7 +142,7 @@ def read_canvases(
             for name in ("ids", "open")
         )
         canvases, soft_embeds = torch.where(open_, taken.canvas, pinned), taken.soft_embeds
-    with _together(model):
+    with passes_in_step(model):
         positions = torch.arange(length, length + given.length, dtype=torch.int64, device=device)[None]
         real = _ones(rows, length + given.length, device)
         view = model.prepare_canvas(cache, (rows, given.length), real, positions, slots=0)
@@ -172,20 +177,9 @@ def _ones(rows: int, length: int, device: torch.device) -> torch.Tensor:
     return torch.ones((rows, length), dtype=torch.bool, device=device)
 
 
-def _together(model) -> contextlib.AbstractContextManager:
-    """Passes in step with those of other processes, where the model's weights are shared."""
-    return model.in_step() if hasattr(model, "in_step") else contextlib.nullcontext()
-
-
-def _seeds(how: How) -> list[int]:
-    """One a read."""
-    return [(how.seed + read * COPY_STRIDE) % 2**63 for read in range(how.reads)]
-
-
-def _noised(layouts: Sequence[Layout], given: Prepared, how: How, device: torch.device) -> torch.Tensor:
-    """int64 (layouts * reads, C): every canvas with noise where it is open, `reads` times."""
-    draws, shape = RowDraws(tuple(_seeds(how))), (how.reads, given.length)
-    found = []
+def _noised(layouts: Sequence[Layout], given: Prepared, draws: RowDraws, device: torch.device) -> torch.Tensor:
+    """int64 (layouts * reads, C): every canvas with noise where it is open, by the draws of each read."""
+    shape, found = (len(draws.seeds), given.length), []
     for place, layout in enumerate(layouts):
         noise = draws.at(place, -1).noise(given.noise, shape, device)
         found.append(torch.where(layout.open.to(device), noise, layout.ids.to(device)))

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from ..arguments import shown
 from ..call.prompt import IMAGES
-from .calibration import FILE, Calibration
+from .calibration import FILE, Calibration, find_files
 from .deciding import score_questions
 from .questions import Asked, checked
 from .reading import How, settle
@@ -134,15 +133,15 @@ class DecidesRequests(DecisionMixin):
         """Reads what a checkpoint says of decisions, `decision.json` and `decision_template.jinja`; nothing where there is neither."""
         if name is None:
             return
-        lenient = {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
-        found = Calibration.from_pretrained(name, **download)  # what it may not hold is said
-        if DecisionConfig is not None:
-            self.decision_config = DiffusionDecisionConfig.from_pretrained(name, **download, **lenient)
-            return
-        self.calibration, lenient["_raise_exceptions_for_missing_entries"] = found, False
-        paths = {file: cached_file(name, file, **download, **lenient) for file in (FILE, TEMPLATE)}
+        paths = find_files(name, FILE, TEMPLATE, **download)
+        calibration = Calibration() if paths[FILE] is None else Calibration.from_file(paths[FILE])  # what it may not hold is said
         texts = {file: Path(path).read_text(encoding="utf-8") for file, path in paths.items() if path is not None}
-        self.__dict__["_decision_files"] = texts
+        if DecisionConfig is None:
+            self.calibration, self.__dict__["_decision_files"] = calibration, texts
+            return
+        config = DiffusionDecisionConfig.from_file(paths[FILE])
+        config.chat_template = texts.get(TEMPLATE, config.chat_template)
+        self.decision_config = config
 
     def save_decisions(self, folder: str | os.PathLike) -> None:
         """Writes them again, where there was anything."""

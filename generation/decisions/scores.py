@@ -53,9 +53,9 @@ def named_log_probs(model, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Ten
     """
     if not hasattr(model, "vocabulary_head") or model.why_dense(hidden.device) is not None:
         logits = model.compute_logits(hidden)
-        log_probs = logits[..., ids].double() - logits.double().logsumexp(dim=-1, keepdim=True)
-        check_finite(~logits.logsumexp(dim=-1).isfinite().all(dim=-1))
-        return log_probs.cpu()
+        log_mass = logits.double().logsumexp(dim=-1, keepdim=True)
+        check_finite(~log_mass.isfinite().flatten(1).all(dim=-1))
+        return (logits[..., ids].double() - log_mass).cpu()
     current = ids[0].expand(hidden.shape[:2])
     with model.vocabulary_head() as head:
         prediction = streamed_prediction(hidden, head, 1.0, BatchDraws(), True, current, wanted=Wanted(named=ids))

@@ -35,4 +35,9 @@ class MaskNoise:
         return torch.full(tuple(shape), self.mask_token_id, dtype=torch.int64, device=device)
 
 
-__all__ = ["MaskNoise", "Noise", "UniformNoise"]
+def make_noise(kind: str, vocab_size: int, mask_token_id: int | None) -> Noise:
+    """As `DiffusionGenerationConfig.noise` says it."""
+    return MaskNoise(mask_token_id) if kind == "mask" else UniformNoise(vocab_size)
+
+
+__all__ = ["MaskNoise", "Noise", "UniformNoise", "make_noise"]
