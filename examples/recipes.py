@@ -1,4 +1,4 @@
-"""The two shipped checkpoints as recipes: tokenizer, configuration, training batches, held-out evaluation.
+"""The shipped checkpoints as recipes: tokenizer, configuration, training batches, held-out evaluation.
 
 A recipe knows its data; `train.py` knows how to train. Sources: FACTS of the published training recipe in
 `modeling_diffusiongemma/training/loss.py`; sizes chosen for two CPU cores and a file below 20 MB.
@@ -269,12 +269,15 @@ class SudokuRecipe:
         """Model inputs of `size` training examples, and how the loss is to take them."""
         if self.puzzles is None:
             raise ValueError("`data` is None; expected the file that `python examples/jobs/sudoku.py make` wrote")
-        draw = np.random.default_rng(rng.getrandbits(64))
-        puzzles, solutions = sudoku.sample_training(self.puzzles, self.solutions, size, draw)
+        puzzles, solutions = self.draw(np.random.default_rng(rng.getrandbits(64)), size)
         bos = torch.full((size, 1), 2)
         input_ids = torch.cat((bos, self.encode(puzzles), self.encode(solutions)), dim=1)
         labels = torch.cat((torch.full((size, 1 + self.CELLS), -100), input_ids[:, 1 + self.CELLS :]), dim=1)
         return {"input_ids": input_ids, "labels": labels}, {"canvas_length": self.CELLS, "causal": False}
+
+    def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Puzzles and solutions of `size` training examples, `(size, 81)` each."""
+        return sudoku.sample_training(self.puzzles, self.solutions, size, rng)
 
     def evaluate(self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings) -> dict:
         """Solved puzzles out of `count` newly generated ones with 26 to 36 clues, by the real checker, and by difficulty."""
@@ -306,6 +309,29 @@ class SudokuRecipe:
         }
 
 
-RECIPES = {recipe.name: recipe for recipe in (TextRecipe, TextFurtherRecipe, DecisionsRecipe, SudokuRecipe)}
+class SudokuFurtherRecipe(SudokuRecipe):
+    """What the Sudoku checkpoint learned after its first recipe, from which it goes on: puzzles nearly as they are asked, half of them such
+    as naked and hidden singles do not solve, on canvases it wrote itself."""
 
-__all__ = ["RECIPES", "DecisionsRecipe", "SudokuRecipe", "TextFurtherRecipe", "TextRecipe", "progress", "small_config"]
+    name = "sudoku-further"
+    start = "sudoku"
+    rollouts = (0.0, 0.75)
+    EXTRA_CLUES = (0, 6)
+    SEARCH_SHARE = 0.5
+
+    def __init__(self, data: str | None = None):
+        super().__init__(data)
+        if self.puzzles is not None:
+            print("telling puzzles that need search from the others", file=sys.stderr, flush=True)
+            self.search = np.array([place for place, puzzle in enumerate(self.puzzles) if not sudoku.singles_only(puzzle)])
+
+    def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+        hard = rng.binomial(size, self.SEARCH_SHARE)
+        pools = ((self.search, hard), (slice(None), size - hard))
+        drawn = [sudoku.sample_training(self.puzzles[pool], self.solutions[pool], n, rng, self.EXTRA_CLUES) for pool, n in pools]
+        return tuple(np.concatenate(boards) for boards in zip(*drawn, strict=True))
+
+
+RECIPES = {recipe.name: recipe for recipe in (TextRecipe, TextFurtherRecipe, DecisionsRecipe, SudokuRecipe, SudokuFurtherRecipe)}
+
+__all__ = ["RECIPES", "DecisionsRecipe", "SudokuFurtherRecipe", "SudokuRecipe", "TextFurtherRecipe", "TextRecipe", "progress", "small_config"]
