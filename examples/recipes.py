@@ -334,4 +334,13 @@ class SudokuFurtherRecipe(SudokuRecipe):
 
 RECIPES = {recipe.name: recipe for recipe in (TextRecipe, TextFurtherRecipe, DecisionsRecipe, SudokuRecipe, SudokuFurtherRecipe)}
 
-__all__ = ["RECIPES", "DecisionsRecipe", "SudokuFurtherRecipe", "SudokuRecipe", "TextFurtherRecipe", "TextRecipe", "progress", "small_config"]
+__all__ = [
+    "RECIPES",
+    "DecisionsRecipe",
+    "SudokuFurtherRecipe",
+    "SudokuRecipe",
+    "TextFurtherRecipe",
+    "TextRecipe",
+    "progress",
+    "small_config",
+]

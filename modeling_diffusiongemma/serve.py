@@ -19,6 +19,12 @@ Put a proxy with authentication and time limits in front of it before you open i
 An answer ends by `stop` (an end of turn, a stop string) or `length` (its tokens are used up, or its `max_time`: OpenAI has no third word);
 `/v1/responses` says nothing of it, as transformers' server does.
 
+The form of an answer: `response_format` (chat completions and completions) and `text` (`/v1/responses`) as OpenAI has them, with
+a JSON schema or any JSON object, and vLLM's `structured_outputs`: one of `json`, `regex`, `choice`, `json_object`, and of our own
+`template`. Every answer fits, streamed ones too, by `generate`'s `constraint`; what a schema may hold: docs/constraints.md. `suffix` of a
+completion is what its text ends with, and is written towards. A form leaves no room for a thought or a call: not with `tools`, nor
+with `enable_thinking`.
+
 `trace` of a request, which may be "html", "svg" or "safetensors", brings along how the answer came about, as `trace` of the answer: the
 page or the picture as text, or the file in base64, for `generation.Trace.load`. An OpenAI client sends it in `extra_body`. Not with
 `stream`, nor to `/v1/responses`.
@@ -33,7 +39,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import MethodType
@@ -43,6 +49,7 @@ from transformers import AutoModelForMultimodalLM, GenerationConfig, PreTrainedT
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import Modality
 
+from generation.call.configuration import DiffusionGenerationConfig
 from generation.watch.animation import draw_animation
 from generation.watch.pictures import trace_page
 from generation.watch.trace import Trace
@@ -51,6 +58,7 @@ from generation.watch.watcher import Watcher
 from .checkpoints import shipped
 from .console.arguments import UsageError, checkpoint_name, integer
 from .console.placement import add_placement, loading_arguments
+from .console.serve_forms import CHAT, COMPLETION, RESPONSE, take_form
 from .console.serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
 from .model.head import DiffusionGemmaForMaskedBlockLM
 
@@ -81,17 +89,21 @@ class Ending(Watcher):
 
 
 class Asked(dict):
-    """The body of a request, of which `trace` is taken out: `form`, how its answer brings that along; `made`, where it has been made."""
+    """The body of a request, of which is taken out what transformers' server does not know: `trace`, how its answer brings along the
+    way it came about (`made`, where that has been made), and `form`, the field that says which language the answer has, with that
+    language. `names`: the fields that were there."""
 
-    def __init__(self, body: dict[str, Any]):
+    def __init__(self, body: dict[str, Any], form_fields: Collection[str]):
         super().__init__(body)
-        self.form, self.made = self.pop("trace", None), None
+        self.setdefault("stream", False)  # transformers streams a response that does not say
+        self.trace, self.form, self.made = self.pop("trace", None), take_form(self, form_fields), None
+        self.names = [*(["trace"] if self.trace is not None else []), *([self.form[0]] if self.form is not None else [])]
 
     def make(self, trace: Trace, tokenizer) -> None:
-        if self.form == "safetensors":
+        if self.trace == "safetensors":
             self.made = base64.b64encode(trace.to_bytes()).decode("ascii")
         else:
-            self.made = {"html": trace_page, "svg": draw_animation}[self.form](trace, tokenizer, self.title())
+            self.made = {"html": trace_page, "svg": draw_animation}[self.trace](trace, tokenizer, self.title())
 
     def title(self) -> str:
         """What was asked last."""
@@ -99,34 +111,36 @@ class Asked(dict):
         return content if isinstance(content, str) else " ".join(piece["text"] for piece in content or () if "text" in piece)
 
 
-def settings_of(build: Callable, body: dict[str, Any], *args, **kwargs) -> GenerationConfig:
-    """As a handler's reading of settings, `build`; they carry a body that asks for a trace to where it is answered, in another thread."""
-    settings = build(body, *args, **kwargs)
-    if isinstance(body, Asked):
+def settings_of(build: Callable, body: Asked, model_settings: GenerationConfig, *args, **kwargs) -> GenerationConfig:
+    """As a handler's reading of settings, `build`; they carry what else is asked for to where it is answered, in another thread."""
+    settings = build(body, model_settings, *args, **kwargs)
+    if body.names:
+        if not isinstance(model_settings, DiffusionGenerationConfig):
+            raise ValueError(f"`model` is {body['model']!r}, which denoises no canvas of ours; expected none of {body.names}")
         settings.asked = body
     return settings
 
 
-async def answer_with_trace(answer: Callable, body: dict[str, Any], request_id: str):
-    """As a handler's `answer`, with `trace` in it where that is asked for."""
+async def answer_asked(answer: Callable, form_fields: Collection[str], body: dict[str, Any], request_id: str):
+    """As a handler's `answer`, in the form that is asked for, and with `trace` in it where that is."""
     from fastapi.responses import JSONResponse
 
-    if (asked := Asked(body)).form is None:
-        body.pop("trace", None)
-        return await answer(body, request_id)
-    response = await answer(asked, request_id)
-    if asked.made is None:
-        raise ValueError(f"`trace` is {asked.form!r}, and `model` {body['model']!r}, which denoises no canvas of ours; expected none")
+    response = await answer(asked := Asked(body, form_fields), request_id)
+    if asked.trace is None:
+        return response
     return JSONResponse({**json.loads(response.body), "trace": asked.made}, response.status_code)
 
 
-def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
+def generate_asked(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
     """`generate` for one request, in our manners: a tensor, and rows of single tokens for the streamer."""
     asked, watchers = generation_config.__dict__.pop("asked", None), [Ending(generation_config)]
-    if asked is not None:
-        watchers.append(trace := Trace(alternatives=3 if asked.form == "html" else 0))
+    if asked is not None and asked.form is not None:
+        kwargs["constraint"] = asked.form[1]
+    if asked is not None and asked.trace is not None:
+        # Under a form the most probable ids are not what a step chooses from.
+        watchers.append(trace := Trace(alternatives=3 if asked.trace == "html" and asked.form is None else 0))
     output = DiffusionGemmaForMaskedBlockLM.generate(model, generation_config=generation_config, watcher=watchers, **kwargs)
-    if asked is not None:
+    if asked is not None and asked.trace is not None:
         asked.make(trace, kwargs["tokenizer"])
     return output
 
@@ -134,7 +148,7 @@ def generate_and_tell(model: DiffusionGemmaForMaskedBlockLM, generation_config: 
 def modality_of(theirs: Callable, model, processor=None) -> Modality:
     """As the model manager's, which is asked before every answer; a model of ours gets to tell why that answer has ended."""
     if isinstance(model, DiffusionGemmaForMaskedBlockLM):
-        model.generate = MethodType(generate_and_tell, model)
+        model.generate = MethodType(generate_asked, model)
         if not isinstance(processor, PreTrainedTokenizerBase):
             return Modality.VLM
     return theirs(model, processor=processor)
@@ -202,10 +216,10 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
     for kind in (*refused, Exception):
         app.add_exception_handler(kind, refuse)
     manager.get_model_modality = partial(modality_of, manager.get_model_modality)
-    for handler in (server._chat_handler, server._completion_handler, server._response_handler):
+    handlers = ((server._chat_handler, CHAT), (server._completion_handler, COMPLETION), (server._response_handler, RESPONSE))
+    for handler, form_fields in handlers:
         handler.get_processor_inputs_from_messages = partial(read_checked, handler.get_processor_inputs_from_messages)
-    for handler in (server._chat_handler, server._completion_handler):
-        handler.handle_request = partial(answer_with_trace, handler.handle_request)
+        handler.handle_request = partial(answer_asked, handler.handle_request, form_fields)
         handler._build_generation_config = partial(settings_of, handler._build_generation_config)
     pinned = manager.force_model
     models = [pinned] if pinned is not None else [name.path for name in ours.allow] or [*shipped().values()]

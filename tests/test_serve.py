@@ -7,7 +7,6 @@ client.chat.completions.create(model=default_checkpoint(), messages=[{"role": "u
 
 import argparse
 import base64
-import contextlib
 import html
 import json
 import os
@@ -22,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from servers import CHAT, MODEL, NEEDS, client_of, served
 from transformers import AutoProcessor, AutoTokenizer
 
 from generation import Trace
@@ -30,10 +30,7 @@ from modeling_diffusiongemma.console.serve_requests import MAX_BODY, MAX_CHARACT
 from modeling_diffusiongemma.serve import loading_as, main
 from modeling_diffusiongemma.weights.fp8 import FP8Experts
 
-NEEDS = 'needs pip install -e ".[serve]"'
-MODEL = default_checkpoint()
 DATES = {"October 2, 2052": "2052-10-02", "4 May 1911": "1911-05-04", "3 March 1998": "1998-03-03", "2077/12/31": "2077-12-31"}
-CHAT = [{"role": "user", "content": "Write October 2, 2052 as an ISO date."}]
 NARROW = {"generation_config": json.dumps({"canvas_length": 16, "max_new_tokens": 16, "do_sample": False})}
 ENDLESS = {"canvas_length": 16, "max_new_tokens": 500_000, "max_denoising_steps": 2, "suppress_tokens": list(range(128))}  # special tokens
 
@@ -45,41 +42,9 @@ def address(tmp_path_factory):
         yield url
 
 
-@contextlib.contextmanager
-def served(home, *options):
-    for name in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(name, reason=NEEDS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "modeling_diffusiongemma.serve", "--host", "127.0.0.1", "--port", str(port), "--enable-cors", *options]
-    environment = {**os.environ, "HF_HOME": str(home / "none")}
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    with ThreadPoolExecutor(1) as reader:
-        log = reader.submit(server.stderr.read)
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/health", server)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(timeout=60)
-            print(log.result()[-2000:])  # shown where a test fails
-
-
-def _wait_for(url, server, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            return urllib.request.urlopen(url, timeout=5)
-        except OSError:
-            time.sleep(0.2)
-    raise RuntimeError(f"no answer from {url}")
-
-
 @pytest.fixture(scope="module")
 def client(address):
-    openai = pytest.importorskip("openai", reason=NEEDS)
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0, timeout=120)
+    return client_of(address)
 
 
 def ask(client, messages=CHAT, **settings):
@@ -209,7 +174,6 @@ BAD = {
     "calls that are no list": ({"messages": [*CHAT, {"role": "assistant", "tool_calls": "abc"}]}, "`tool_calls` of `messages[1]` is 'abc'"),
     "call without arguments": ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "`tool_calls`"),
     "two answers": ({"messages": CHAT, "n": 2}, "`n` is 2"),
-    "an answer in JSON": ({"messages": CHAT, "response_format": {"type": "json_object"}}, "`response_format`"),
     "probabilities": ({"messages": CHAT, "logprobs": True}, "`logprobs` is True"),
     "list of biases": ({"messages": CHAT, "logit_bias": [1]}, "`logit_bias` is [1]"),
     "template of its own": ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "a template is a program"),
@@ -363,11 +327,9 @@ def test_image_at_a_path_is_refused():
 @pytest.mark.parametrize("pinned", [(MODEL,), ()])
 def test_model_is_served_as_it_is_asked_to_be_loaded(pinned, tmp_path):
     """The first model is loaded while the server is made, others when a request names them."""
-    openai = pytest.importorskip("openai", reason=NEEDS)
     options = ("--quantize", "fp8", "--max-memory", "1GB", "--offload-folder", str(tmp_path / "new"), *pinned)
     with served(tmp_path, *options) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=120)
-        assert ask(client, temperature=0, max_tokens=20) == ("2052-10-02", 11, "stop")
+        assert ask(client_of(url), temperature=0, max_tokens=20) == ("2052-10-02", 11, "stop")
 
 
 def test_models_are_loaded_quantised_and_placed():

@@ -21,6 +21,7 @@ def compile_languages(given: Any, tokenizer, prompts: int, copies: int, vocab_si
 
     Args:
         given: a language or an `Automaton` for all, or a list with one for each prompt; None in it: no constraint.
+        tokenizer: the model's, or a processor that has it.
 
     Raises:
         ValueError: something else, the wrong number of them, a tokenizer that is missing, or whatever is wrong with a language.
@@ -42,7 +43,7 @@ def compile_languages(given: Any, tokenizer, prompts: int, copies: int, vocab_si
                 "given it in its call, and does not hand over the one it has"
             )
         else:
-            made[language] = compile_constraint(language, tokenizer, vocab_size)
+            made[language] = compile_constraint(language, getattr(tokenizer, "tokenizer", tokenizer), vocab_size)
         if len(made[language].classes) != vocab_size:
             raise ValueError(f"`constraint` is for {len(made[language].classes)} ids; expected the model's vocabulary, {vocab_size}")
     return [made[language] for language in one_each for _ in range(copies)]

@@ -16,8 +16,7 @@ NOT_SERVED = {"/v1/audio/transcriptions": "this model reads no audio; expected /
 # Fields that transformers' server passes over with a line in its log: the values that ask for what happens anyway.
 IGNORED = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "presence_penalty": (0,),
-    "response_format": ({"type": "text"},), "text": ({"format": {"type": "text"}},), "tool_choice": ("auto",), "functions": ([],),
-    "function_call": ("auto",), "previous_response_id": (), "background": (False,),
+    "tool_choice": ("auto",), "functions": ([],), "function_call": ("auto",), "previous_response_id": (), "background": (False,),
 }  # fmt: skip
 TRACES = ("html", "svg", "safetensors")  # what `trace` of a request may be: how its answer brings along how it came about
 TRACED = ("/v1/chat/completions", "/v1/completions")

@@ -1,0 +1,176 @@
+"""The form of a served answer, by the clients that ask for it: `openai`'s `parse` and `stream` with pydantic models, vLLM's extra fields.
+
+client.chat.completions.parse(model=default_checkpoint(), messages=[...], response_format=Note)
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from servers import CHAT, MODEL, client_of, served
+
+from modeling_diffusiongemma.console.serve_forms import CHAT as CHAT_FIELDS
+from modeling_diffusiongemma.console.serve_forms import COMPLETION, RESPONSE, take_form
+
+pydantic = pytest.importorskip("pydantic")
+
+PROMPT = f"<|turn>user\n{CHAT[0]['content']}<turn|>\n<|turn>model\n"
+SLASHED = "[0-9]{4}/[0-9]{2}/[0-9]{2}"
+
+
+class Day(pydantic.BaseModel):
+    """Another shape than any that the checkpoint writes by itself."""
+
+    year: int = pydantic.Field(ge=1000, le=2999)
+    month: Literal["October", "November"]
+    days: list[int] = pydantic.Field(max_length=2)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("home")) as url:
+        yield client_of(url)
+
+
+def test_chat_is_parsed_into_an_object(client):
+    message = client.chat.completions.parse(model=MODEL, messages=CHAT, response_format=Day, max_tokens=64).choices[0].message
+    assert message.parsed == Day.model_validate_json(message.content)
+
+
+def test_streamed_chat_is_parsed_into_an_object(client):
+    with client.chat.completions.stream(model=MODEL, messages=CHAT, response_format=Day, max_tokens=64) as stream:
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+        assert stream.get_final_completion().choices[0].message.parsed == Day.model_validate_json(text)
+
+
+def test_response_is_parsed_into_an_object(client):
+    """transformers' server streams a response that does not say whether it is to."""
+    response = client.responses.parse(model=MODEL, input=CHAT[0]["content"], text_format=Day, max_output_tokens=64)
+    assert response.output_parsed == Day.model_validate_json(response.output_text)
+    with client.responses.stream(model=MODEL, input=CHAT[0]["content"], text_format=Day, max_output_tokens=64) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    Day.model_validate_json(text)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_object_is_one(client, seed):
+    hot = {"response_format": {"type": "json_object"}, "temperature": 1.5, "seed": seed, "max_tokens": 48}
+    answer = client.chat.completions.create(model=MODEL, messages=CHAT, **hot)
+    assert isinstance(json.loads(answer.choices[0].message.content), dict)
+
+
+STRUCTURED = {
+    "regex": (SLASHED, lambda text: re.fullmatch(SLASHED, text)),
+    "choice": (["yes", "no"], lambda text: text in ("yes", "no")),
+    "json": (Day.model_json_schema(), Day.model_validate_json),
+    "json_object": (True, json.loads),
+    "template": ("It is {day:1-12}!", lambda text: re.fullmatch("It is .+!", text, re.DOTALL)),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_fields_of_vllm_are_obeyed(client, kind):
+    given, fits = STRUCTURED[kind]
+    asked = {"model": MODEL, "max_tokens": 64, "extra_body": {"structured_outputs": {kind: given}}}
+    chat = client.chat.completions.create(messages=CHAT, **asked).choices[0].message.content
+    pieces = client.chat.completions.create(messages=CHAT, stream=True, **asked)
+    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    completion = client.completions.create(prompt=PROMPT, **asked).choices[0].text
+    response = client.responses.create(
+        model=MODEL, input=CHAT[0]["content"], max_output_tokens=64, extra_body=asked["extra_body"]
+    ).output_text
+    for text in (chat, streamed, completion, response):
+        assert fits(text), text
+
+
+@pytest.mark.parametrize("suffix", ["-02", " {of} 2052}"])
+def test_suffix_is_written_towards_and_stands_there_once(client, suffix):
+    """transformers' server puts it behind an answer that never saw it."""
+    asked = {"model": MODEL, "prompt": PROMPT, "suffix": suffix, "max_tokens": 64}
+    for text in (
+        client.completions.create(**asked).choices[0].text,
+        "".join(piece.choices[0].text for piece in client.completions.create(stream=True, **asked)),
+    ):
+        assert text.endswith(suffix) and text.count(suffix) == 1 and len(text) > len(suffix)
+    assert client.completions.create(**{**asked, "suffix": "-02"}).choices[0].text == "2052-10-02"
+
+
+def test_snippet_of_the_page_runs(client, capsys):
+    page = (Path(__file__).parents[1] / "docs/constraints.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    exec(snippet.replace("http://127.0.0.1:8001/v1", str(client.base_url)), {"path": MODEL})
+    day, slashes = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"year=-?\d+ month=\d+", day) and re.fullmatch(SLASHED, slashes)
+
+
+def test_trace_shows_what_was_demanded(client):
+    asked = {"trace": "html", "structured_outputs": {"template": "It is {day:1-12}!"}}
+    answer = client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=64, extra_body=asked)
+    assert answer.trace.startswith("<!doctype html>") and answer.choices[0].message.content.startswith("It is ")
+
+
+def test_plain_text_is_no_form(client):
+    for asked in ({"response_format": {"type": "text"}}, {"response_format": None}):
+        answer = client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=16, temperature=0, **asked)
+        assert answer.choices[0].message.content == "2052-10-02"
+
+
+def test_form_that_does_not_fit_its_tokens_is_refused(client):
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.BadRequestError, match="leaves 8 tokens; expected at least 10"):
+        asked = {"structured_outputs": {"regex": SLASHED}}
+        client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=8, extra_body=asked)
+    with pytest.raises(openai.UnprocessableEntityError, match="suffix"):  # of a chat
+        client.post("/chat/completions", body={"model": MODEL, "messages": CHAT, "suffix": "-02"}, cast_to=object)
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "day", "schema": Day.model_json_schema(), "strict": True}}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+BAD = {
+    "form of another kind": ({"response_format": {"type": "xml"}}, "`response_format`: `type` is 'xml'"),
+    "form that is a word": ({"response_format": "json"}, "`response_format`: it is 'json'; expected an object"),
+    "no schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "it has no `schema`"),
+    "no mapping with a schema": ({"response_format": {"type": "json_schema"}}, "`json_schema` is None; expected an object"),
+    "schema beside another kind": ({"response_format": {**SCHEMA, "type": "text"}}, "beside ['json_schema']"),
+    "unknown field": ({"response_format": {**SCHEMA, "grammar": "a"}}, "it has ['grammar']"),
+    "unknown keyword": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"patternProperties": {}}}}}, "$.patternProperties",
+    ),
+    "grammar": ({"structured_outputs": {"grammar": "root ::= 'a'"}}, "`structured_outputs`: it has ['grammar']"),
+    "none of vLLM's": ({"structured_outputs": {}}, "it has []; expected one of"),
+    "two of vLLM's": ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "it has ['choice', 'regex']"),
+    "look-ahead": ({"structured_outputs": {"regex": "(?=a)b"}}, "look-around"),
+    "pattern that is none": ({"structured_outputs": {"regex": 3}}, "`regex` is 3"),
+    "too long a pattern": ({"structured_outputs": {"regex": "(?:[a-z]{1,200}b){200}"}}, "repeat less often"),
+    "no object": ({"structured_outputs": {"json_object": False}}, "`json_object` is False"),
+    "equal choices": ({"structured_outputs": {"choice": ["a", "a"]}}, "'a' twice"),
+    "brace": ({"structured_outputs": {"template": "{a"}}, "single '{'"),
+    "two forms": ({"response_format": SCHEMA, "structured_outputs": {"regex": "a"}}, "both given"),
+    "tools": ({"response_format": SCHEMA, "tools": TOOLS}, "`tools` and `response_format` are both given"),
+    "a thought": ({"response_format": SCHEMA, "chat_template_kwargs": {"enable_thinking": True}}, "`enable_thinking` and"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_form_is_refused_with_its_field(name):
+    body, reason = BAD[name]
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        take_form({"model": MODEL, **body}, CHAT_FIELDS)
+
+
+@pytest.mark.parametrize(
+    "body, fields, field",
+    [
+        ({"response_format": SCHEMA}, CHAT_FIELDS, "response_format"),
+        ({"text": {"format": {**SCHEMA["json_schema"], "type": "json_schema"}}}, RESPONSE, "text"),
+        ({"suffix": "a", "response_format": {"type": "text"}}, COMPLETION, "suffix"),
+        ({"suffix": "", "structured_outputs": None}, COMPLETION, None),
+        ({"text": {"format": {"type": "text"}}}, RESPONSE, None),
+        ({"text": {}}, RESPONSE, None),
+    ],
+)
+def test_fields_of_a_form_are_taken_out(body, fields, field):
+    found = take_form(body, fields)
+    assert not body and (None if found is None else found[0]) == field
