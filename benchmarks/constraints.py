@@ -340,7 +340,7 @@ def print_notes(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def print_many(args: argparse.Namespace) -> bool:
     """Whether all of them fit."""
-    models, tokenizer, trained = load_models()
+    models, tokenizer, trained = load_models(getattr(torch, args.dtype[0]))
     seed, refused, wrong = args.first, [], []
     count, fits, ways = (collections.Counter() for _ in range(3))
     while count.total() < args.count:
@@ -373,7 +373,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-fields", dest="fields", action="store_false", help="step: without the object of 20 fields")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="step: (1 4)")
     parser.add_argument("--canvas", nargs="+", choices=["flat", "peaked"], default=["flat", "peaked"], help="step: (both)")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="step: (both)")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, help="step: (float32 bfloat16); many: one (float32)")
     parser.add_argument("--rounds", type=int, default=5, help="step: (5)")
     parser.add_argument("--cpu-time", action="store_true", help="step: of one thread, instead of wall-clock time: on a busy machine")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="notes: (all)")
@@ -385,6 +386,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         args.vocab_size, args.only, args.states, args.batch, args.rounds = args.vocab_size or [LEAST], ["ISO date"], [16], [1], 1
         args.settings, args.count = ["2 steps"], args.count or 3
     sizes = {"compile": [262_144], "step": [640, 32_768, 262_144]}
+    args.dtype = args.dtype or (["float32", "bfloat16"] if args.part == "step" else ["float32"])
+    if args.part == "many" and len(args.dtype) > 1:
+        parser.error(f"`--dtype` is {args.dtype}; expected one for `many`")
     args.vocab_size = args.vocab_size or sizes.get(args.part, [LEAST])
     args.count = args.count or {"notes": 200}.get(args.part, 2000)
     if args.part == "compile" and (len(args.vocab_size) > 1 or args.vocab_size[0] < LEAST):

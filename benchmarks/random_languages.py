@@ -264,7 +264,7 @@ class Written(NamedTuple):
     row: int
 
 
-def load_models() -> tuple[list, Any, Any]:
+def load_models(dtype: torch.dtype = torch.float32) -> tuple[list, Any, Any]:
     """Random models, one of which is sure of nothing, the shipped checkpoint's tokenizer, and the checkpoint."""
     path, models = default_checkpoint(), []
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -273,8 +273,8 @@ def load_models() -> tuple[list, Any, Any]:
         more = len(tokenizer) + 3  # ids that the tokenizer has not
         config = small_config(more, 32, 2, 16, 10_000.0, image_token_id=107, boi_token_id=108, eoi_token_id=109)
         config.initializer_range = config.text_config.initializer_range = spread
-        models.append(DiffusionGemmaForMaskedBlockLM(config).eval())
-    return models, tokenizer, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        models.append(DiffusionGemmaForMaskedBlockLM(config).to(dtype).eval())
+    return models, tokenizer, AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 def random_texts(seed: int, models: list, tokenizer, trained, rows: int = 3) -> tuple[list[Written], list[str]]:
