@@ -137,8 +137,7 @@ def generate_asked(model: DiffusionGemmaForMaskedBlockLM, generation_config: Gen
     if asked is not None and asked.form is not None:
         kwargs["constraint"] = asked.form[1]
     if asked is not None and asked.trace is not None:
-        # Under a form the most probable ids are not what a step chooses from.
-        watchers.append(trace := Trace(alternatives=3 if asked.trace == "html" and asked.form is None else 0))
+        watchers.append(trace := Trace(alternatives=3 if asked.trace == "html" else 0))
     output = DiffusionGemmaForMaskedBlockLM.generate(model, generation_config=generation_config, watcher=watchers, **kwargs)
     if asked is not None and asked.trace is not None:
         asked.make(trace, kwargs["tokenizer"])

@@ -16,6 +16,7 @@ from small_models import CANVAS, prompts, small_model
 from transformers import pipeline
 
 from generation import Regex, Trace, Watcher
+from generation.rules.prediction import Wanted
 from generation.watch.packing import fill_forward, pack_bits, unpack_bits
 from generation.watch.page import PAGE
 from generation.watch.pictures import draw_trace, trace_page
@@ -247,13 +248,44 @@ def test_number_of_alternatives_is_checked(wrong):
         Trace(alternatives=wrong)
 
 
-def test_alternatives_under_a_constraint_are_refused(trained, tokenizer):
+@pytest.mark.parametrize("way", [{}, {"output_logits": True, "return_dict_in_generate": True}])
+def test_alternatives_under_a_constraint_fit_it(trained, tokenizer, way):
+    """Beside a row that may write anything. At the first position stands what "It is" begins with, behind it a piece of it or a digit."""
+    inputs = tokenizer([CHAT, CHAT], return_tensors="pt", padding=True)
+    settings = {"canvas_length": 16, "max_new_tokens": 16, "max_denoising_steps": 3, "seed": [0, 1], "tokenizer": tokenizer, **way}
+    plain, trace = Trace(), Trace(alternatives=3)
+    for watcher in (plain, trace):
+        trained.generate(**inputs, watcher=watcher, constraint=[Regex("It is [0-9]{4}!"), None], **settings)
+    for row in range(2):
+        assert all(torch.equal(one.canvas, other.canvas) for one, other in zip(plain.row(row), trace.row(row), strict=True))
+    (canvas,) = trace.row(0)
+    text = tokenizer.decode(canvas.tokens, skip_special_tokens=True)
+    place = next(place for place, token in enumerate(canvas.tokens.tolist()) if tokenizer.decode([token]).isdigit())
+    assert re.fullmatch("It is [0-9]{4}!", text)
+    for step in range(len(canvas.argmax)):
+        first, digit = (
+            [tokenizer.decode([token]) for token in canvas.alternatives[step, at][canvas.alternative_log_probs[step, at] > -15].tolist()]
+            for at in (0, place)
+        )
+        assert all("It is ".startswith(found) for found in first), first
+        assert digit and all(found.isdigit() or found in "It is " for found in digit), digit
+    assert bool((trace.row(1)[0].alternative_log_probs[:, 0] > -float("inf")).any())
+
+
+def test_alternatives_behind_a_constraint_that_sees_predictions_are_refused(trained, tokenizer):
+    class Sees:
+        wanted = Wanted()
+
+        def constrain(self, prediction, state, embedding):
+            return prediction
+
+        def select(self, rows):
+            return self
+
     inputs, trace = tokenizer(CHAT, return_tensors="pt"), Trace(alternatives=1)
-    with pytest.raises(ValueError, match="`constraint` is given, and a `watcher` that reads the most probable ids"):
-        trained.generate(**inputs, watcher=[Trace(), trace], constraint=Regex("a"), tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="`constraint` is given"):
-        trained.revise("1998-03-03", tokenizer, CHAT, noise=0.5, keep=["1998"], seed=0, watcher=trace)
-    trained.revise("1998-03-03", tokenizer, CHAT, noise=0.5, seed=0, watcher=trace, canvas_length=16)
+    with pytest.raises(ValueError, match="`constraint` sees predictions, and a `watcher` reads the most probable ids"):
+        trained.generate(**inputs, watcher=[Trace(), trace], constraint=Sees())
+    trained.revise("1998-03-03", tokenizer, CHAT, noise=0.5, keep=["1998"], seed=0, watcher=trace, canvas_length=16)
     assert trace.canvases[0].alternatives.shape[-1] == 1
 
 

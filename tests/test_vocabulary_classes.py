@@ -9,6 +9,7 @@ from test_constraint_lattice import enumerated, random_automaton, strings
 from generation.constraints.automaton import make_automaton
 from generation.constraints.lattice import make_lattice
 from generation.rules.draws import BatchDraws, RowDraws
+from generation.rules.prediction import NOTHING_MORE, Wanted
 from generation.vocabulary import classes as module
 from generation.vocabulary.classes import CHANCES, CHANCES_WITH_CURRENT, Chosen, ClassWalk
 from generation.vocabulary.dense_classes import dense_draw, dense_sums
@@ -35,7 +36,7 @@ def chosen_of(solution):
     return Chosen(solution.posterior, solution.sample, solution.best, ~(solution.log_partition > -math.inf))
 
 
-def join(walk, lattice, state, left, chance, pad):
+def join(walk, lattice, state, left, chance, pad, wanted=NOTHING_MORE):
     """As a loop joins them."""
     sums = walk.sums()
     first = None if chance is None else chance[:, : walk.count, 0]
@@ -44,29 +45,32 @@ def join(walk, lattice, state, left, chance, pad):
         lost = ~(solution.log_partition > -math.inf)
         solution = solution.where(lost, lattice.solve(sums.loose.log_mass, sums.loose.best, state, left, first))
         sums = walk.lift(sums, lost)
-    return walk.draw(sums, chosen_of(solution), chance, pad), solution
+    return walk.draw(sums, chosen_of(solution), chance, pad, wanted), solution
 
 
 def predict(
-    hidden, head, temperature, automata, state=None, left=0, count=None, chance="drawn", filters=None, current=None, pad=0, **kwargs
-):
+    hidden, head, temperature, automata, state=None, left=0, count=None, chance="drawn", filters=None, current=None, pad=0,
+    wanted=NOTHING_MORE, **kwargs,
+):  # fmt: skip
     lattice, orders = make_lattice(automata, CPU), make_orders([automaton.classes for automaton in automata], CPU)
     state = torch.zeros(len(hidden), dtype=torch.int64) if state is None else state
     if isinstance(chance, str):
         chances = CHANCES if current is None else CHANCES_WITH_CURRENT
         chance = BatchDraws(torch.Generator().manual_seed(1)).uniforms((*hidden.shape[:2], chances), CPU)
     walk = ClassWalk(hidden, head, temperature, orders, count or hidden.shape[1], filters, current, **kwargs)
-    return join(walk, lattice, state, left, chance, pad)
+    return join(walk, lattice, state, left, chance, pad, wanted)
 
 
-def predict_dense(hidden, head, temperature, automata, left=0, count=None, chance=None, filters=None, current=None, pad=0):
+def predict_dense(
+    hidden, head, temperature, automata, left=0, count=None, chance=None, filters=None, current=None, pad=0, wanted=NOTHING_MORE
+):
     lattice, orders = make_lattice(automata, CPU), make_orders([automaton.classes for automaton in automata], CPU)
     state, count = torch.zeros(len(hidden), dtype=torch.int64), count or hidden.shape[1]
     logits = whole_logits(hidden, head, temperature)
     logits = logits if filters is None else filters.apply(logits)
     sums = dense_sums(logits, orders, count)
     solution = lattice.solve(sums.log_mass, sums.best, state, left, None if chance is None else chance[:, :count, 0])
-    got = dense_draw(logits, sums, chosen_of(solution), orders, chance, pad, current)
+    got = dense_draw(logits, sums, chosen_of(solution), orders, chance, pad, current, wanted)
     table = head.weight if head.embedding is None else head.embedding
     return got._replace(soft_embeds=(got.shaped.exp().to(table.dtype) @ table) * head.embed_scale), solution
 
@@ -173,6 +177,27 @@ def test_walks_equal_whole_logits(piece, temperature, untied):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     for name in ("entropy", "log_probs", "current_log_probs", "soft_embeds"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=close, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("piece", [None, 1, 100])
+@pytest.mark.parametrize("most", [0.6, 0.001])
+def test_candidates_are_the_most_probable_ids_that_can_stand_there(piece, most):
+    """In few classes and in many; what weighs nothing may be left out of the walk, and is no candidate then."""
+    automata = [free_automaton(random_classes(701, 30, seed, most), seed) for seed in range(2)]
+    hidden, head = case(vocab_size=701, rows=(2, 9))
+    given = {"count": 7, "left": 3, "wanted": Wanted(candidates=5), "pad": 6, "chance": None}
+    got, _ = predict(hidden, head, 0.6, automata, piece=piece, **given)
+    expected, _ = predict_dense(hidden, head, 0.6, automata, **given)
+    assert got.candidates.shape == expected.candidates.shape == (2, 9, 5)
+    heavy = expected.candidate_log_probs > -20
+    assert torch.equal(got.candidates[heavy], expected.candidates[heavy]) and int(heavy[:, :7].sum()) > 30
+    torch.testing.assert_close(got.candidate_log_probs[heavy], expected.candidate_log_probs[heavy], atol=1e-4, rtol=1e-4)
+    assert bool((got.candidate_log_probs[~heavy] < -19).all()) and bool((got.candidates[:, 7:, 0] == 6).all())
+    assert bool((got.candidate_log_probs[:, 7:, 0] == 0).all())
+    for row, automaton in enumerate(automata):
+        assert bool((automaton.classes[got.candidates[row, :7]] > 0)[heavy[row, :7]].all())
+    more, _ = predict(hidden, head, 0.6, automata, **{**given, "wanted": Wanted(candidates=900)})
+    assert more.candidates.shape == (2, 9, 701)
 
 
 def test_walks_in_bf16_are_close_to_whole_logits():

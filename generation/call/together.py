@@ -73,10 +73,10 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
         raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
     if config.backend == "reference" and (given["seed"] is not None or isinstance(given["generator"], Sequence)):
         raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
-    if given["constraint"] is not None and candidates_of(given["watcher"] or ()):
+    if is_constraint(given["constraint"]) and candidates_of(given["watcher"] or ()):
         raise ValueError(
-            "`constraint` is given, and a `watcher` that reads the most probable ids, such as a Trace with `alternatives`: under one "
-            "they are not what a step chooses from; expected one of them"
+            "`constraint` sees predictions, and a `watcher` reads the most probable ids, such as a Trace with `alternatives`: behind that "
+            "one they are not what a step chooses from; expected one of them"
         )
     if given["constraint"] is not None and config.backend == "reference":
         raise ValueError("`constraint` is given, and `backend` is 'reference', which does as transformers' class does; expected another")

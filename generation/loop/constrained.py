@@ -71,7 +71,7 @@ def constrained_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch
         if sums.loose is not None:  # thresholds have left some rows nothing: the constraint outranks them
             rows = lost(solution)
             sums, solution = walk.lift(sums, rows), solution.where(rows, step.solve(sums.loose))
-        return walk.draw(sums, chosen(sums, solution), chance, plan.rules.pad)
+        return walk.draw(sums, chosen(sums, solution), chance, plan.rules.pad, plan.execution.wanted)
 
 
 def constrained_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs) -> Prediction:
@@ -89,7 +89,8 @@ def constrained_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Te
         shaped = torch.where(rows[:, None, None], loose(raw, inputs.filters.without_thresholds(), *given), shaped)
         sums = dense_sums(shaped, progress.orders, step.count)
         solution = step.solve(sums)
-    prediction = dense_draw(shaped, sums, chosen(sums, solution), progress.orders, chance, rules.pad, current)
+    given = (chosen(sums, solution), progress.orders, chance, rules.pad, current, plan.execution.wanted)
+    prediction = dense_draw(shaped, sums, *given)
     return prediction._replace(soft_embeds=model.soft_embed(prediction.shaped.to(model.dtype)), raw=raw)
 
 

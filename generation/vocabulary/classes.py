@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..rules.prediction import Prediction
+from ..rules.prediction import NOTHING_MORE, Prediction, Wanted
 from .filters import Filters, Threshold, find_threshold, listed
 from .products import choose_products
 from .segments import BySegment, Order, Orders, Piece, by_class, pick, pieces
@@ -160,7 +160,9 @@ class ClassWalk:
         mixed = (torch.where(rows[:, None, None], other, one) for one, other in zip(sums[:3], sums.loose[:3], strict=True))
         return ClassSums(*mixed, tuple(groups), lifted=rows)
 
-    def draw(self, sums: ClassSums, chosen: Chosen, chance: torch.Tensor | None, pad: int) -> Prediction:
+    def draw(
+        self, sums: ClassSums, chosen: Chosen, chance: torch.Tensor | None, pad: int, wanted: Wanted = NOTHING_MORE
+    ) -> Prediction:  # fmt: skip
         """The second walk.
 
         Args:
@@ -168,6 +170,7 @@ class ClassWalk:
             chosen: what the lattice made of it.
             chance (`float32 (B, C, 3 or 5)`): uniform numbers in [0, 1), the first of them the lattice's; None takes the best string.
             pad: the id behind the positions that count.
+            wanted: what is given on request; candidates alone.
 
         Returns:
             `Prediction` as of `walk.streamed_prediction`, under the constrained marginals: `argmax` the best string as a whole, `sample`
@@ -179,13 +182,16 @@ class ClassWalk:
             given = (value[rows].flatten(0, 1) for value in (sums.log_mass, sums.entropy, chosen.posterior, chosen.sample, chosen.best))
             best = sums.best[rows].flatten(0, 1).gather(1, chosen.best[rows].flatten()[:, None]).squeeze(1)
             numbers = None if chance is None else chance[rows, : self.count].flatten(0, 1)
-            for name, value in walk.second(sums.groups[index], *given, best, numbers).items():
+            for name, value in walk.second(sums.groups[index], *given, best, numbers, wanted.candidates).items():
                 if name not in whole:
                     whole[name] = value.new_zeros((batch_size, length, *value.shape[1:]))
                 whole[name][rows, : self.count] = value.view(-1, self.count, *value.shape[1:])
         behind = slice(self.count, length)
         for name in whole.keys() & {"sample", "argmax", "other"}:
             whole[name][:, behind] = pad
+        if "candidates" in whole:
+            whole["candidates"][:, behind] = pad
+            whole["candidate_log_probs"][:, behind, 1:] = -float("inf")
         if "current_log_probs" in whole:
             whole["current_log_probs"][:, behind].masked_fill_(self.current[:, behind] != pad, -float("inf"))
         whole["soft_embeds"][:, behind] = self.table[pad] * self.head.embed_scale
@@ -277,9 +283,10 @@ class _GroupWalk:
 
     def second(
         self, group: Group, log_mass: torch.Tensor, entropy: torch.Tensor, posterior: torch.Tensor, sample: torch.Tensor,
-        best: torch.Tensor, best_log_prob: torch.Tensor, chance: torch.Tensor | None,
+        best: torch.Tensor, best_log_prob: torch.Tensor, chance: torch.Tensor | None, candidates: int,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """The fields of a `Prediction` of N positions. Args: those of sums and lattice, (N, K) or (N,); `chance` (N, 3 or 5)."""
+        """The fields of a `Prediction` of N positions. Args: those of sums and lattice, (N, K) or (N,); `chance` (N, 3 or 5);
+        `candidates`: how many of the most probable ids are given."""
         order, mass = self.order, posterior.exp()
         rise = torch.where(mass > 0, posterior - log_mass, -float("inf")).sub_(group.offset)  # (N, K), from what was summed to the marginal
         weight = mass.index_select(1, order.kind).mul_(group.share)  # (N, S)
@@ -288,6 +295,7 @@ class _GroupWalk:
         places = [torch.zeros_like(one.segment) for one in drawn]
         rises, spare = (rise / NAT).index_select(1, order.kind).float(), self.walk.workspace.exponentials
         soft = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.device)
+        leading = _Leading(len(soft), min(candidates, len(order.ids)), self.device)
         for piece in pieces(order, self.walk.piece, None if heavy is None else heavy.any(dim=0).tolist()):
             rows, within = slice(None), piece.segments
             if heavy is not None:
@@ -304,6 +312,7 @@ class _GroupWalk:
                 found = begin + one.lane(_segment_of(bits[here], segment), begin, those)
                 place[those] = torch.where(inside[here], found, place[those])
             bits.add_(rises[rows, within, None])
+            leading.add(piece, bits.flatten(1), rows)
             shares = torch.exp2(bits, out=piece.of(spare[: len(bits), : len(piece.ids)])).flatten(1)
             mixed = self.walk.products.mix(shares.to(self.hidden.dtype), self.walk.embeddings(piece.ids))
             if isinstance(rows, slice):
@@ -317,6 +326,8 @@ class _GroupWalk:
             "log_probs": (_at(posterior, best) + best_log_prob - _at(log_mass, best)).float(),
             "soft_embeds": soft.to(self.walk.table.dtype) * self.walk.head.embed_scale,
         }  # fmt: skip
+        if candidates:
+            fields |= {"candidates": order.ids[leading.places], "candidate_log_probs": leading.log_probs()}
         if self.current is not None:
             log_probs = _at(rise, order.classes[self.current]).add_(group.current_bits * NAT)
             left = ~(group.current_bits <= MASKED / 2) & (order.place[self.current] < order.alive)
@@ -373,6 +384,30 @@ class _Drawn(NamedTuple):
         if self.chance is None:
             return bits.argmax(dim=-1)
         return pick(torch.exp2(bits - bits.amax(dim=-1, keepdim=True)), self.chance[rows])
+
+
+class _Leading:
+    """The `count` most probable ids of N positions, falling: their `places` int64 (N, count) in the order, and how probable they are."""
+
+    def __init__(self, positions: int, count: int, device: torch.device):
+        self.count = count
+        self.places = torch.zeros((positions, count), dtype=torch.int64, device=device)
+        self.bits = torch.full((positions, count), MASKED, dtype=torch.float32, device=device)
+
+    def add(self, piece: Piece, bits: torch.Tensor, rows: torch.Tensor | slice) -> None:
+        """The bits (n, W) of a piece, of the positions `rows`."""
+        if not self.count:
+            return
+        here = bits.topk(min(self.count, bits.shape[1]), dim=-1)
+        found, places = (
+            torch.cat(pair, dim=1) for pair in ((self.bits[rows], here.values), (self.places[rows], here.indices + piece.first))
+        )
+        best = found.topk(self.count, dim=-1)
+        self.bits[rows], self.places[rows] = best.values, places.gather(1, best.indices)
+
+    def log_probs(self) -> torch.Tensor:
+        """Float32 (N, count), nats; -inf where there is no such id, or none that weighs anything."""
+        return torch.where(self.bits > MASKED / 2, self.bits * NAT, -float("inf"))
 
 
 def _rows(inside: torch.Tensor) -> torch.Tensor | slice:

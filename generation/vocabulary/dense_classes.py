@@ -8,7 +8,7 @@ N: positions that count of one row, V ids, K classes.
 
 import torch
 
-from ..rules.prediction import Prediction
+from ..rules.prediction import NOTHING_MORE, Prediction, Wanted
 from .classes import Chosen, ClassSums
 from .segments import Order, Orders, pick
 
@@ -32,7 +32,7 @@ def dense_sums(shaped: torch.Tensor, orders: Orders, count: int) -> ClassSums:
 
 def dense_draw(
     shaped: torch.Tensor, sums: ClassSums, chosen: Chosen, orders: Orders, chance: torch.Tensor | None, pad: int,
-    current: torch.Tensor | None = None,
+    current: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE,
 ) -> Prediction:  # fmt: skip
     """The prediction under the constrained marginals, without `soft_embeds` and `raw`. Its `shaped` are their log-probabilities, in
     the dtype of the logits: the soft embedding of these is that of the marginals. Args as of `dense_sums` and `ClassWalk.draw`."""
@@ -61,6 +61,9 @@ def dense_draw(
         entropy=torch.special.entr(marginal.double().exp()).sum(dim=-1).float(),
         bad=chosen.lost | shaped.isnan().flatten(1).any(dim=-1), shaped=marginal,
     )  # fmt: skip
+    if wanted.candidates:
+        best = marginal.topk(min(wanted.candidates, shaped.shape[-1]), dim=-1)
+        prediction = prediction._replace(candidates=best.indices, candidate_log_probs=best.values.float())
     if current is not None:
         current_log_probs = marginal.gather(-1, current[..., None]).squeeze(-1).float()
         prediction = prediction._replace(current_log_probs=current_log_probs, other=other)

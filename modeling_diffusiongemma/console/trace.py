@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         refuse_reference(settings)
     if args.png is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("matplotlib is not installed, which `--png` needs; expected it: pip install 'modeling-diffusiongemma[bench]'")
-    alternatives = ALTERNATIVES if args.html is not None and constraint is None else 0  # which the page alone shows
+    alternatives = ALTERNATIVES if args.html is not None else 0  # which the page alone shows
     session, trace = Session(args), Trace(alternatives)
     prompt = args.prompt if args.raw else [{"role": "user", "content": args.prompt}]
     (answer,) = session.answer([prompt], constraint=constraint, watcher=trace)
