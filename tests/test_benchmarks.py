@@ -288,6 +288,14 @@ def test_objective_measures_its_ways(table, rows):
     assert all(row in printed for row in rows), printed
 
 
+@pytest.mark.parametrize("recipe, only, lines", [("sudoku", "greedy", ["greedy"]), ("text", "autoregressive", ["autoregressive, greedy"])])
+def test_presets_measure_the_lines_that_a_checkpoint_can_write(recipe, only, lines):
+    """Sudoku learned no causal loss: nothing is written there from left to right."""
+    printed = run("presets.py", recipe, "--cases", "1", "--only", only, "--threads", "1")
+    assert re.findall(r"^\| (?!setting|-)(.*?) \|", printed, re.MULTILINE) == lines
+    assert "nan" not in printed and ("tokens equal" in printed) == (recipe == "text")
+
+
 def test_long_answers_are_timed_in_both_ways():
     printed = run("long_answers.py", "--cases", "2", "--single", "1", "--batches", "1", "2", "--threads", "1")
     assert [line.split(" | ")[:2] for line in printed.splitlines() if "iffusion | " in line or "autoreg" in line] == [
