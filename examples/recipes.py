@@ -311,12 +311,12 @@ class SudokuRecipe:
 
 class SudokuFurtherRecipe(SudokuRecipe):
     """What the Sudoku checkpoint learned after its first recipe, from which it goes on: puzzles nearly as they are asked, half of them such
-    as naked and hidden singles do not solve, on canvases it wrote itself."""
+    as naked and hidden singles do not solve, on canvases it wrote itself. To these nothing is revealed: a few cells more, and singles do."""
 
     name = "sudoku-further"
     start = "sudoku"
     rollouts = (0.0, 0.75)
-    EXTRA_CLUES = (0, 6)
+    EXTRA_CLUES = (0, 6)  # for the others
     SEARCH_SHARE = 0.5
 
     def __init__(self, data: str | None = None):
@@ -327,8 +327,8 @@ class SudokuFurtherRecipe(SudokuRecipe):
 
     def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
         hard = rng.binomial(size, self.SEARCH_SHARE)
-        pools = ((self.search, hard), (slice(None), size - hard))
-        drawn = [sudoku.sample_training(self.puzzles[pool], self.solutions[pool], n, rng, self.EXTRA_CLUES) for pool, n in pools]
+        pools = ((self.search, hard, (0, 0)), (slice(None), size - hard, self.EXTRA_CLUES))
+        drawn = [sudoku.sample_training(self.puzzles[pool], self.solutions[pool], n, rng, clues) for pool, n, clues in pools]
         return tuple(np.concatenate(boards) for boards in zip(*drawn, strict=True))
 
 
