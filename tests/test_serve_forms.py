@@ -5,11 +5,13 @@ client.chat.completions.parse(model=default_checkpoint(), messages=[...], respon
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from servers import CHAT, MODEL, client_of, served
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_diffusiongemma.console.serve_forms import CHAT as CHAT_FIELDS
 from modeling_diffusiongemma.console.serve_forms import COMPLETION, RESPONSE, take_form
@@ -124,6 +126,19 @@ def test_form_that_does_not_fit_its_tokens_is_refused(client):
         client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=8, extra_body=asked)
     with pytest.raises(openai.UnprocessableEntityError, match="suffix"):  # of a chat
         client.post("/chat/completions", body={"model": MODEL, "messages": CHAT, "suffix": "-02"}, cast_to=object)
+
+
+def test_model_of_another_kind_is_asked_for_no_form(tmp_path):
+    """Its server would pass over the field, and answer in any form."""
+    openai, folder = pytest.importorskip("openai"), str(tmp_path / "llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=640, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    with served(tmp_path, folder) as url:
+        asked = partial(client_of(url).chat.completions.create, model=folder, messages=CHAT, max_tokens=3)
+        assert asked().usage.completion_tokens <= 3
+        with pytest.raises(openai.BadRequestError, match=r"denoises no canvas of ours; expected none of \['response_format'\]"):
+            asked(response_format={"type": "json_object"})
 
 
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "day", "schema": Day.model_json_schema(), "strict": True}}
