@@ -311,7 +311,7 @@ class SudokuRecipe:
 
 class SudokuFurtherRecipe(SudokuRecipe):
     """What the Sudoku checkpoint learned after its first recipe, from which it goes on: puzzles nearly as they are asked, half of them such
-    as naked and hidden singles do not solve, on canvases it wrote itself. To these nothing is revealed: a few cells more, and singles do."""
+    as singles do not solve, on canvases it wrote itself. To these nothing is revealed: with a few cells more, singles do."""
 
     name = "sudoku-further"
     start = "sudoku"
