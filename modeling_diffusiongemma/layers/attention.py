@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import DiffusionGemmaTextConfig
+from transformers import DiffusionGemmaTextConfig, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from generation.fast.proofs import FastPath, numbers, works
@@ -58,14 +58,15 @@ def sdpa_attention(module, query, key, value, attention_mask, dropout=0.0, scali
     options = {"dropout_p": dropout, "scale": scaling, "is_causal": is_causal and attention_mask is None}
     sharing = heads // key.shape[1]  # query heads a key head
     if sharing == 1 or kernel_shares_keys(key, attention_mask):
-        output = scaled_dot_product_attention(query, key, value, attention_mask, enable_gqa=sharing > 1, **options)
+        output = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, enable_gqa=sharing > 1, **options)
         return output.transpose(1, 2), None
     if not options["is_causal"] and (attention_mask is None or attention_mask.shape[2] == 1):
         folded = query.reshape(batch_size, key.shape[1], sharing * queries, head_dim)
-        output = scaled_dot_product_attention(folded, key, value, attention_mask, **options)
+        output = nn.functional.scaled_dot_product_attention(folded, key, value, attention_mask, **options)
     else:
+        attend = nn.functional.scaled_dot_product_attention
         singles = query.reshape(batch_size, key.shape[1], sharing, queries, head_dim).unbind(dim=2)  # one query head a key head, each
-        output = torch.stack([scaled_dot_product_attention(single, key, value, attention_mask, **options) for single in singles], dim=2)
+        output = torch.stack([attend(single, key, value, attention_mask, **options) for single in singles], dim=2)
     return output.view(batch_size, heads, queries, head_dim).transpose(1, 2), None
 
 
@@ -75,7 +76,8 @@ def _prove_shared_keys(device: torch.device, dtype: torch.dtype, head_dim: int):
     for queries, keys, is_causal in ((5, 9, False), (9, 9, True)):
         shapes = ((1, 4, queries, head_dim), (1, 2, keys, head_dim), (1, 2, keys, head_dim))
         query, key, value = ((numbers(*shape, seed=place) / head_dim**0.25).to(device, dtype) for place, shape in enumerate(shapes))
-        got.append(scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=1.0, is_causal=is_causal).transpose(1, 2))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=1.0, is_causal=is_causal)
+        got.append(attended.transpose(1, 2))
         unseen = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
         mask = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(unseen, -float("inf")) if is_causal else None
         expected.append(eager_attention(nn.Identity(), query, key, value, mask)[0])
@@ -122,12 +124,29 @@ ATTENTION = {
     "flex_attention": Implementation(flex_attention, block_mask),
 }
 OTHERS = Implementation(None, expanded)
+# By what makes the masks of a name in transformers: that which ours are then given in.
+FORMS = {
+    masking_utils.eager_mask: additive, masking_utils.sdpa_mask: expanded, masking_utils.flex_attention_mask: block_mask,
+}  # fmt: skip
 
 
 def implementation(name: str) -> Implementation:
-    """The row of `ATTENTION`, or of any other name that transformers knows, whose mask is boolean `(B, 1, Q, S)`. What a user registers
-    under a name that has no function here counts from the next pass on; `eager_attention` where nobody has under "eager"."""
+    """The row of `ATTENTION`, or of any other name that transformers knows, whose mask is that which `AttentionMaskInterface` has under it:
+    boolean `(B, 1, Q, S)` where it has none. What a user registers counts from the next pass on, under `"sdpa"`, too; `eager_attention`
+    where nobody has under "eager".
+
+    Raises:
+        ValueError: masks of another form than transformers' own.
+    """
+    if name == "sdpa" and ALL_ATTENTION_FUNCTIONS.get(name) is not sdpa_attention_forward:
+        return Implementation(ALL_ATTENTION_FUNCTIONS[name], expanded)
     attend, form, causal_without = ATTENTION.get(name, OTHERS)
+    if name not in ATTENTION and name in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS:
+        made_by = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if made_by not in FORMS:
+            expected = f"one of {sorted(each.__name__ for each in FORMS)}"
+            raise ValueError(f"`AttentionMaskInterface` has {made_by!r} for the `attn_implementation` {name!r}; expected {expected}")
+        form = FORMS[made_by]
     return Implementation(attend or ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention), form, causal_without)
 
 
