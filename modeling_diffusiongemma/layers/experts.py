@@ -32,8 +32,16 @@ DENSE_LIMIT = 2**17
 EAGER_LIMIT = 16
 RANK_MULTIPLE = 8  # torch's grouped products want rows of a whole number of 16 bytes
 
-# transformers' functions, and those of this very file under their names: another version of it may be in the process, as remote code.
-EXPERTS_FUNCTIONS = ExpertsInterface()
+
+class ExpertsFunctions(ExpertsInterface):
+    """transformers' functions, or whoever's stand in their places, and those of this very file under their names: another version of it may
+    be in the process, as remote code."""
+
+    def __getitem__(self, name: str) -> Callable:
+        return self._local_mapping[name] if name in self._local_mapping else ALL_EXPERTS_FUNCTIONS[name]
+
+
+EXPERTS_FUNCTIONS = ExpertsFunctions()
 
 _asked: ContextVar[str | None] = ContextVar("_asked", default=None)  # what `experts_by` says in this thread
 
@@ -44,7 +52,7 @@ class Router(nn.Module):
 
     def __init__(self, config: DiffusionGemmaTextConfig):
         super().__init__()
-        self.top_k, self.num_experts = config.top_k_experts, config.num_experts
+        self.config = config  # asked at every pass how many to choose, as transformers' router asks it
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
@@ -55,7 +63,7 @@ class Router(nn.Module):
         the ids, int64 `(N, A)`: what transformers' router of this model returns."""
         scores = self.proj(self.norm(hidden_states) * self.scale * hidden_states.shape[-1] ** -0.5)  # (N, E)
         probabilities = scores.softmax(dim=-1, dtype=torch.float32)
-        weights, chosen = torch.topk(probabilities, self.top_k, dim=-1)
+        weights, chosen = torch.topk(probabilities, self.config.top_k_experts, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         return probabilities, weights * self.per_expert_scale[chosen], chosen
 
