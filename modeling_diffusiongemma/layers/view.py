@@ -40,6 +40,9 @@ def make_view(stack, cache: Cache, seen: int, shape, position_ids, dtype, rule: 
     keeps all, it may reach further back. The window of a canvas that stands before the last cached token (`later`) does too.
     """
     config, windows, masks = stack.config, [], {}
+    if len(stack.layers) != config.num_hidden_layers:
+        held = f"the config says {config.num_hidden_layers} as `num_hidden_layers`, and the model has {len(stack.layers)} layers"
+        raise ValueError(f"{held}; expected as many: all of a model's layers run, and one of fewer is built from a config of its own")
     if seen and len(cache.layers) < config.num_hidden_layers and not torch.compiler.is_compiling():
         held = f"{seen} tokens in layers 0 to {len(cache.layers) - 1} and none behind them"
         raise ValueError(f"`cache` holds {held}; expected as many in every layer: all layers see the same tokens")
