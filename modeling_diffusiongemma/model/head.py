@@ -27,7 +27,7 @@ from ..training.score import Score, score_responses
 from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
-from .plain import attached, brought_in, conditioning, expected_embedding, has_hooks, runs_on, why_not_plain
+from .plain import attached, brought_in, conditioning, expected_embedding, has_hooks, passed_by, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -79,6 +79,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """`DiffusionGemmaBlockModel.check_prompt`."""
         if (what := attached(self)) is not None:
             raise ValueError(f"the model has {what}, and generation does not call it; expected hooks on its layers, or a `watcher`")
+        for name, module in {"": self, "model": self.model}.items():
+            if (what := passed_by(module)) is not None:
+                called = f"`{name}`" if name else "the model"
+                logger.warning_once(f"Generation calls the layers of the model and not {called} as a function, which is {what}.")
         self.model.check_prompt(*args, **kwargs)
 
     def denoise(self, *args, **kwargs):

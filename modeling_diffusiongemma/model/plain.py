@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.modules import module as hooks_of_all_modules
 
 from generation.call.plan import mixes_adapters
@@ -22,6 +23,7 @@ from ..layers.layers import ScaledEmbedding
 from .divided import divided_mean, is_divided
 
 FORWARDS = {kind: kind.forward for kind in (nn.Linear, ScaledEmbedding)}  # before anybody replaces one
+COMPILED = "_torchdynamo_orig_callable"  # an attribute of what torch.compile makes of a function
 BRINGING = ("AlignDevicesHook", "CpuOffload")  # Accelerate's hooks that move weights and leave values as they are
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROWS = 2**16  # of an embedding that are asked for at a time: 369 MB in bfloat16 at 2,816 numbers each
@@ -65,12 +67,23 @@ def has_hooks(module: nn.Module, gathering: bool = True) -> bool:
 
 def attached(module: nn.Module) -> str | None:
     """What a user attached to a module that only its call would run: hooks, or another `forward`. Those of torch (FSDP, compiled forms) and
-    of Accelerate change no value, and do not count."""
+    of Accelerate change no value but for its rounding, and do not count: `passed_by` says which there are."""
     if any(map(_user_made, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
         return "a forward hook"
     given = vars(module).get("_old_forward", vars(module).get("forward"))
+    given = getattr(given, COMPILED, given)  # torch.compile gives it the name of what it compiled
     as_built = given is None or getattr(given, "__func__", None) is type(module).forward
     return "a `forward` of its own" if not as_built and _user_made(given) else None
+
+
+def passed_by(module: nn.Module) -> str | None:
+    """Which library's form of a module's call counts only where somebody calls it, and what to do instead; None where there is none."""
+    compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+    if compiled or hasattr(vars(module).get("forward"), COMPILED):
+        return "compiled by torch; expected `compile_config=CompileConfig()` as an argument of `generate`"
+    if "_original_forward" in vars(module):
+        return "in Accelerate's mixed precision; expected `with accelerator.autocast():` around `generate`"
+    return None
 
 
 def _user_made(function: Callable) -> bool:
@@ -128,4 +141,4 @@ def conditioning(
     return soft_embeds if mask is None else soft_embeds * mask.to(soft_embeds)[:, None, None]
 
 
-__all__ = ["attached", "brought_in", "conditioning", "expected_embedding", "has_hooks", "runs_on", "why_not_plain"]
+__all__ = ["attached", "brought_in", "conditioning", "expected_embedding", "has_hooks", "passed_by", "runs_on", "why_not_plain"]

@@ -1,0 +1,172 @@
+"""What a user puts in the place of torch's and transformers' functions, or changes in a built model's config, counts as in transformers'
+class, or is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from tiny import close, ours, pad_rows, pair, rows_of, tiny_config, tokens
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import eager_attention_forward
+
+from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+from modeling_diffusiongemma.model import head
+
+IDS, MASK = pad_rows(rows_of((12, 9)), "left")
+CANVAS = tokens(2, 5, 7)
+CALLS = 8  # of four layers in two passes
+
+
+def logits(model):
+    return model(tokens(2, 11), decoder_input_ids=CANVAS).logits
+
+
+def padded(model):
+    return model(IDS, attention_mask=MASK, decoder_input_ids=CANVAS).logits
+
+
+def counted(function, calls, **changed):
+    def replaced(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **{**kwargs, **changed})
+
+    return replaced
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """The names of this test in transformers' tables are no longer there behind it."""
+    for table in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(table, "_global_mapping", dict(table._global_mapping))
+
+
+def test_attention_in_the_place_of_sdpa_counts(monkeypatch):
+    """It was never called, silently: `"sdpa"` was always the function of this package."""
+    oracle, model = pair()
+    plain, calls = logits(model), []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", counted(sdpa_attention_forward, calls, scaling=0.3))
+    got = logits(model)
+    assert len(calls) == CALLS
+    close(got, logits(oracle))
+    assert (got - plain).abs().max() > 0.01
+
+
+def test_function_in_the_place_of_torchs_attention_counts(monkeypatch):
+    """As libraries of attention kernels say one should: it was taken from torch while the package was imported."""
+    oracle, model = pair()
+    plain, calls = logits(model), []
+    given = counted(torch.nn.functional.scaled_dot_product_attention, calls, scale=0.3)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", given)
+    got = logits(model)
+    assert len(calls) == CALLS
+    close(got, logits(oracle))
+    assert (got - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("attention", "mask"), [(eager_attention_forward, eager_mask), (sdpa_attention_forward, sdpa_mask), (sdpa_attention_forward, None)]
+)
+def test_registered_attention_gets_the_mask_that_is_registered_with_it(names, attention, mask):
+    """It got a boolean one in any case, which eager attention adds to its scores, silently."""
+    AttentionInterface.register("mine", attention)
+    if mask is not None:
+        AttentionMaskInterface.register("mine", mask)
+    model = copy.deepcopy(ours())
+    model.set_attn_implementation("mine")
+    close(logits(model), logits(ours()))
+    close(padded(model), padded(ours()))
+
+
+def test_mask_of_another_form_is_refused(names):
+    AttentionInterface.register("mine", sdpa_attention_forward)
+    model = copy.deepcopy(ours())
+    for mask in (flash_attention_mask, lambda **kwargs: None):
+        AttentionMaskInterface.register("mine", mask)
+        assert ALL_MASK_ATTENTION_FUNCTIONS["mine"] is mask
+        model.set_attn_implementation("mine")
+        with pytest.raises(ValueError, match="`AttentionMaskInterface` has .* for the `attn_implementation` 'mine'; expected one of"):
+            logits(model)
+
+
+def test_experts_in_the_place_of_transformers_count(monkeypatch):
+    model, calls = copy.deepcopy(ours()), []
+    model.set_experts_implementation("grouped_mm")
+    plain = logits(model)
+    given = counted(ALL_EXPERTS_FUNCTIONS["grouped_mm"], calls)
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "grouped_mm", given)
+    close(logits(model), plain)
+    assert len(calls) == CALLS
+
+
+def test_number_of_chosen_experts_is_the_configs_at_every_pass():
+    """It was that of the config the model was built from, silently."""
+    oracle, model = copy.deepcopy(pair())
+    plain = logits(model)
+    for each in (oracle, model):
+        each.config.text_config.top_k_experts = 1
+    close(logits(model), logits(oracle))
+    assert (logits(model) - plain).abs().max() > 0.1
+
+
+def test_fewer_layers_than_the_config_says_are_refused():
+    """transformers' class runs as many as it says; all ran, silently. A list of fewer modules ended in an error of `zip`."""
+    model = copy.deepcopy(ours())
+    model.config.text_config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="says 2 as `num_hidden_layers`, and the model has 4 layers"):
+        logits(model)
+    model = copy.deepcopy(ours())
+    model.model.decoder.layers = model.model.decoder.layers[:2]
+    with pytest.raises(ValueError, match="says 4 as `num_hidden_layers`, and the model has 2 layers"):
+        model.generate(IDS, attention_mask=MASK, max_new_tokens=4)
+
+
+COMPILED = {
+    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")),
+    "in place": lambda model: model.compile(backend="eager"),
+    "inner": lambda model: setattr(model, "model", torch.compile(model.model, backend="eager")),
+    "inner, in place": lambda model: model.model.compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_model_says_that_generation_runs_as_it_is(how, monkeypatch):
+    """`forward` was refused as one of the caller's, all others did nothing, silently."""
+    model = DiffusionGemmaForMaskedBlockLM(tiny_config()).eval()
+    settings = {"max_new_tokens": 4, "max_denoising_steps": 2, "seed": 1}
+    expected = model.generate(IDS, attention_mask=MASK, **settings)
+    COMPILED[how](model)
+    said = []
+    monkeypatch.setattr(head.logger, "warning_once", said.append)
+    assert torch.equal(model.generate(IDS, attention_mask=MASK, **settings), expected)
+    assert "as a function, which is compiled by torch; expected `compile_config=CompileConfig()`" in said[0]
+
+
+def test_compiled_layers_run_compiled():
+    model, graphs = DiffusionGemmaForMaskedBlockLM(tiny_config()).eval(), []
+    settings = {"max_new_tokens": 4, "max_denoising_steps": 2, "seed": 1}
+    expected = model.generate(IDS, attention_mask=MASK, **settings)
+    model.model.decoder.compile(backend=lambda graph, _: graphs.append(1) or graph.forward)
+    assert torch.equal(model.generate(IDS, attention_mask=MASK, **settings), expected)
+    assert graphs
+
+
+def test_mixed_precision_of_accelerate_says_that_generation_runs_without(monkeypatch):
+    """Where transformers' class denoises in bfloat16, it was float32, silently."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model, seen = accelerator.prepare_model(DiffusionGemmaForMaskedBlockLM(tiny_config()), evaluation_mode=True).eval(), set()
+    model.model.decoder.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+    settings = {"max_new_tokens": 4, "max_denoising_steps": 2, "seed": 1}
+    said = []
+    monkeypatch.setattr(head.logger, "warning_once", said.append)
+    model.generate(IDS, attention_mask=MASK, **settings)
+    assert seen == {torch.float32}
+    assert "in Accelerate's mixed precision; expected `with accelerator.autocast():`" in said[0]
+    seen.clear()
+    with accelerator.autocast():
+        model.generate(IDS, attention_mask=MASK, **settings)
+    assert seen == {torch.bfloat16}
