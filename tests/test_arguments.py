@@ -336,15 +336,36 @@ def test_cache_of_a_kind_that_cannot_be_is_refused(model):
 
 
 def test_several_prompts_verified_are_each_as_alone(model):
-    """Rows keep different numbers of tokens a round; scores there are none."""
+    """Rows keep different numbers of tokens a round. There were no scores, silently."""
     ids, mask = prompts(3, 9, padded=4)
     settings = {"max_new_tokens": 13, "do_sample": False, "max_denoising_steps": 3, "eos_token_id": [1], "return_dict_in_generate": True}
-    plain = model.generate(ids, attention_mask=mask, decoding="autoregressive", **settings)
+    plain = model.generate(ids, attention_mask=mask, decoding="autoregressive", output_scores=True, **settings)
     several = model.generate(ids, attention_mask=mask, decoding="verified", output_scores=True, **settings)
-    assert torch.equal(several.sequences, plain.sequences) and several.scores is None
+    assert torch.equal(several.sequences, plain.sequences)
+    for got, expected in zip(several.scores, plain.scores, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert several.denoising_steps.shape == several.tokens_per_forward.shape == (3,)
     with pytest.raises(ValueError, match="verified.*3 rows"):
         model.generate(ids, decoding="verified", streamer=BaseStreamer(), **settings)
+
+
+def test_autoregressive_scores_are_those_of_the_tokens_that_were_drawn(model):
+    """They were those of the most probable tokens, whatever was drawn."""
+    ids = prompts(2, 6)[0]
+    output = model.generate(
+        ids, decoding="autoregressive", temperature=2.0, top_k=40, seed=0, max_new_tokens=9, eos_token_id=[], output_scores=True,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    logits = output.logits / 2.0
+    kept = logits.masked_fill(logits < logits.topk(40, dim=-1).values[..., -1:], -float("inf")).log_softmax(dim=-1)
+    log_probs = kept.gather(-1, output.sequences[:, 6:, None]).squeeze(-1)
+    assert bool((log_probs < kept.amax(dim=-1)).any()), "no token was drawn that is not the most probable one"
+    torch.testing.assert_close(output.scores.log_probs, log_probs, atol=1e-4, rtol=0)
+
+
+def test_scores_that_nobody_gets_are_refused(model):
+    with pytest.raises(ValueError, match="`output_scores` is True; expected `return_dict_in_generate=True`"):
+        model.generate(prompts(1, 6)[0], output_scores=True)
 
 
 # What simply works, and what a call leaves as it is

@@ -63,15 +63,17 @@ class Rules:
 
 @dataclass(frozen=True)
 class Execution:
-    """How it is run. `why_dense`: what needs whole logits, None where the vocabulary is walked in pieces. `wanted`: what predictions hold.
-    `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as transformers' do. `keep_logits`: hand out
-    the logits of what is committed. `late_flags`: look one step late at which rows are finished, so that the device never waits for the
-    host. `record`: record the denoising step once and replay it. `deadline`: seconds on `time.perf_counter`."""
+    """How it is run. `why_dense`: what needs whole logits, None where the vocabulary is walked in pieces. `wanted`: what predictions
+    hold. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as transformers' do. `keep_scores` and
+    `keep_logits`: hand out scores and logits of what is committed; a canvas has its scores in any case. `late_flags`: look one step
+    late at which rows are finished, so that the device never waits for the host. `record`: record the denoising step once and replay
+    it. `deadline`: seconds on `time.perf_counter`."""
 
     why_dense: str | None
     wanted: Wanted
     compact: bool
     count_padding: bool
+    keep_scores: bool
     keep_logits: bool
     late_flags: bool
     record: bool
@@ -202,6 +204,7 @@ def make_plan(
             wanted=Wanted(candidates_of(watchers)) if constraint is None else constraint.wanted,
             compact=not reference and not stays,
             count_padding=reference,
+            keep_scores=bool(config.output_scores),
             keep_logits=bool(config.output_logits),
             late_flags=reads_late(device),
             record=why is None and constraint is None and (stays or rows == 1) and not config.disable_compile

@@ -33,8 +33,9 @@ def check_fields(config, whole: bool = False) -> None:
     corrects = isinstance(config.sampler, PredictorCorrectorSampler) or config.sampler == "predictor_corrector"
     if config.noise == "mask" and corrects:
         raise ValueError("`noise` is 'mask'; expected 'uniform' with `sampler='predictor_corrector'`, which reverses uniform noise")
-    if config.output_logits and not config.return_dict_in_generate:
-        raise ValueError("`output_logits` is True; expected `return_dict_in_generate=True` with it, or they have nowhere to go")
+    for name in ("output_logits", "output_scores"):
+        if getattr(config, name) and not config.return_dict_in_generate:
+            raise ValueError(f"`{name}` is True; expected `return_dict_in_generate=True` with it, or they have nowhere to go")
     if config.cache_config is not None and config.cache_implementation != "quantized":
         raise ValueError(f"`cache_config` is {config.cache_config!r}; expected None unless `cache_implementation` is 'quantized'")
 

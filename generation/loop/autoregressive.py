@@ -20,6 +20,15 @@ def next_logits(model, plan: Plan, rows: Rows, hidden: torch.Tensor) -> tuple[to
     return plan.rules.shaping(possible, rows.filters, rows.committed, None, plan.rules.temperature, 1), raw
 
 
+def token_scores(shaped: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By name, `(b, n)` each: what the transcript keeps of `tokens` int64 (b, n), drawn from softmax(shaped) float32 `(b, n, V)`, which are
+    written once."""
+    log_probs = shaped.gather(-1, tokens[..., None]).squeeze(-1) - shaped.logsumexp(dim=-1)
+    entropy = torch.distributions.Categorical(logits=shaped, validate_args=False).entropy()
+    zeros = torch.zeros_like(tokens)
+    return dict(zip(SCORE_FIELDS, (log_probs, entropy, zeros, zeros), strict=True))
+
+
 def decode_autoregressively(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: Transcript, watchers: Sequence[Watcher]) -> None:
     """What "n times faster than autoregressive" is measured against."""
     rows = rows._replace(cache=dynamic_cache(model.config.get_text_config()))
@@ -29,10 +38,9 @@ def decode_autoregressively(model, plan: Plan, prompt: Prompt, rows: Rows, trans
         shaped, raw = next_logits(model, plan, rows, hidden)
         prediction = dense_prediction(shaped, rows.draws.at(rows.generated, 0), plan.rules.greedy)
         check_finite(prediction.bad, rows.places, rows.progress is not None)
-        zeros = torch.zeros_like(prediction.sample)
-        scores = dict(zip(SCORE_FIELDS, (prediction.log_probs, prediction.entropy, zeros, zeros), strict=True))
+        scores = token_scores(shaped, prediction.sample) if plan.execution.keep_scores else None
         tokens = transcript.add(rows, prediction.sample, (~transcript.ended).long(), scores, raw)
         rows, inputs, length = rows.commit(tokens, transcript.ended), {"input_ids": tokens}, 1
 
 
-__all__ = ["decode_autoregressively", "next_logits"]
+__all__ = ["decode_autoregressively", "next_logits", "token_scores"]

@@ -170,7 +170,7 @@ class Transcript:
         return torch.cat((self.prompt, self._joined("tokens", self.plan.rules.pad)), dim=1)
 
     def scores(self) -> TokenScores | None:
-        """Scores of the new tokens; None where the way of decoding has none."""
+        """Scores of the new tokens; None unless they were handed in."""
         return TokenScores(*map(self._joined, SCORE_FIELDS)) if SCORE_FIELDS[0] in self._values else None
 
     def logits(self) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from ..call.plan import Plan
 from ..call.prompt import Prompt
 from ..watch.watcher import Watcher
-from .autoregressive import next_logits
+from .autoregressive import next_logits, token_scores
 from .canvas import begin_canvas, denoise_canvas
 from .rows import Rows
 from .transcript import Transcript
@@ -43,14 +43,19 @@ def decode_row(model, plan: Plan, inputs: dict[str, torch.Tensor], rows: Rows, t
         raw = model.compute_logits(drafted.prefill(model, {"input_ids": draft}, draft.shape[1], count_padding))  # (1, C, V), behind each
         behind = rows.commit(chosen)
         possible = raw if rows.progress is None else rows.progress.restrict_along(raw, draft, rows.left(plan) - 2)
-        choices = plan.rules.shaping(possible, behind.filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1).argmax(dim=-1)
+        shapes = plan.rules.shaping(possible, behind.filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1)
+        choices = shapes.argmax(dim=-1)
         kept = 1 + int((choices[:, :-1] == draft[:, 1:]).long().cumprod(dim=1).sum())
         if kept < draft.shape[1]:
             rows.cache.crop(-(draft.shape[1] - kept))
         logits = torch.cat((before, raw[:, : kept - 1]), dim=1) if plan.execution.keep_logits else None
-        tokens = transcript.add(rows, draft[:, :kept], passes + state.passes, logits=logits)
+        scores = None
+        if plan.execution.keep_scores:
+            scores = token_scores(torch.cat((shaped, shapes[:, : kept - 1]), dim=1), draft[:, :kept])
+        tokens = transcript.add(rows, draft[:, :kept], passes + state.passes, scores, logits)
         rows = rows.commit(tokens, transcript.ended[rows.places])
-        chosen, before, passes = choices[:, kept - 1 : kept], raw[:, kept - 1 : kept], torch.ones_like(passes)
+        chosen, before, shaped = (each[:, kept - 1 : kept] for each in (choices, raw, shapes))
+        passes = torch.ones_like(passes)
         round_index += 1
 
 
