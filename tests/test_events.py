@@ -28,6 +28,18 @@ def model():
     return small_model()
 
 
+def test_autocast_of_the_caller_counts(model):
+    """It is a thread's, and generation has a thread of its own: it ran without, silently."""
+    seen = set()
+    hook = model.model.decoder.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            list(stream_events(model, prompts(1, 6)[0], **SETTINGS))
+        assert seen == {dtype}
+        seen.clear()
+    hook.remove()
+
+
 def test_events_are_every_step_and_every_canvas_in_order(model):
     ids = prompts(2, 6)[0]
     events = list(stream_events(model, ids, **SETTINGS))

@@ -1,9 +1,10 @@
 """Generation as an iterator: of events, step by step, or of the committed text.
 
-`generate` runs in a thread of its own and hands over what happens. Closing the iterator (leaving the loop, an exception in
-the consumer) stops it at the next step; an exception of `generate` is raised in the consumer.
+`generate` runs in a thread of its own, under the autocast of whoever asks for the first event, and hands over what happens. Closing the
+iterator (leaving the loop, an exception in the consumer) stops it at the next step; an exception of `generate` is raised in the consumer.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -64,6 +65,13 @@ class _Relay(WholeCanvas):
         self.events.put(event)
 
 
+def autocasts() -> list[torch.autocast]:
+    """Autocast as it is in this thread, for another to enter."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return [torch.autocast(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+
+
 def stream_events(model, *args, **kwargs) -> Iterator[StepEvent | CommitEvent]:
     """Yields what happens in `model.generate(*args, **kwargs)`, as it happens.
 
@@ -79,10 +87,14 @@ def stream_events(model, *args, **kwargs) -> Iterator[StepEvent | CommitEvent]:
 def _relayed(model, args: tuple, kwargs: dict) -> Iterator[StepEvent | CommitEvent]:
     relay, end = _Relay(), object()
     failure: list[BaseException] = []
+    casts = autocasts()  # which each thread has for itself
 
     def run() -> None:
         try:
-            model.generate(*args, watcher=relay, **kwargs)
+            with contextlib.ExitStack() as stack:
+                for cast in casts:
+                    stack.enter_context(cast)
+                model.generate(*args, watcher=relay, **kwargs)
         except Closed:
             pass
         except BaseException as error:
