@@ -561,6 +561,7 @@ def test_console_answers_and_writes_what_it_is_asked_for(console, answers, tmp_p
     [
         ("", "PROMPT"),
         ("hello --html {0}", "`--html` is '{0}'; expected a file in a folder that is there"),
+        ("hello --html /proc/page.html", "`--html` is '/proc/page.html'; expected a file that can be written"),
         ("hello --png {0}/nowhere/a.png", "`--png` is '{0}/nowhere/a.png'"),
         ("hello --html {0}/a --save {0}/a", "`--html` and `--save` name one file"),
         ("hello --set num_return_sequences=2", "`num_return_sequences` is above 1"),

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,14 @@ def trace_check(args: argparse.Namespace) -> None:
     for name, path in given.items():
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise UsageError(f"`--{name}` is {str(path)!r}; expected a file in a folder that is there")
+        try:  # now, since behind the answer it would be lost
+            if not path.exists():
+                with tempfile.TemporaryFile(dir=path.absolute().parent):
+                    pass
+            elif path.is_file():
+                path.open("ab").close()
+        except OSError as error:
+            raise UsageError(f"`--{name}` is {str(path)!r}; expected a file that can be written ({error.strerror})") from error
     if len({path.absolute() for path in given.values()}) < len(given):
         raise UsageError(f"`--{'` and `--'.join(given)}` name one file; expected one for each")
 
