@@ -258,7 +258,7 @@ def test_attention_that_mixes_up_the_shared_keys_is_not_used(told, monkeypatch):
     assert attention.shares_keys(CPU, torch.float32, 16)
     verdict.cache_clear()
     real = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *a, **k: real(query.flip(1), *a, **k))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *a, **k: real(query.flip(1), *a, **k))
     assert not attention.shares_keys(CPU, torch.float32, 16) and "laid one behind another" in told[0]
 
 
