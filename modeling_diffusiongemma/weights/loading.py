@@ -27,8 +27,10 @@ from .four_bit import PUBLISHED, FourBitConfig, in_four_bits
 from .fp8_quantizer import FP8Config
 from .nvfp4 import StoredNVFP4Config
 from .remote_code import auto_map, write_card, write_code
-from .safetensors_files import INDEX, indexed_files, inspect_header
+from .safetensors_files import INDEX, indexed_files, inspect_header, weights_names
 from .saving import FINISHED, finish, replacing
+from .stored import check_files, check_state_dict
+from .whole import check_whole
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 # Arguments of `from_pretrained` that are not for reading a config, though that would take them.
@@ -42,10 +44,14 @@ UNCONVERTED = ("router.proj", "decoder.router.proj", "lm_head", "model.decoder.e
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
-    """Describes every safetensors file of a local checkpoint that is missing or shorter than its header says."""
+    """Describes every safetensors file of a local checkpoint that is missing or shorter than its header says, and a broken index."""
     folder = Path(folder)
     problems = [f"a save was interrupted, and {FINISHED} holds the rest"] if (folder / FINISHED).is_dir() else []
-    names = {path.name for path in folder.glob("*.safetensors")} | set(indexed_files(folder) or ())
+    names = {path.name for path in folder.glob("*.safetensors")}
+    try:
+        names |= set(indexed_files(folder) or ())
+    except OSError as error:
+        problems.append(str(error))
     for name in sorted(names):
         if not (folder / name).is_file():
             problems.append(f"{name} is missing, though {INDEX} names it")
@@ -158,23 +164,32 @@ class LoadingMixin:
         """As `PreTrainedModel.from_pretrained`. A folder that a save was killed in is loaded as the checkpoint before or after that save.
 
         Raises:
-            OSError: a weight file is missing, truncated or not a safetensors file; or the folder was saved over at the same time.
+            OSError: a weight file is missing, truncated or not a safetensors file, an index lists no files; or the folder was saved over at
+                the same time.
             ValueError: a tensor's shape is not the config's, or the config holds impossible values; or, where the checkpoint is
                 quantised, a scheme that is not read here, or a scale that is missing or no positive number. Before anything is read:
-                weights take more memory than is free, or have no room in `offload_folder` (`fits`).
+                tensors that would be taken for others (`stored`), weights that take more memory than is free, or have no room in
+                `offload_folder` (`fits`).
         """
         path = pretrained_model_name_or_path
+        folder = None if path is None else Path(path, kwargs.get("subfolder") or "")
         with unchanging(path, kwargs.get("config"), kwargs.get("subfolder")):
             try:
+                single = weights_names(variant := kwargs.get("variant"))[0]
+                if folder is not None and kwargs.get("use_safetensors") is not False and not (folder / single).is_file():
+                    indexed_files(folder, variant)
                 return super().from_pretrained(path, *model_args, **for_our_quantizers(cls.config_class, path, kwargs))
             except (SafetensorError, FileNotFoundError) as error:
-                problems = damaged_files(path) if os.path.isdir(path) else []
+                problems = damaged_files(folder) if folder is not None and folder.is_dir() else []
                 raise OSError(f"cannot load {path}: {'; '.join(problems) or error}") from error
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """As in transformers, which finds out that weights do not fit when it has read most of them."""
-        if state_dict is None:
+        if state_dict is not None:
+            check_state_dict(state_dict)
+        elif checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
+            check_files(model, checkpoint_files, load_config.weight_mapping or [], load_config.hf_quantizer is not None)
             check_fits(model, checkpoint_files, load_config)
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
@@ -203,7 +218,8 @@ class LoadingMixin:
 
         Raises:
             OSError: the folder cannot be written, or the disk is full; it is as before.
-            ValueError: `push_to_hub=True`, `safe_serialization=False`, `remote_code=True` with adapters, which are saved alone,
+            ValueError: what would be saved is no whole checkpoint (`whole`), `push_to_hub=True`, `safe_serialization=False`,
+                `remote_code=True` with adapters, which are saved alone,
                 `distributed_checkpoint=True` into a folder that holds weights, or the folder that the model, offloaded to disk, reads from.
         """
         if push_to_hub:
@@ -219,15 +235,15 @@ class LoadingMixin:
         ):
             why = "the files of a distributed checkpoint cannot take their place as one"
             raise ValueError(f"`save_directory` is {target}, which holds {held[0]}; expected a folder without weights, since {why}")
+        writes, with_adapters = self.should_save_on_this_rank(is_main_process), getattr(self, "_hf_peft_config_loaded", False)
+        if writes and not with_adapters:
+            self._check_whole(state_dict)
         on_disk = "disk" in getattr(self, "hf_device_map", {}).values()
         if on_disk and target.is_dir() and os.path.isdir(self.name_or_path) and target.samefile(self.name_or_path):
             raise ValueError(f"`save_directory` is {target}, from which the model, offloaded to disk, still reads; expected another")
-        with_adapters = getattr(self, "_hf_peft_config_loaded", False)
-        writes, before = self.should_save_on_this_rank(is_main_process), self.config.architectures
+        before = self.config.architectures
         in_place = distributed_checkpoint or not writes  # of a distributed checkpoint every rank writes files
-        self._keys_to_ignore_on_save = set(self.held_twice())
-        if self._is_tied():  # gathered from other ranks, the two are no longer one tensor
-            self._keys_to_ignore_on_save.add("lm_head.weight")
+        self._keys_to_ignore_on_save = self._left_out()
         try:
             with contextlib.nullcontext(save_directory) if in_place else replacing(save_directory, variant) as folder:
                 super().save_pretrained(
@@ -252,6 +268,15 @@ class LoadingMixin:
         """As in transformers, which under FSDP2 gathers all of the model again, without what is not saved."""
         gathered = super().gather_sharded_state_dict_for_save(*args, **kwargs)
         return {name: tensor for name, tensor in gathered.items() if name not in self._keys_to_ignore_on_save}
+
+    def _left_out(self) -> set[str]:
+        """Names that are not saved. Gathered from other ranks, head and embedding are no longer one tensor."""
+        return set(self.held_twice()) | ({"lm_head.weight"} if self._is_tied() else set())
+
+    def _check_whole(self, state_dict: dict | None = None) -> None:
+        """`whole.check_whole`, by the class of this package that the model's is, or is derived from."""
+        built = next(cls for cls in type(self).__mro__ if "saved_architecture" in vars(cls))
+        check_whole(self, built, state_dict, self._left_out())
 
     def _is_tied(self) -> bool | None:
         """Whether the head is the embedding, whatever the config says: a head changed by hand, or by an adapter that was merged, is not.
@@ -285,6 +310,7 @@ class LoadingMixin:
         commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
         if getattr(self, "_hf_peft_config_loaded", False):  # the card below describes a whole model
             return super().push_to_hub(repo_id, private=private, token=token, max_shard_size=max_shard_size, tags=tags, **commit)
+        self._check_whole()
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):

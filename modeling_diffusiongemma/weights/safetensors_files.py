@@ -34,11 +34,17 @@ def weights_names(variant: str | None = None) -> tuple[str, str]:
 
 
 def indexed_files(folder: Path, variant: str | None = None) -> list[str] | None:
-    """Names of the weight files that a folder's index lists; None where it has no index."""
+    """Names of the weight files that a folder's index lists; None where it has no index. OSError: it is broken."""
     index = folder / weights_names(variant)[1]
     if not index.is_file():
         return None
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not files or not all(isinstance(name, str) for name in files):
+            raise ValueError("no files")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OSError(f"{index} is no index of weight files ({error}); expected JSON with a `weight_map` of names to files") from error
+    return sorted(files)
 
 
 def finds_weights(name: str) -> bool:
@@ -51,7 +57,7 @@ def weight_files(folder: Path, variant: str | None = None) -> set[str]:
     single, index = weights_names(variant)
     shard = re.compile(re.escape(single.removesuffix(".safetensors")) + SHARD)
     names = {single, index} | {path.name for path in folder.iterdir() if shard.fullmatch(path.name)}
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a broken index
+    with contextlib.suppress(OSError):  # a broken index
         names |= set(indexed_files(folder, variant) or ())
     return {name for name in names if isinstance(name, str) and name == Path(name).name and (folder / name).is_file()}
 
