@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -119,8 +120,9 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             return
         try:
             self.generation_config = self.generation_config_class.from_pretrained(name, **kwargs)
-        except OSError:  # no such file: the released defaults apply in `generate`
-            return
+        except OSError as error:  # no such file: the released defaults apply in `generate`
+            if isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError | TypeError):
+                raise  # there is one, and it is broken
 
     @torch.no_grad()
     @in_step

@@ -241,7 +241,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         further = {}
         if file is not None:
             try:
-                further = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+                further = json.loads(Path(file).read_text(encoding="utf-8"))
+                if not isinstance(further, dict):
+                    raise TypeError(f"it holds {further!r}")
             except (ValueError, TypeError) as error:
                 raise OSError(f"the config file at {file!r} is not a valid JSON file: {error}") from error
         return super().from_pretrained(pretrained_model_name, config_file_name, **{**further, **kwargs})
