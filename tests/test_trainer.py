@@ -368,3 +368,11 @@ def test_checkpoint_that_is_not_whole_is_passed_over_or_refused(saved, tmp_path)
         trainer(built("full"), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer(built("full"), tmp_path / "nowhere").train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_without_an_optimizers_state_is_refused(tmp_path):
+    """Trainer goes on from it with a new optimizer and schedule, and says nothing."""
+    run = trainer(built("full"), tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True)
+    run.train()
+    with pytest.raises(ValueError, match="holds no optimizer's state, as `save_only_model` leaves it out"):
+        trainer(built("full"), tmp_path).train(resume_from_checkpoint=True)

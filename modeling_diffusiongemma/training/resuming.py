@@ -14,6 +14,7 @@ from typing import Any
 
 RECORD = "block_diffusion_run.json"  # in every checkpoint of a run
 STATE = "trainer_state.json"  # what Trainer writes last
+OPTIMIZERS = ("optimizer", "global_step")  # what the names of an optimizer's state begin with: Trainer's and FSDP's, DeepSpeed's
 # Not the model's shape or objective: where it came from, which version wrote it, how it is computed here.
 PASSED_OVER = {
     "transformers_version", "_name_or_path", "dtype", "architectures", "peft_version", "base_model_name_or_path", "revision",
@@ -76,6 +77,11 @@ def refuse_other(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
         raise ValueError(
             f"`resume_from_checkpoint` is {str(folder)!r}, whose {STATE} is missing or not whole; expected a checkpoint that was written "
             "to its end: Trainer would begin at step 0"
+        )
+    if not any(found for begin in OPTIMIZERS for found in Path(folder).glob(f"{begin}*")):
+        raise ValueError(
+            f"`resume_from_checkpoint` is {str(folder)!r}, which holds no optimizer's state, as `save_only_model` leaves it out; expected "
+            "one that does: Trainer would go on with a new optimizer and schedule"
         )
     saved = read_json(Path(folder, RECORD))
     if saved is None:
