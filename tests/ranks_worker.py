@@ -10,8 +10,11 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import Trainer, TrainingArguments
 
 from modeling_diffusiongemma import BlockDiffusionCollator, block_diffusion_loss
+from modeling_diffusiongemma.training.answers import Answering
+from modeling_diffusiongemma.training.trainer import BlockDiffusionTrainer
 
 STEPS, LEARNING_RATE = 4, 1e-2
+QUICK = {"max_denoising_steps": 2, "do_sample": False, "eos_token_id": []}
 CHUNKS = 2100  # prompt tokens: more than go through at once in evaluation
 
 
@@ -89,7 +92,39 @@ def trainer(rank):
     run.train()
     log = run.state.log_history
     found = [entry[name] for name in ("loss", "eval_loss") for entry in log if name in entry]
-    return {"losses": torch.tensor(found), "shapes": [tuple(entry["eval_shape"]) for entry in log if "eval_shape" in entry]}
+    shapes = [tuple(entry["eval_shape"]) for entry in log if "eval_shape" in entry]
+    return {"losses": torch.tensor(found), "shapes": shapes, **answered(run.model, arguments, rank)}
+
+
+def questions():
+    """Of responses whose longest is in the second process's share."""
+    return [([5, 6, 7 + place], [9] * (3 + 5 * (place == 3))) for place in range(5)]
+
+
+def answered(model, arguments, rank):
+    """What the processes answer together, how many examples this one asked for, and what both are told where the second fails."""
+    judged = []
+
+    def check(prompt, answer, response):
+        judged.append(prompt)
+        return len(answer) > 3
+
+    def failing(prompt, answer, response):
+        if rank == 1:
+            raise ZeroDivisionError("a checker's")
+
+    run = BlockDiffusionTrainer(
+        model=model, args=arguments, data_collator=BlockDiffusionCollator(pad_token_id=PAD), eval_dataset=questions(),
+        answering=Answering(QUICK, check=check),
+    )  # fmt: skip
+    metrics, told = run.evaluate(), ""
+    answers = [[answer.prompt, answer.answer, answer.right] for answer in run.answers]
+    run.answering = Answering(QUICK, check=failing)
+    try:
+        run.evaluate()
+    except (RuntimeError, ZeroDivisionError) as error:
+        told = f"{type(error).__name__}: {error}"
+    return {"answers": answers, "right": metrics["eval_exact_match"], "asked": len(judged), "told": told}
 
 
 if __name__ == "__main__":

@@ -57,3 +57,11 @@ def test_trainer_trains_and_evaluates_on_two_ranks(tmp_path):
     found = run_ranks("ranks_worker.py", "trainer", tmp_path)
     assert torch.equal(found[0]["losses"], found[1]["losses"]) and bool(found[0]["losses"].isfinite().all())
     assert found[0]["losses"].shape == (4,) and found[0]["shapes"] == [(6, 3 * CANVAS, VOCAB)] * 2
+    examples = ranks_worker.questions()
+    assert [of[0] for of in found[0]["answers"]] == [prompt for prompt, _ in examples]  # the data's order
+    assert {len(of[1]) for of in found[0]["answers"]} == {8}  # the longest response's length, in whose share it may be
+    assert found[0]["answers"] == found[1]["answers"] and found[0]["right"] == found[1]["right"] == 1.0
+    assert [rank["asked"] for rank in found] == [3, 2]  # each a share
+    assert [rank["told"] for rank in found] == [
+        "RuntimeError: evaluation failed in process 1: ZeroDivisionError: a checker's", "ZeroDivisionError: a checker's",
+    ]  # fmt: skip

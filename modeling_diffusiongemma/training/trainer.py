@@ -11,12 +11,13 @@ trackers have had it.
 """
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from .answers import Answer, Answering, answer_examples, apart, summary
+from .answers import Answer, Answering, answer_examples, apart, asked, summary
 from .by_noise import LossByNoise
 from .finite import refuse_gradients, refuse_loss
 from .ranks import gathering_groups
@@ -83,19 +84,28 @@ class BlockDiffusionTraining:
         return output
 
     def generate_answers(self, examples) -> list[Answer]:
-        """`answer_examples` of a dataset, every process a share of them; where weights are sharded, all together, each the same."""
+        """`answer_examples` of a dataset, in its order. Every process asks a share of it; where weights are sharded, all ask together, each
+        the same. What one of them raises, all raise."""
         examples = [example for _, example in zip(range(self.answering.limit or 2**62), examples, strict=False)]
-        places = range(len(examples))
-        shared = self.accelerator.num_processes > 1 and not gathering_groups(self.model)
-        if shared:
-            places = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        longest = max((len(asked(self.data_collator, example)[1]) for example in examples), default=1)  # whoever asks for it
+        answering = replace(self.answering, settings={"max_new_tokens": longest, **self.answering.settings})
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        found = answer_examples(model, self.data_collator, [examples[place] for place in places], self.answering, places)
-        if shared:
-            from accelerate.utils import gather_object
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if count == 1 or gathering_groups(self.model):
+            return answer_examples(model, self.data_collator, examples, answering)
+        from accelerate.utils import gather_object
 
-            found = gather_object(found)
-        return found
+        found, failed, places = [], None, range(len(examples))[rank::count]
+        try:
+            found = answer_examples(model, self.data_collator, [examples[place] for place in places], answering, places)
+        except Exception as error:  # the others would wait for this process's answers
+            failed = error
+        shares = gather_object([(found, None if failed is None else f"{type(failed).__name__}: {failed}")])
+        if failed is not None:
+            raise failed
+        if others := [f"process {other}: {told}" for other, (_, told) in enumerate(shares) if told is not None]:
+            raise RuntimeError(f"evaluation failed in {'; '.join(others)}")
+        return [shares[place % count][0][place // count] for place in range(len(examples))]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As Trainer's. True: from the last checkpoint that is whole.
