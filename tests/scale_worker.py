@@ -246,6 +246,11 @@ def divided(folder):
     tensor = {"distributed_config": DistributedConfig(tp_size=2)}
     found["four bits"] = refusal(default_checkpoint(), quantization_config=FourBitConfig(), **tensor)
     found["eight bits"] = refusal(default_checkpoint(), quantization_config=FP8Config(), **tensor)
+    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "heads1", **tensor)
+    try:
+        with_lora(model)
+    except ValueError as error:
+        found["adapters"] = str(error)
     rules = {"model.decoder.layers.*.self_attn.k_proj": "colwise"}
     found["rules"] = refusal(folder / "heads1", distributed_config=DistributedConfig(tp_size=2, tp_plan=rules))
     return found

@@ -176,7 +176,12 @@ def test_why_a_divided_head_is_not_walked_is_said(divided):
     assert divided[0][0]["matrices"]["why"] == "`lm_head` holds no plain weight"
 
 
-@pytest.mark.parametrize(("name", "told"), [("four bits", "FourBitConfig"), ("eight bits", "FP8Config"), ("rules", "self_attn.k_proj")])
+WHOLE = [
+    ("four bits", "FourBitConfig"), ("eight bits", "FP8Config"), ("rules", "self_attn.k_proj"), ("adapters", "puts an adapter into a model whose"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "told"), WHOLE)
 def test_what_cannot_be_divided_is_refused_by_name(divided, name, told):
     assert all(told in found[name] for found in divided[0])
 

@@ -35,6 +35,7 @@ from .adapter_names import (
     shown,
     who_made,
 )
+from .divided import is_planned
 
 logger = logging.get_logger(__name__)
 
@@ -173,19 +174,33 @@ def refuse_to_merge(*args, **kwargs) -> None:
     )
 
 
+def refuse_divided(what: str) -> None:
+    """For adapters in a model that `is_planned`."""
+    raise ValueError(
+        f"`{what}` puts an adapter into a model whose matrices a plan for tensor or expert parallelism divides; expected whole weights, or "
+        "such as FSDP2 shards: an adapter's delta would be added to each process's piece as if it were all"
+    )
+
+
 class AdapterMixin:
     """`load_adapter` of both model classes, and what peft may merge."""
 
     def named_modules(self, *args, **kwargs) -> Iterator[tuple[str, nn.Module]]:
         """As in torch; peft, which walks over a model after it has wrapped modules and before it merges, then finds wrappers that are
-        `fit`; and that refuse to merge, where two stacks hold the same weights, or some lie in few bits."""
-        may_merge = True
+        `fit`; and that refuse to merge, where two stacks hold the same weights, or some lie in few bits.
+
+        Raises:
+            ValueError: there are wrappers, and a plan divides the weights between processes: a delta would be added to a piece of them.
+        """
+        may_merge, divided = True, is_planned(self)
         if getattr(self, "peft_config", None):
             if (block := block_of(self)[0]).prompt_stack is not block.decoder:
                 guard(block.decoder, block.prompt_stack)
             may_merge = not any(in_few_bits(module) for _, module in super().named_modules())
         for name, module in super().named_modules(*args, **kwargs):
             if is_wrapper(module):
+                if divided:
+                    refuse_divided(name)
                 fit(module, may_merge)
             yield name, module
 
@@ -195,6 +210,8 @@ class AdapterMixin:
         Raises:
             ValueError: a key that finds no place; the adapter is not in the model then.
         """
+        if is_planned(self):
+            refuse_divided("load_adapter")
         if peft_model_id is not None and os.path.isdir(peft_model_id):
             finish(peft_model_id)
         name = "default" if adapter_name is None else adapter_name

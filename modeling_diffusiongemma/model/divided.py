@@ -40,6 +40,11 @@ def fit_plan(model: nn.Module, distributed_config) -> None:
         del model._tp_plan[name]
 
 
+def is_planned(model: nn.Module) -> bool:
+    """Whether a plan divides the model's matrices between processes."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
 def is_divided(embedding: nn.Module) -> bool:
     """Whether each process holds some rows of an embedding that is otherwise as it was built."""
     if not (torch.distributed.is_available() and isinstance(embedding, ScaledEmbedding)):
@@ -62,4 +67,4 @@ def divided_mean(embedding: nn.Module, probabilities: torch.Tensor) -> torch.Ten
     return torch.matmul(spread, weight).full_tensor() * embedding.scales[weight.dtype]
 
 
-__all__ = ["divided_mean", "fit_plan", "is_divided"]
+__all__ = ["divided_mean", "fit_plan", "is_divided", "is_planned"]
