@@ -185,10 +185,11 @@ class LoadingMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """As in transformers, which finds out that weights do not fit when it has read most of them."""
-        if state_dict is not None:
+        """As in transformers, which finds out that weights do not fit when it has read most of them, and takes others for those it knows.
+        Adapters come this way, too; theirs may differ between the passes."""
+        if state_dict is not None and not getattr(model, "_hf_peft_config_loaded", False):
             check_state_dict(state_dict)
-        elif checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
+        if state_dict is None and checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
             check_files(model, checkpoint_files, load_config.weight_mapping or [], load_config.hf_quantizer is not None)
             check_fits(model, checkpoint_files, load_config)
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
