@@ -177,7 +177,8 @@ def test_why_a_divided_head_is_not_walked_is_said(divided):
 
 
 WHOLE = [
-    ("four bits", "FourBitConfig"), ("eight bits", "FP8Config"), ("rules", "self_attn.k_proj"), ("adapters", "puts an adapter into a model whose"),
+    ("four bits", "FourBitConfig"), ("eight bits", "FP8Config"), ("rules", "self_attn.k_proj"),
+    ("adapters", "puts an adapter into a model whose"),
 ]  # fmt: skip
 
 
