@@ -1,6 +1,7 @@
 """`compile_config`: the layers run through torch.compile, in one graph each, with the same tokens, and only while it is asked for."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -91,6 +92,28 @@ def test_layers_run_as_before_afterwards(model, monkeypatch):
     assert own._compiled_call_impl is before
     assert all(layer._compiled_call_impl is None for layer in layers(model)[1:])
     own._compiled_call_impl = None
+
+
+def test_calls_of_two_threads_that_end_in_any_order_leave_layers_as_they_were(model):
+    """Each put back what it had found: the second to begin found what the first had set, and the layers stayed compiled for good."""
+    begun, ended = threading.Event(), threading.Event()
+    config, inside = CompileConfig(backend="eager"), []
+
+    def first():
+        with model.compiling(config):
+            begun.set()
+            ended.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    with model.compiling(config):
+        mine = layers(model)[0]._compiled_call_impl
+        ended.set()
+        thread.join(60)
+        inside += [layer._compiled_call_impl for layer in layers(model)]
+    assert inside[0] is mine and None not in inside, "the call that goes on lost its compiled layers"
+    assert all(layer._compiled_call_impl is None for layer in layers(model))
 
 
 def test_disable_compile_has_precedence(model):

@@ -6,7 +6,9 @@ torch compiled stays in its own cache, so entering again with the same settings 
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,19 +35,45 @@ def compile_settings(config: CompileConfig) -> dict[str, Any]:
     return settings
 
 
+class Asked:
+    """How layers are asked to run. `calls`, of each: how it ran before, then what each block made of it, the last of which is in force."""
+
+    def __init__(self):
+        self.lock, self.calls = threading.Lock(), weakref.WeakKeyDictionary()
+
+    def enter(self, layer: torch.nn.Module, call: Callable) -> None:
+        self.calls.setdefault(layer, [layer._compiled_call_impl]).append(call)
+        layer._compiled_call_impl = call
+
+    def leave(self, layer: torch.nn.Module, call: Callable) -> None:
+        calls = self.calls[layer]
+        calls.remove(call)
+        layer._compiled_call_impl = calls[-1]
+        if len(calls) == 1:
+            del self.calls[layer]
+
+
+@functools.cache
+def _asked() -> Asked:
+    """The one of this process: blocks of several threads may share layers, and end in any order."""
+    return Asked()
+
+
 @contextlib.contextmanager
 def compiled_layers(layers: Iterable[torch.nn.Module], config: CompileConfig) -> Iterator[None]:
-    """Runs `layers` compiled as `config` says; afterwards they run as before."""
+    """Runs `layers` compiled as `config` says; behind the last such block, of whatever thread, they run as before the first."""
     call = torch.compile(torch.nn.Module._call_impl, **compile_settings(config))  # what `Module.compile` compiles, once for all layers
-    before = [(layer, layer._compiled_call_impl) for layer in layers]
+    calls, asked = [(layer, functools.partial(call, layer)) for layer in layers], _asked()
     with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        with asked.lock:
+            for layer, compiled in calls:
+                asked.enter(layer, compiled)
         try:
-            for layer, _ in before:
-                layer._compiled_call_impl = functools.partial(call, layer)
             yield
         finally:
-            for layer, compiled in before:
-                layer._compiled_call_impl = compiled
+            with asked.lock:
+                for layer, compiled in calls:
+                    asked.leave(layer, compiled)
 
 
 __all__ = ["compile_settings", "compiled_layers"]
