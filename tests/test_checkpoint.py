@@ -284,6 +284,25 @@ def test_impossible_config_value_is_named(field, value):
         DiffusionGemmaForMaskedBlockLM(config)
 
 
+@pytest.mark.parametrize("value", [None, 0, 0.0, -30.0, float("nan"), "30"])
+def test_soft_cap_set_on_a_built_model_is_honoured_or_named(value):
+    """None was a TypeError that named nothing, behind the prompt pass, and 0 gave NaN."""
+    model = DiffusionGemmaForMaskedBlockLM(tiny_config()).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    model.config.text_config.final_logit_softcapping = 5.0
+    assert float(model.causal_logits(ids).abs().max()) <= 5
+    model.config.text_config.final_logit_softcapping = value
+    canvas = ids[:, :1].expand(1, CANVAS)
+    calls = (
+        lambda: model.generate(ids, max_new_tokens=4),
+        lambda: model.causal_logits(ids),
+        lambda: model(ids, decoder_input_ids=canvas),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="`final_logit_softcapping` is"):
+            call()
+
+
 @pytest.mark.parametrize(("field", "value"), [("canvas_length", 0), ("canvas_length", -1), ("canvas_length", None)])
 def test_impossible_top_level_value_is_named(field, value):
     config = tiny_config()

@@ -29,8 +29,7 @@ def check_config(config: DiffusionGemmaConfig) -> None:
         raise ValueError("`attention_bias` is True; expected False: the released layout stores no biases")
     if text.hidden_activation not in ACT2FN:
         raise ValueError(f"`hidden_activation` is {text.hidden_activation!r}; expected a name in transformers' ACT2FN")
-    if text.final_logit_softcapping is None or text.final_logit_softcapping <= 0:
-        raise ValueError(f"`final_logit_softcapping` is {text.final_logit_softcapping!r}; expected a positive number")
+    softcap(text)
     for layer_idx in range(text.num_hidden_layers):
         layer = text.per_layer_config[layer_idx]
         if layer.head_dim <= 0 or layer.head_dim % 2:
@@ -38,6 +37,14 @@ def check_config(config: DiffusionGemmaConfig) -> None:
         if layer.num_key_value_heads <= 0 or text.num_attention_heads % layer.num_key_value_heads:
             expected = f"a divisor of `num_attention_heads`, {text.num_attention_heads}"
             raise ValueError(f"`num_key_value_heads` of layer {layer_idx} is {layer.num_key_value_heads}; expected {expected}")
+
+
+def softcap(text: DiffusionGemmaTextConfig) -> float:
+    """`final_logit_softcapping`, which may be set on a built model as well; ValueError for what is no positive number."""
+    cap = text.final_logit_softcapping
+    if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap < float("inf"):
+        raise ValueError(f"`final_logit_softcapping` is {cap!r}; expected a positive number: the released head has a soft cap")
+    return cap
 
 
 def routing_settings(config: DiffusionGemmaConfig) -> tuple[bool, float]:
@@ -56,4 +63,4 @@ def routing_settings(config: DiffusionGemmaConfig) -> tuple[bool, float]:
     return bool(kept), coefficient
 
 
-__all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "check_config", "routing_settings"]
+__all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "check_config", "routing_settings", "softcap"]

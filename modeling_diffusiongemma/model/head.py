@@ -16,7 +16,7 @@ from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary.walk import VocabularyHead
 
 from ..layers.checks import refuses_unknown
-from ..layers.configuration import DiffusionGemmaConfig, routing_settings
+from ..layers.configuration import DiffusionGemmaConfig, routing_settings, softcap
 from ..layers.layers import ScaledEmbedding
 from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
@@ -83,6 +83,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             if (what := passed_by(module)) is not None:
                 called = f"`{name}`" if name else "the model"
                 logger.warning_once(f"Generation calls the layers of the model and not {called} as a function, which is {what}.")
+        softcap(self.config.text_config)  # now, not behind a prompt pass
         self.model.check_prompt(*args, **kwargs)
 
     def denoise(self, *args, **kwargs):
@@ -95,7 +96,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Soft-capped logits, float32 `(..., V)`: `cap * tanh(head(x) / cap)`."""
-        cap = self.config.text_config.final_logit_softcapping
+        cap = softcap(self.config.text_config)
         return torch.tanh(self.lm_head(hidden_states).float() / cap) * cap
 
     @takes_cache
@@ -157,7 +158,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         embedding = self.model.decoder.embed_tokens
         with brought_in(self.lm_head) as weight, brought_in(embedding) as rows:
             scale = torch.full((), embedding.scales[rows.dtype], dtype=rows.dtype, device=rows.device)  # no copy from the host
-            yield VocabularyHead(weight, self.config.text_config.final_logit_softcapping, scale, rows)
+            yield VocabularyHead(weight, softcap(self.config.text_config), scale, rows)
 
     def compiling(self, compile_config: CompileConfig) -> contextlib.AbstractContextManager[None]:
         """A context in which both passes run their layers compiled: `compiling.compiled_layers`."""
