@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -96,15 +97,27 @@ def test_folder_without_a_calibration_has_none_and_a_broken_one_says_so(tmp_path
     ("scores", "truths", "said"),
     [({}, {}, "`scores` has the keys"), ({"q": []}, {"q": []}, "at least one"), ({"q": [torch.zeros(1, 2)]}, {"p": [0]}, "the same"),
      ({"q": [torch.zeros(1, 2)]}, {"q": [2]}, "`truths` holds 2"), ({"q": [torch.zeros(1, 2)]}, {"q": [[0.5, 0.6]]}, "`truths` holds"),
-     ({"q": [torch.zeros(1, 2)]}, {"q": [True]}, "`truths` holds True")],
+     ({"q": [torch.zeros(1, 2)]}, {"q": [True]}, "`truths` holds True"),
+     ({"q": [torch.zeros(2)]}, {"q": [0]}, "`scores` of 'q' holds Tensor"),
+     ({"q": [[[-1.0, -2.0]]]}, {"q": [0]}, "`scores` of 'q'"), ({"q": [torch.zeros(0, 2)]}, {"q": [0]}, "`scores` of 'q'"),
+     ({"q": [torch.tensor([[float("nan"), 0.0]])]}, {"q": [0]}, "`scores` of 'q' holds NaN"),
+     ({"q": [torch.zeros(1, 2)]}, {"q": [None]}, "`truths` holds None"), ({"q": [torch.zeros(1, 2)]}, {"q": [{"a": 1}]}, "`truths` holds"),
+     ({"q": [torch.zeros(1, 2)]}, [0], "`truths` is"), (None, None, "`scores` is None")],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_refused(scores, truths, said):
+    """Scores of one dimension were fitted as if nothing had been said: temperature 1, biases 0."""
     with pytest.raises(ValueError, match=said):
         fit_calibration(scores, truths)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [(({"a": float("nan")},), "`temperature` of 'a'"), (({}, {"a": "x"}), "`bias` of 'a'"), ((3,), "`temp")]
+    ("given", "said"),
+    [
+        (({"a": float("nan")},), "`temperature` of 'a'"),
+        (({"a": 1e-320},), "`temperature` of 'a'"),
+        (({}, {"a": "x"}), "`bias` of 'a'"),
+        ((3,), "`temp"),
+    ],
 )
 def test_what_is_no_calibration_is_refused(given, said):
     with pytest.raises(ValueError, match=said):
@@ -118,6 +131,30 @@ def test_error_of_a_case_by_hand():
     assert [count for _, _, count in reliability(said, true)] == [1, 2]
     judged = judge([torch.tensor([0.75, 0.25], dtype=torch.float64)], [true_probabilities(1, 2)])
     assert judged.accuracy == 0 and judged.brier == pytest.approx(2 * 0.75**2) and judged.distance == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(2, 1, 2), [torch.zeros(1, 2)] * 2])
+@pytest.mark.parametrize("truths", [torch.tensor([0, 1]), np.array([0, 1]), [np.array([1.0, 0.0]), (0, 1)]])
+def test_truths_and_scores_in_one_tensor_or_array_are_read(scores, truths):
+    assert fit_calibration({"q": scores}, {"q": truths}) == fit_calibration({"q": [*scores]}, {"q": [0, 1]})
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "told"),
+    [([0.5, 0.5], [1.0], "`truths` has 1 options at 0"), ([-0.1, -2.0], [1.0, 0.0], "`probabilities` holds"),
+     ([float("nan"), 1.0], [1.0, 0.0], "`probabilities` holds"), ([0.6, 0.4], [1.0, 1.0], "`truths` holds"),
+     ([5.0, -4.0], [1.0, 0.0], "`probabilities` holds")],
+)  # fmt: skip
+def test_what_are_no_probabilities_is_not_judged(said, true, told):
+    """One truth was spread over all options, and log-probabilities had an accuracy and an error like any others."""
+    with pytest.raises(ValueError, match=told):
+        judge([torch.tensor(said, dtype=torch.float64)], [torch.tensor(true, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize(("said", "true"), [([0.5, 0.5], [1.0, 0.0]), (torch.tensor([0.5, 0.5]), 1), ({"a": 1.0}, torch.ones(1))])
+def test_what_are_no_tensors_is_not_judged(said, true):
+    with pytest.raises(ValueError, match="expected a tensor"):
+        judge([said], [true])
 
 
 def test_diagram_is_a_picture(tmp_path):

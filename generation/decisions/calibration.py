@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers.utils import cached_file
 
@@ -23,6 +24,7 @@ from ..arguments import shown
 from .questions import CHOICE
 
 FILE = "decision.json"
+SMALLEST = 1e-9  # temperature; below 1e-300 scores divided by it are infinite, and their probabilities NaN
 PULL = 1e-3  # of log temperature and biases towards 0, squared: what a few or perfectly separate answers leave open stays as it is
 
 
@@ -31,12 +33,12 @@ class Calibration:
     """Without anything, probabilities stay as they are read.
 
     Args:
-        temperature: by a question's name or type, positive; 1 where there is none.
+        temperature: by a question's name or type, from 1e-9 to 1e9; 1 where there is none.
         bias: by a question's name or type, nats for each place among the options; 0 where there is none. A name goes before a type, and the
             type of a question in the plain form is "choice".
 
     Raises:
-        ValueError: a temperature that is not positive, or what is no number.
+        ValueError: a temperature out of this range, beyond which probabilities are NaN, or what is no number.
     """
 
     temperature: Mapping[str, float] = field(default_factory=dict)
@@ -47,8 +49,8 @@ class Calibration:
             if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
                 raise ValueError(f"`{name}` is {shown(values)}; expected a mapping of names or types of questions")
         for key, value in self.temperature.items():
-            if not _is_finite(value) or value <= 0:
-                raise ValueError(f"`temperature` of {key!r} is {shown(value)}; expected a positive number")
+            if not _is_finite(value) or not SMALLEST <= value <= 1 / SMALLEST:
+                raise ValueError(f"`temperature` of {key!r} is {shown(value)}; expected a positive number, from 1e-9 to 1e9")
         for key, values in self.bias.items():
             if isinstance(values, str) or not isinstance(values, Sequence) or not all(map(_is_finite, values)):
                 raise ValueError(f"`bias` of {key!r} is {shown(values)}; expected a list of numbers, one for each place among the options")
@@ -102,6 +104,13 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _are_numbers(values: Any) -> bool:
+    """Of a list, a tuple, a tensor or an array of one dimension."""
+    if isinstance(values, torch.Tensor | numpy.ndarray):
+        values = values.tolist() if values.ndim == 1 else None
+    return isinstance(values, list | tuple) and all(map(_is_finite, values))
+
+
 def fit_calibration(
     scores: Mapping[str, Sequence[torch.Tensor]], truths: Mapping[str, Sequence[int | Sequence[float]]], bias: bool = True
 ) -> Calibration:
@@ -113,24 +122,38 @@ def fit_calibration(
         bias: whether places among the options get a bias, of which the mean is 0; else a temperature alone.
 
     Raises:
-        ValueError: keys or lengths that differ, nothing under a key, or what is no truth.
+        ValueError: keys or lengths that differ, nothing under a key, or what are no scores and no truth.
     """
+    for name, given in (("scores", scores), ("truths", truths)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"`{name}` is {shown(given)}; expected a mapping of names or types of questions")
     if not scores or scores.keys() != truths.keys():
         raise ValueError(f"`scores` has the keys {[*scores]}, `truths` {[*truths]}; expected the same, and at least one")
     temperatures, biases = {}, {}
     for key, read in scores.items():
-        if not read or len(read) != len(truths[key]):
+        if not len(read) or len(read) != len(truths[key]):
             raise ValueError(f"`truths` has {len(truths[key])} of {key!r}, `scores` {len(read)}; expected as many, and at least one")
+        for one in read:
+            check_scores(key, one)
         wanted = [true_probabilities(truth, one.shape[-1]) for one, truth in zip(read, truths[key], strict=True)]
         temperatures[key], biases[key] = _fit(list(read), wanted, bias)
     return Calibration(temperatures, biases if bias else {})
 
 
+def check_scores(key: str, scores: Any) -> None:
+    """Raises ValueError for what are no `Decision.scores`."""
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or not scores.numel() or not scores.is_floating_point():
+        raise ValueError(f"`scores` of {key!r} holds {shown(scores)}; expected `Decision.scores`, a tensor of shape (reads, options)")
+    if not bool(scores.isfinite().all()):
+        raise ValueError(f"`scores` of {key!r} holds NaN or infinity; expected finite log-probabilities, as `decide` reads them")
+
+
 def true_probabilities(truth: int | Sequence[float], options: int) -> torch.Tensor:
     """A truth as probabilities, float64 (options,). Raises ValueError for what is none."""
-    if isinstance(truth, int) and not isinstance(truth, bool) and 0 <= truth < options:
-        return torch.eye(options, dtype=torch.float64, device="cpu")[truth]
-    if not isinstance(truth, int | str) and len(truth) == options:
+    place = truth.item() if getattr(truth, "shape", None) == () else truth  # of a tensor or an array
+    if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < options:
+        return torch.eye(options, dtype=torch.float64, device="cpu")[place]
+    if _are_numbers(place) and len(place) == options:
         found = torch.as_tensor(truth, dtype=torch.float64, device="cpu")
         if bool((found >= 0).all()) and abs(float(found.sum()) - 1) < 1e-6:
             return found

@@ -7,11 +7,14 @@ to be, and how often it is right: where the true probability is known, that inst
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import shown
+
 BINS = 10
+TOGETHER = 1e-2  # from 1: probabilities that were rounded to two digits, or computed in half precision
 
 
 class Judged(NamedTuple):
@@ -45,14 +48,28 @@ def expected_calibration_error(said: torch.Tensor, true: torch.Tensor, bins: int
     return sum(count * abs(one - other) for one, other, count in reliability(said, true, bins)) / len(said)
 
 
+def check_probabilities(name: str, place: int, given: Any) -> None:
+    """Raises ValueError for what are no probabilities of options: of another shape, not from 0 to 1, or not 1 together."""
+    if not isinstance(given, torch.Tensor) or given.dim() != 1 or not given.is_floating_point():
+        raise ValueError(f"`{name}` holds {shown(given)} at {place}; expected a tensor of shape (options,), floating point")
+    if not bool((given >= 0).all()) or not abs(float(given.sum()) - 1) < TOGETHER:
+        raise ValueError(f"`{name}` holds {given.tolist()} at {place}; expected probabilities, from 0 to 1 and together 1")
+
+
 def judge(probabilities: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> Judged:
     """Args: of each question, float64 (options,) each: what is said of its options, and what is true of them.
 
     Raises:
-        ValueError: no questions, or not as many of both.
+        ValueError: no questions, or not as many of both; what are no probabilities; another number of options there than here.
     """
-    if not probabilities or len(probabilities) != len(truths):
+    if not len(probabilities) or len(probabilities) != len(truths):
         raise ValueError(f"`probabilities` has {len(probabilities)} questions, `truths` {len(truths)}; expected as many, and at least one")
+    for name, given in (("probabilities", probabilities), ("truths", truths)):
+        for place, one in enumerate(given):
+            check_probabilities(name, place, one)
+    for place, (one, wanted) in enumerate(zip(probabilities, truths, strict=True)):
+        if one.shape != wanted.shape:
+            raise ValueError(f"`truths` has {len(wanted)} options at {place}, `probabilities` {len(one)}; expected as many")
     said, true = confidences(probabilities, truths)
     pairs = list(zip(probabilities, truths, strict=True))
     likelihood = [float(torch.where(wanted > 0, wanted * one.log(), 0.0).sum()) for one, wanted in pairs]
