@@ -1,6 +1,6 @@
 """A prompt as a caller has it, a text or a chat, as ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,14 +9,38 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import shown
 
 
+def check_text(name: str, value: Any) -> None:
+    """Raises ValueError for a lone surrogate in a text, or in any text of a chat: no tokenizer can read it."""
+    for text in _texts(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            letter = text[error.start]
+            raise ValueError(
+                f"`{name}` holds the lone surrogate {letter!r}, in {shown(text)}; expected text that UTF-8 can write"
+            ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
 def prompt_ids(prompt: str | Sequence[Mapping[str, Any]] | None, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.Tensor:
     """Int64 (1, P): a text as it stands, a chat by the tokenizer's template, or for None what begins a sequence.
 
     Raises:
-        ValueError: no tokenizer; a prompt that is neither, or has no tokens; nothing to begin a sequence with.
+        ValueError: no tokenizer; a prompt that is neither, holds a lone surrogate, or has no tokens; nothing to begin a sequence with.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"`tokenizer` is {shown(tokenizer)}; expected the model's tokenizer")
+    check_text("prompt", prompt)
     if prompt is None:
         if tokenizer.bos_token_id is None:
             raise ValueError("`prompt` is None, and the tokenizer has no `bos_token_id` to begin with; expected a prompt")
@@ -32,4 +56,4 @@ def prompt_ids(prompt: str | Sequence[Mapping[str, Any]] | None, tokenizer: PreT
     return torch.tensor([ids], dtype=torch.int64, device=device)
 
 
-__all__ = ["prompt_ids"]
+__all__ = ["check_text", "prompt_ids"]

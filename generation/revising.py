@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import ARGUMENTS, read, shown
-from .asking import prompt_ids
+from .asking import check_text, prompt_ids
 from .call.configuration import DiffusionGenerationConfig
 from .call.constrained import compile_languages
 from .call.settings import resolve_config, resolve_stopping, stop_ids
@@ -226,6 +226,7 @@ def read_text(tokenizer, text: str, most: int) -> tuple[torch.Tensor, list[tuple
     """
     if not isinstance(text, str) or not text:
         raise ValueError(f"`text` is {shown(text)}; expected a string that is not empty")
+    check_text("text", text)
     fast = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, **({"return_offsets_mapping": True} if fast else {}))
     ids = encoded["input_ids"]

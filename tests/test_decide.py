@@ -159,3 +159,20 @@ def test_a_cache_of_another_kind_is_refused(model, tokenizer):
 def test_equal_options_are_refused():
     with pytest.raises(ValueError, match="twice"):
         Choice(["Y", "Y"])
+
+
+LONE = [{"role": "user", "content": [{"type": "text", "text": "a\ud800"}]}]
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", LONE])
+def test_lone_surrogate_is_named(model, tokenizer, prompt):
+    """The tokenizer's TypeError named nothing."""
+    for call in (
+        lambda: model.decide(prompt, THREE, tokenizer),
+        lambda: model.fill("{a:2}", tokenizer, prompt),
+        lambda: model.revise("abc", tokenizer, prompt),
+    ):
+        with pytest.raises(ValueError, match="`prompt` holds the lone surrogate"):
+            call()
+    with pytest.raises(ValueError, match="`text` holds the lone surrogate"):
+        model.revise("a\udfff", tokenizer)
