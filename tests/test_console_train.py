@@ -56,6 +56,10 @@ WRONG = {
     '{"messages": [{"role": "user", "content": "x"}]}': r"no assistant turn, only \['user'\]",
     '{"messages": [{"role": "assistant", "content": "x"}]}': "begins with the assistant",
     '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}': "turn 2 is empty",
+    '{"messages": [{"role": "user", "contents": "x"}, {"role": "assistant", "content": "y"}]}': "turn 1 has the keys .* no `content`",
+    '{"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "y"}]}': "`content` of turn 1 is 5",
+    '{"prompt": "a", "response": "b", "response": "c"}': "the key 'response' stands there twice",
+    '{"prompt": "a\\ud800", "response": "b"}': "lone surrogate",
     '{"messages": [], "prompt": "a"}': r"`messages` and \['prompt'\]",
 }
 
@@ -78,6 +82,25 @@ def test_many_lines_are_told_of_at_once(console, tmp_path):
     (tmp_path / "bad.jsonl").write_text("\n\n")
     assert "holds no example" in console("train", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "out"))[2]
     assert "cannot be read" in console("train", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out"))[2]
+
+
+def test_example_with_images_is_named_before_the_model_is_loaded(data, console, tmp_path, monkeypatch):
+    """It ended the run at the step that came to it."""
+    monkeypatch.setattr(train, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with open(data, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "<|image|>", "response": "b"}))
+    code, _, err = console("train", data, "--out", str(tmp_path / "out"))
+    assert code == 2 and "line 14: image tokens" in err and err.count("  line ") == 1
+
+
+@pytest.mark.parametrize("begun", [None, "{", "[]", "{}", '{"settings": 3}'])
+def test_run_that_says_not_what_it_began_as_is_not_resumed(begun, data, console, tmp_path):
+    """A traceback, or an error of JSON that named no file."""
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    if begun is not None:
+        (tmp_path / "out" / "begun.json").write_text(begun)
+    code, _, err = console("train", data, "--out", str(tmp_path / "out"), "--resume")
+    assert code == 2 and "begun.json cannot be read" in err
 
 
 def test_example_longer_than_the_limit_is_named_before_the_model_is_loaded(data, console, tmp_path, monkeypatch):

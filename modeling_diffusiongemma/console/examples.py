@@ -39,6 +39,12 @@ def problem_of_messages(messages: Any) -> str | None:
     turns = messages if isinstance(messages, list) else []
     if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns):
         return '`messages` is no conversation; expected a list of {"role": ..., "content": ...}'
+    for place, turn in enumerate(turns, 1):
+        content = turn.get("content")
+        if content is None and not any(name.startswith("tool") for name in turn):  # a template may write these instead
+            return f"the turn {place} has the keys {sorted(turn)} and no `content`; expected one: a template writes nothing for it"
+        if content is not None and not isinstance(content, str | list):
+            return f"the `content` of turn {place} is {content!r}; expected text"
     answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
         return f"the conversation has no assistant turn, only {sorted({turn['role'] for turn in turns})}; expected one to learn"
@@ -59,6 +65,15 @@ def lines_of(path: str) -> Iterator[tuple[int, str]]:
         raise UsageError(f"{path!r} cannot be read: {error}; expected a file of JSON lines in UTF-8") from error
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that it has twice, of which JSON readers forget the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
+
+
 def refuse(path: str, problems: list[tuple[int, str]]) -> None:
     """UsageError that tells of the first lines something is wrong with, where there are any."""
     if problems:
@@ -73,7 +88,12 @@ def read_examples(path: str) -> tuple[list[int], list[dict[str, Any]]]:
     places, examples, problems = [], [], []
     for place, line in lines_of(path):
         try:
-            example = json.loads(line)
+            example = json.loads(line, object_pairs_hook=once)
+            json.dumps(example, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            letter = error.object[error.start]
+            problems.append((place, f"the lone surrogate {letter!r}, which no tokenizer can read; expected text that UTF-8 can write"))
+            continue
         except (RecursionError, ValueError) as error:
             problems.append((place, f"no JSON: {error}"))
             continue

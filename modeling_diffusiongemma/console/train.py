@@ -62,19 +62,22 @@ class Bar(ProgressCallback):
         pass
 
 
-def refuse_long(path: str, places: list[int], examples: list[dict[str, Any]], collator, most: int) -> None:
-    """UsageError for examples that the chat template refuses, or of more than `most` tokens."""
+def refuse_wrong(path: str, places: list[int], examples: list[dict[str, Any]], collator, most: int, image_token_id: int | None) -> None:
+    """UsageError for examples that the chat template refuses, with images, which nobody reads here, or of more than `most` tokens."""
     from tqdm import tqdm
 
     problems = []
     bar = tqdm(examples, unit="example", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
     for place, example in zip(places, bar, strict=True):
         try:
-            length = len(collator.read(example).ids)
+            ids = collator.read(example).ids
+            length = len(ids)
         except Exception as error:  # jinja2's errors have no base class that is a ValueError
             problems.append((place, str(error)))
             continue
-        if length > most:
+        if image_token_id in ids:
+            problems.append((place, f"image tokens (id {image_token_id}); expected text alone: `train` reads no images"))
+        elif length > most:
             response = len(asked(collator, example)[1])
             problems.append(
                 (place, f"{length} tokens, of which its last response takes {response}; expected at most {most} (`--max-length`)")
@@ -138,9 +141,16 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     asked_for["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
     if not args.resume:
         return {"settings": asked_for}
-    begun = json.loads(Path(args.out, BEGUN).read_text(encoding="utf-8"))
+    path = Path(args.out, BEGUN)
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        settings = dict(begun["settings"])
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"`--resume` is given, and {path} cannot be read ({error}); expected what a run of this command wrote there"
+        ) from error
     for name, value in asked_for.items():
-        if (was := begun["settings"].get(name)) != value:
+        if (was := settings.get(name)) != value:
             option = f"--{name.replace('_', '-')}" if name != "data" else "FILE"
             raise UsageError(
                 f"`{option}` is {value!r}, and was {was!r} when the run in {args.out!r} began; expected the same, or a new run"
@@ -186,9 +196,10 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer = read_config(args.model.path), load_tokenizer(args.model.path)
     collator = BlockDiffusionCollator(tokenizer)
     most = args.max_length or config.get_text_config().max_position_embeddings
-    refuse_long(args.data, places, examples, collator, most)
+    image = getattr(config, "image_token_id", None)
+    refuse_wrong(args.data, places, examples, collator, most, image)
     if unseen is not None:
-        refuse_long(args.eval, unseen_places, unseen, collator, most)
+        refuse_wrong(args.eval, unseen_places, unseen, collator, most, image)
 
     set_seed(args.seed)  # what a new adapter begins with
     model = load_model(args.model.path, **loading_arguments(device, args.dtype, args.quantize))
