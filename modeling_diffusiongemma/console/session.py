@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from generation.arguments import ARGUMENTS
 from generation.call.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
 from generation.call.settings import resolve_config
 from generation.watch.watcher import Watcher
@@ -22,6 +23,10 @@ from .placement import loading_arguments
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """`--preset`, `--max-new-tokens` and `--set` as arguments of `generate`, refused here if they cannot be honoured."""
     given = dict(args.settings)
+    if len(given) < len(args.settings):
+        names = [name for name, _ in args.settings]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"`--set {twice}=...` is given twice; expected each setting once")
     if args.max_new_tokens is not None:
         if "max_new_tokens" in given:
             raise UsageError("`--max-new-tokens` and `--set max_new_tokens=...` are both given; expected one")
@@ -32,6 +37,11 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(
             "`--set constraint=...` is given; expected it unset: `generate` and `fill` take `--regex`, `--choices` and `--schema`"
         )
+    fields = DiffusionGenerationConfig().__dict__
+    for name, value in given.items():  # of `generate` itself None is as good as no argument, of whatever name
+        if name not in fields and (name in ARGUMENTS or value is None):
+            flag = "`--seed`" if name == "seed" else "a field of DiffusionGenerationConfig"
+            raise UsageError(f"`--set {name}=...` is no setting of generation; expected {flag}")
     settings = {**({} if args.preset is None else DIFFUSION_FIELDS | PRESETS[args.preset]), **given}
     try:
         resolve_config(None, DiffusionGenerationConfig(), dict(settings))
