@@ -1,5 +1,6 @@
 """The console, mostly through `main(argv)`; in processes of their own where the process is the point: pipes, terminals, imports."""
 
+import errno
 import io
 import json
 import os
@@ -81,6 +82,37 @@ def test_reader_that_has_gone_is_no_error(line):
     done = subprocess.run([*MODULE, *line.split()], cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE, timeout=300)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("line", ["info", "generate a", "--help"])
+def test_full_disk_is_an_error_in_one_line(line):
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*MODULE, *line.split()], cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, timeout=300)
+    assert done.returncode == 1 and done.stderr == b"diffusiongemma: error: standard output cannot be written: No space left on device\n"
+
+
+def test_disk_that_is_full_later_is_an_error_in_one_line(monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(RUNS, "info", full)
+    assert main(["info"]) == 1 and "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["generate hi", "info", "bench"])
+def test_closed_standard_output_is_refused(line, monkeypatch, capsys):
+    """The answers were lost, and the exit code was 0."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(line.split()) == 2
+    assert "standard output is closed" in capsys.readouterr().err
+
+
+def test_byte_order_mark_is_no_letter_of_a_prompt(answers):
+    """Of standard input as of a file: the model was asked another question, without a word."""
+    (row,) = answers("generate", "--seed", "0", *NARROW, stdin=f"\ufeff{DATE}\n")
+    assert row["prompt"] == DATE
 
 
 def test_json_goes_through_an_output_that_takes_ascii_alone():
@@ -211,6 +243,10 @@ WRONG = {  # command line, with {} for the folders above: what standard error mu
     "generate hello --model {}/no_weights --set num_beams=4": "a canvas has no beams",
     "generate hello --model {}/no_weights --set entropy_bound=-1": "`entropy_bound` is -1",
     "generate hello --max-new-tokens 3 --set max_new_tokens=4": "both given",
+    "generate hello --set max_denoising_steps=3 --set max_denoising_steps=4": "`--set max_denoising_steps=...` is given twice",
+    "generate hello --set entropy_bund=null": "`--set entropy_bund=...` is no setting of generation",
+    "generate hello --set seed=3": "expected `--seed`",
+    "generate hello --set streamer=1": "`--set streamer=...` is no setting",
     "generate hello --set return_dict_in_generate=false": "return_dict_in_generate",
     "generate": "holds no prompt",
     "generate --file {}/nowhere": "nowhere",

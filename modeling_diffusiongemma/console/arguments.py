@@ -125,13 +125,14 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def read_line() -> str:
-    """The next line of standard input; empty at its end. UsageError where it is no text, as `words`."""
+    """The next line of standard input, without a byte order mark, as PowerShell and files put one there; empty at its end. UsageError where
+    it is no text, as `words`."""
     try:
         line = "" if sys.stdin is None else sys.stdin.readline()
         line.encode()
     except UnicodeError as error:
         raise UsageError(f"standard input cannot be read: {error}; expected text in UTF-8 (PYTHONIOENCODING=utf-8)") from error
-    return line
+    return line.removeprefix("\ufeff") or ("\n" if line else "")
 
 
 def say(text: str) -> None:
@@ -141,17 +142,26 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def with_reader() -> Iterator[None]:
-    """A context in which something is printed, all of it at its end; SystemExit where whoever read it has gone, as `head` does."""
+    """A context in which something is printed, all of it at its end; SystemExit where whoever read it has gone, as `head` does.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
     try:
         try:
             yield
         finally:
             print(end="", flush=True)
-    except BrokenPipeError:  # what is still buffered goes nowhere, or the interpreter's last flush would fail aloud
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            os.dup2(nowhere, stream.fileno())
+    except BrokenPipeError:
+        drop(sys.stdout, sys.stderr)
         raise SystemExit(PIPE_CLOSED) from None
+
+
+def drop(*streams) -> None:
+    """What is still buffered goes nowhere, or the interpreter's last flush would fail aloud."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, streams):
+        os.dup2(nowhere, stream.fileno())
 
 
 def json_line(about: dict[str, Any]) -> str:
@@ -162,6 +172,6 @@ def json_line(about: dict[str, Any]) -> str:
 
 __all__ = [
     "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
-    "checkpoint_name", "fitting", "integer", "json_line", "positive", "read_line", "say", "setting", "share", "size", "with_reader",
+    "checkpoint_name", "drop", "fitting", "integer", "json_line", "positive", "read_line", "say", "setting", "share", "size", "with_reader",
     "words",
 ]  # fmt: skip

@@ -5,9 +5,10 @@ on standard error; a traceback means a bug.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from .arguments import PROGRAM, UsageError, say, with_reader
+from .arguments import PROGRAM, UsageError, drop, say, with_reader
 from .bench import run as bench
 from .chat import run as chat
 from .decide import run as decide
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"standard output is in {error.encoding}, which has no {letters!r}; expected UTF-8 (PYTHONIOENCODING=utf-8), or `--json`"
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         code, problem = 2 if isinstance(error, UsageError) else 1, str(error)
+    try:
+        print(end="", flush=True)
+    except OSError:  # standard output is what failed
+        drop(sys.stdout)
     say(f"{PROGRAM} {args.command}: error: {problem}")
     return code
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..version import VERSION
-from .arguments import PROGRAM, UsageError, add_common, add_generation, integer, positive, say, share, size, with_reader, words
+from .arguments import PROGRAM, UsageError, add_common, add_generation, drop, integer, positive, say, share, size, with_reader, words
 from .constrained import add_constraint, add_fields, hint_at_choices
 from .examples import BEGUN, read_examples
 from .placement import DTYPES, add_loading, quantization_name
@@ -366,6 +366,9 @@ and without trust_remote_code in transformers' own class. Upload it with: hf upl
 )  # fmt: skip
 
 
+WRITES = ("train", "export")  # what is asked of these are files
+
+
 def build_parser() -> argparse.ArgumentParser:
     shape = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES, **shape)
@@ -381,10 +384,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, by default the process's; SystemExit where it asks for help or is wrong, and has been answered."""
-    with with_reader():  # of help
-        args = build_parser().parse_args(argv)
+    """The command line, by default the process's; SystemExit where it asks for help or is wrong, and has been answered, or where standard
+    output takes no answer."""
     try:
+        with with_reader():  # of help
+            args = build_parser().parse_args(argv)
+    except OSError as error:  # now, and not behind the answers
+        drop(sys.stdout)
+        say(f"{PROGRAM}: error: standard output cannot be written: {error.strerror}")
+        raise SystemExit(1) from None
+    try:
+        if sys.stdout is None and args.command not in WRITES:  # `>&-`; Python would print into nothing
+            raise UsageError("standard output is closed; expected it open, since the answers go there")
         if args.check is not None:
             args.check(args)
         return args
