@@ -434,6 +434,25 @@ def test_other_files_are_refused_by_name(tmp_path):
             Trace.load(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "about", "told"),
+    [({"lengths": [-3]}, {}, "keeps .-3"), ({"lengths": [500]}, {}, "keeps .500"), ({"lengths": []}, {}, "canvas 0 of 1 rows"),
+     ({"seconds": []}, {}, "canvas 0 of 1 rows"), ({"tokens": [1]}, {}, "canvas 0 of 1 rows"), ({}, {"finish_reasons": "s"}, "reasons s"),
+     ({}, {"finish_reasons": ["stop", "stop"]}, "canvas 0 of 2 rows|finish reasons"), ({}, None, "cannot be read")],
+)  # fmt: skip
+def test_file_whose_tensors_belong_to_no_one_call_is_refused(tensors, about, told, tmp_path):
+    """It loaded, and a summary was wrong, or an IndexError later on."""
+    hand_made().save(whole := tmp_path / "whole")
+    with safe_open(whole, "pt") as file:
+        metadata = file.metadata()
+    metadata["about"] = "{" if about is None else json.dumps(json.loads(metadata["about"]) | about)
+    read = load_file(whole)
+    changed = {f"0.{name}": torch.tensor(value, dtype=read[f"0.{name}"].dtype) for name, value in tensors.items()}
+    save_file(read | changed, tmp_path / "changed", metadata=metadata)
+    with pytest.raises(ValueError, match=f"changed'.*{told}.*expected a trace of version 1"):
+        Trace.load(tmp_path / "changed")
+
+
 def test_flags_are_packed_and_rows_filled_in():
     flags = torch.rand(3, 7, generator=torch.Generator().manual_seed(0)) < 0.5
     assert torch.equal(unpack_bits(pack_bits(flags), (3, 7)), flags) and pack_bits(flags).shape == (3,)

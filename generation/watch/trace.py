@@ -262,9 +262,25 @@ class Trace(Watcher):
                 for index, (first_step, *shape) in enumerate(about["canvases"]):
                     read = {name: file.get_tensor(f"{index}.{name}") for name in names}
                     trace.canvases.append(unpacked(first_step, tuple(shape), read))
+                check_whole(trace, about["finish_reasons"])
                 return trace
-        except (IndexError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
+        except (json.JSONDecodeError, IndexError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
             raise ValueError(f"`path` is {str(path)!r}, which cannot be read ({error}); {expected}") from error
+
+
+def check_whole(trace: Trace, finish_reasons: object) -> None:
+    """Raises IndexError for a trace whose tensors are not those of one call: what is kept of it would be of other rows or steps."""
+    rows = len(trace.finish_reasons)
+    if not isinstance(finish_reasons, list) or trace.prompt.dim() != 2 or (trace.canvases and len(trace.prompt) not in (0, rows)):
+        raise IndexError(f"a prompt of shape {tuple(trace.prompt.shape)} and finish reasons {finish_reasons}")
+    for index, canvas in enumerate(trace.canvases):
+        steps, batch_size, _ = canvas.canvas.shape
+        shapes = [tuple(getattr(canvas, name).shape) for name in WHOLE]
+        expected = [(steps,), (steps,), (rows, canvas.tokens.shape[-1] if canvas.tokens.dim() else 0), (rows,)]
+        if not isinstance(canvas.first_step, int) or batch_size != rows or shapes != expected:
+            raise IndexError(f"canvas {index} of {rows} rows from step {canvas.first_step} has {dict(zip(WHOLE, shapes, strict=True))}")
+        if not bool(((canvas.lengths >= 0) & (canvas.lengths <= canvas.tokens.shape[1])).all()):
+            raise IndexError(f"canvas {index} keeps {canvas.lengths.tolist()} of {canvas.tokens.shape[1]} tokens")
 
 
 def others(prediction: Prediction, argmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
