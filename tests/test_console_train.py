@@ -93,6 +93,14 @@ def test_example_with_images_is_named_before_the_model_is_loaded(data, console, 
     assert code == 2 and "line 14: image tokens" in err and err.count("  line ") == 1
 
 
+def test_keys_that_nothing_is_learned_from_are_told(data, console, tmp_path, monkeypatch):
+    """A `system` beside `prompt` was passed over without a word, as an id is."""
+    lines = [json.dumps({**pair(0), "id": 7}), json.dumps({**pair(1), "system": "Be brief."}), json.dumps({**pair(2), "tools": None})]
+    Path(data).write_text("\n".join([*lines, json.dumps({"prompt": "<|image|>", "response": "b"})]))  # which ends the run
+    code, _, err = console("train", data, "--out", str(tmp_path / "out"))
+    assert code == 2 and f"nothing is learned from the keys ['id', 'system'] of {data}" in err
+
+
 @pytest.mark.parametrize("begun", [None, "{", "[]", "{}", '{"settings": 3}'])
 def test_run_that_says_not_what_it_began_as_is_not_resumed(begun, data, console, tmp_path):
     """A traceback, or an error of JSON that named no file."""

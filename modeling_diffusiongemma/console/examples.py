@@ -9,6 +9,7 @@ from .arguments import UsageError
 BEGUN = "begun.json"  # in the folder of a run: what it began as
 SHOWN = 5  # lines that are told of
 RESPONSES = ("response", "completion")  # the second as TRL has it
+READ = {"prompt", *RESPONSES, "messages", "tools"}  # keys of a line; others, such as an id, are not learned from
 FORMS = 'expected {"prompt": ..., "response": ...} or {"messages": [...]}'
 
 
@@ -107,4 +108,9 @@ def read_examples(path: str) -> tuple[list[int], list[dict[str, Any]]]:
     return places, examples
 
 
-__all__ = ["BEGUN", "read_examples", "refuse"]
+def unread_keys(examples: list[dict[str, Any]]) -> list[str]:
+    """Keys of examples that nothing is learned from."""
+    return sorted({key for example in examples for key in example} - READ)
+
+
+__all__ = ["BEGUN", "read_examples", "refuse", "unread_keys"]

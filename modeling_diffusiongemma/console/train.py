@@ -24,7 +24,7 @@ from ..training.objective import Objective
 from ..training.trainer import BlockDiffusionTrainer
 from ..weights.saving import replacing
 from .arguments import UsageError, json_line, say
-from .examples import BEGUN, read_examples, refuse
+from .examples import BEGUN, read_examples, refuse, unread_keys
 from .placement import checked_device, loading_arguments
 from .session import load_model, load_tokenizer, read_config
 
@@ -183,6 +183,8 @@ def tell(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     places, examples = read_examples(args.data)
+    if unread := unread_keys(examples):
+        say(f"nothing is learned from the keys {unread} of {args.data}")
     unseen_places, unseen = read_examples(args.eval) if args.eval else ([], None)
     begun = begin(args)
     device, plotted = checked_device(args.device), importlib.util.find_spec("matplotlib") is not None
