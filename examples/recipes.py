@@ -310,14 +310,14 @@ class SudokuRecipe:
 
 
 class SudokuFurtherRecipe(SudokuRecipe):
-    """What the Sudoku checkpoint learned after its first recipe, from which it goes on: puzzles nearly as they are asked, half of them such
-    as singles do not solve, on canvases it wrote itself. To these nothing is revealed: with a few cells more, singles do."""
+    """What the Sudoku checkpoint learned after its first recipe, from which it goes on: puzzles nearly as they are asked, on canvases
+    it wrote itself. A quarter are such as singles do not solve; to these nothing is revealed, since with a few cells more singles do."""
 
     name = "sudoku-further"
     start = "sudoku"
     rollouts = (0.0, 0.75)
     EXTRA_CLUES = (0, 6)  # for the others
-    SEARCH_SHARE = 0.5
+    SEARCH_SHARE = 0.25
 
     def __init__(self, data: str | None = None):
         super().__init__(data)
