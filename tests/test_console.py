@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -484,3 +485,14 @@ def test_export_writes_a_repository_that_brings_its_code(answers, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and DATES[DATE] in done.stdout, done.stderr
+
+
+def test_interruption_while_the_package_is_imported_is_one_line():
+    """It was a traceback through whatever was imported just then. The times of imports tell when torch is on its way."""
+    command = [sys.executable, "-X", "importtime", "-m", "modeling_diffusiongemma", "generate", "hello"]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("torch" in line for line in running.stderr)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode in (-signal.SIGINT, 130) and out == ""
+    assert "Traceback" not in err and err.splitlines().count("interrupted") == 1

@@ -404,6 +404,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise SystemExit(2) from None
 
 
+def tell_uncaught(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """As Python's, but for Ctrl-C, which may come while the package is imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("interrupted")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def answer_usage() -> None:
     """Where this process is the console, `python -m` with this package's name or the script that pip installed, and its command line asks
     for nothing that needs the package: answers, and ends."""
@@ -413,6 +421,7 @@ def answer_usage() -> None:
     else:
         is_console = script.stem == PROGRAM and script.parent == Path(sysconfig.get_path("scripts")).resolve()
     if is_console:
+        sys.excepthook = tell_uncaught
         parse()
 
 
