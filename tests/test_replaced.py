@@ -157,6 +157,7 @@ def test_compiled_layers_run_compiled():
 def test_mixed_precision_of_accelerate_says_that_generation_runs_without(monkeypatch):
     """Where transformers' class denoises in bfloat16, it was float32, silently."""
     accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {})  # another test of this process may have begun one
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     model, seen = accelerator.prepare_model(DiffusionGemmaForMaskedBlockLM(tiny_config()), evaluation_mode=True).eval(), set()
     model.model.decoder.layers[0].mlp.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
