@@ -32,7 +32,7 @@ from .filters import Filters, Threshold, find_threshold, listed
 from .products import choose_products
 from .segments import BySegment, Order, Orders, Piece, by_class, pick, pieces
 from .sums import MASKED, Shape, counts_rows, make_workspace
-from .walk import NUMBERS, PIECE, VocabularyHead, cast_dtype
+from .walk import NUMBERS, PIECE, VocabularyHead, cast_dtype, leading
 
 CHANCES, CHANCES_WITH_CURRENT = 3, 5  # uniform numbers of a position: class, segment, id; and segment and id of another token
 LEAST = 2.0**-34  # of a segment's share of a position: a thousand that are left out have together no last bit of float32
@@ -295,7 +295,7 @@ class _GroupWalk:
         places = [torch.zeros_like(one.segment) for one in drawn]
         rises, spare = (rise / NAT).index_select(1, order.kind).float(), self.walk.workspace.exponentials
         soft = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.device)
-        leading = _Leading(len(soft), min(candidates, len(order.ids)), self.device)
+        best_ids = _Leading(len(soft), min(candidates, len(order.ids)), self.device)
         for piece in pieces(order, self.walk.piece, None if heavy is None else heavy.any(dim=0).tolist()):
             rows, within = slice(None), piece.segments
             if heavy is not None:
@@ -312,7 +312,7 @@ class _GroupWalk:
                 found = begin + one.lane(_segment_of(bits[here], segment), begin, those)
                 place[those] = torch.where(inside[here], found, place[those])
             bits.add_(rises[rows, within, None])
-            leading.add(piece, bits.flatten(1), rows)
+            best_ids.add(piece, bits.flatten(1), rows)
             shares = torch.exp2(bits, out=piece.of(spare[: len(bits), : len(piece.ids)])).flatten(1)
             mixed = self.walk.products.mix(shares.to(self.hidden.dtype), self.walk.embeddings(piece.ids))
             if isinstance(rows, slice):
@@ -327,7 +327,7 @@ class _GroupWalk:
             "soft_embeds": soft.to(self.walk.table.dtype) * self.walk.head.embed_scale,
         }  # fmt: skip
         if candidates:
-            fields |= {"candidates": order.ids[leading.places], "candidate_log_probs": leading.log_probs()}
+            fields |= {"candidates": order.ids[best_ids.places], "candidate_log_probs": best_ids.log_probs()}
         if self.current is not None:
             log_probs = _at(rise, order.classes[self.current]).add_(group.current_bits * NAT)
             left = ~(group.current_bits <= MASKED / 2) & (order.place[self.current] < order.alive)
@@ -398,12 +398,7 @@ class _Leading:
         """The bits (n, W) of a piece, of the positions `rows`."""
         if not self.count:
             return
-        here = bits.topk(min(self.count, bits.shape[1]), dim=-1)
-        found, places = (
-            torch.cat(pair, dim=1) for pair in ((self.bits[rows], here.values), (self.places[rows], here.indices + piece.first))
-        )
-        best = found.topk(self.count, dim=-1)
-        self.bits[rows], self.places[rows] = best.values, places.gather(1, best.indices)
+        self.places[rows], self.bits[rows] = leading((self.places[rows], self.bits[rows]), bits, piece.first, self.count)
 
     def log_probs(self) -> torch.Tensor:
         """Float32 (N, count), nats; -inf where there is no such id, or none that weighs anything."""

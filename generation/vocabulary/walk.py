@@ -173,6 +173,20 @@ def _one_pass(
     return _summary(running, soft, asked, shape, (batch_size, length))
 
 
+def leading(
+    known: tuple[torch.Tensor, torch.Tensor] | None, values: torch.Tensor, start: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` highest values of each row with their places, falling, of those `known` and of a piece's `values` (N, W), which begin at
+    the place `start`: int64 and floating, (N, count), or less where there are no more."""
+    best = values.topk(min(count, values.shape[1]), dim=-1)
+    places, found = best.indices + start, best.values
+    if known is None:
+        return places, found
+    places, found = (torch.cat(pair, dim=1) for pair in zip(known, (places, found), strict=True))
+    best = found.topk(min(count, found.shape[1]), dim=-1)
+    return places.gather(1, best.indices), best.values
+
+
 class Asked:
     """What a walk gathers on request, of N positions: the most probable ids with their logits, falling, and the logits of named ids."""
 
@@ -186,13 +200,8 @@ class Asked:
             return
         logits = shape.logits(products, kept)  # (N, W), a copy
         if count:
-            best = logits.topk(min(count, logits.shape[1]), dim=-1)
-            ids, found = best.indices + start, best.values
-            if self.ids is not None:
-                ids, found = torch.cat((self.ids, ids), dim=1), torch.cat((self.logits, found), dim=1)
-                best = found.topk(min(count, found.shape[1]), dim=-1)
-                ids, found = ids.gather(1, best.indices), best.values
-            self.ids, self.logits = ids, found
+            known = None if self.ids is None else (self.ids, self.logits)
+            self.ids, self.logits = leading(known, logits, start, count)
         if named is not None:
             place = (named - start).clamp(0, logits.shape[1] - 1)
             here = torch.where(place == named - start, logits[:, place], MASKED)
@@ -221,4 +230,4 @@ def _summary(running: Running, soft_embeds: torch.Tensor, asked: Asked, shape: S
     return Prediction(bad=bad, **{name: value.view(*size, *value.shape[1:]) for name, value in given.items()})
 
 
-__all__ = ["PIECE", "VocabularyHead", "Way", "choose_way", "streamed_prediction"]
+__all__ = ["PIECE", "VocabularyHead", "Way", "choose_way", "leading", "streamed_prediction"]
