@@ -90,14 +90,15 @@ class Ending(Watcher):
 
 class Asked(dict):
     """The body of a request, of which is taken out what transformers' server does not know: `trace`, how its answer brings along the
-    way it came about (`made`, where that has been made), and `form`, the field that says which language the answer has, with that
-    language. `names`: the fields that were there."""
+    way it came about (`made`, where that has been made), and `constraint`, the language that the answer has. `names`: the fields that
+    were there."""
 
     def __init__(self, body: dict[str, Any], form_fields: Collection[str]):
         super().__init__(body)
         self.setdefault("stream", False)  # transformers streams a response that does not say
-        self.trace, self.form, self.made = self.pop("trace", None), take_form(self, form_fields), None
-        self.names = [*(["trace"] if self.trace is not None else []), *([self.form[0]] if self.form is not None else [])]
+        self.trace, self.made = self.pop("trace", None), None
+        field, self.constraint = take_form(self, form_fields) or (None, None)
+        self.names = [name for name, value in (("trace", self.trace), (field, self.constraint)) if value is not None]
 
     def make(self, trace: Trace, tokenizer) -> None:
         if self.trace == "safetensors":
@@ -114,10 +115,10 @@ class Asked(dict):
 def settings_of(build: Callable, body: Asked, model_settings: GenerationConfig, *args, **kwargs) -> GenerationConfig:
     """As a handler's reading of settings, `build`; they carry what else is asked for to where it is answered, in another thread."""
     settings = build(body, model_settings, *args, **kwargs)
-    if body.names:
-        if not isinstance(model_settings, DiffusionGenerationConfig):
-            raise ValueError(f"`model` is {body['model']!r}, which denoises no canvas of ours; expected none of {body.names}")
+    if isinstance(model_settings, DiffusionGenerationConfig):
         settings.asked = body
+    elif body.names:
+        raise ValueError(f"`model` is {body['model']!r}, which denoises no canvas of ours; expected none of {body.names}")
     return settings
 
 
@@ -133,13 +134,13 @@ async def answer_asked(answer: Callable, form_fields: Collection[str], body: dic
 
 def generate_asked(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
     """`generate` for one request, in our manners: a tensor, and rows of single tokens for the streamer."""
-    asked, watchers = generation_config.__dict__.pop("asked", None), [Ending(generation_config)]
-    if asked is not None and asked.form is not None:
-        kwargs["constraint"] = asked.form[1]
-    if asked is not None and asked.trace is not None:
+    asked, watchers = generation_config.__dict__.pop("asked"), [Ending(generation_config)]
+    if asked.trace is not None:
         watchers.append(trace := Trace(alternatives=3 if asked.trace == "html" else 0))
-    output = DiffusionGemmaForMaskedBlockLM.generate(model, generation_config=generation_config, watcher=watchers, **kwargs)
-    if asked is not None and asked.trace is not None:
+    output = DiffusionGemmaForMaskedBlockLM.generate(
+        model, generation_config=generation_config, watcher=watchers, constraint=asked.constraint, **kwargs
+    )
+    if asked.trace is not None:
         asked.make(trace, kwargs["tokenizer"])
     return output
 
