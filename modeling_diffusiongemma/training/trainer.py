@@ -87,14 +87,14 @@ class BlockDiffusionTraining:
         """`answer_examples` of a dataset, in its order. Every process asks a share of it; where weights are sharded, all ask together, each
         the same. What one of them raises, all raise."""
         examples = [example for _, example in zip(range(self.answering.limit or 2**62), examples, strict=False)]
-        longest = max((len(asked(self.data_collator, example)[1]) for example in examples), default=1)  # whoever asks for it
-        answering = replace(self.answering, settings={"max_new_tokens": longest, **self.answering.settings})
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         count, rank = self.accelerator.num_processes, self.accelerator.process_index
         if count == 1 or gathering_groups(self.model):
-            return answer_examples(model, self.data_collator, examples, answering)
+            return answer_examples(model, self.data_collator, examples, self.answering)
         from accelerate.utils import gather_object
 
+        longest = max((len(asked(self.data_collator, example)[1]) for example in examples), default=1)  # whoever asks for it
+        answering = replace(self.answering, settings={"max_new_tokens": longest, **self.answering.settings})
         found, failed, places = [], None, range(len(examples))[rank::count]
         try:
             found = answer_examples(model, self.data_collator, [examples[place] for place in places], answering, places)
