@@ -88,7 +88,7 @@ class Ending(Watcher):
             self.settings.max_new_tokens = None if finish_reasons[0] == "stop" else 0
 
 
-class Asked(dict):
+class Body(dict):
     """The body of a request, of which is taken out what transformers' server does not know: `trace`, how its answer brings along the
     way it came about (`made`, where that has been made), and `constraint`, the language that the answer has. `names`: the fields that
     were there."""
@@ -112,7 +112,7 @@ class Asked(dict):
         return content if isinstance(content, str) else " ".join(piece["text"] for piece in content or () if "text" in piece)
 
 
-def settings_of(build: Callable, body: Asked, model_settings: GenerationConfig, *args, **kwargs) -> GenerationConfig:
+def settings_of(build: Callable, body: Body, model_settings: GenerationConfig, *args, **kwargs) -> GenerationConfig:
     """As a handler's reading of settings, `build`; they carry what else is asked for to where it is answered, in another thread."""
     settings = build(body, model_settings, *args, **kwargs)
     if isinstance(model_settings, DiffusionGenerationConfig):
@@ -126,7 +126,7 @@ async def answer_asked(answer: Callable, form_fields: Collection[str], body: dic
     """As a handler's `answer`, in the form that is asked for, and with `trace` in it where that is."""
     from fastapi.responses import JSONResponse
 
-    response = await answer(asked := Asked(body, form_fields), request_id)
+    response = await answer(asked := Body(body, form_fields), request_id)
     if asked.trace is None:
         return response
     return JSONResponse({**json.loads(response.body), "trace": asked.made}, response.status_code)

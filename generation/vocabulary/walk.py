@@ -161,16 +161,16 @@ def _one_pass(
 
         threshold = find_threshold(filters, logits, len(head.weight))
     running = start_running(len(rows), hidden.device, current)
-    soft, seen, asked = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0, Asked(wanted)
+    soft, seen, gathered = hidden.new_zeros((len(rows), size), dtype=torch.float32), 0, Gathered(wanted)
     for start, embedded, used, kept in walk():
         if threshold is not None:
             kept, seen = threshold.keep(shape.logits(used.products, kept), seen)
-        asked.add(start, used.products, shape, kept)
+        gathered.add(start, used.products, shape, kept)
         numbers = None if chance is None else chance[:, start // way.tile : -(-(start + len(embedded)) // way.tile)]
         running, exponentials, shrink = way.absorb(running, used, start, shape, kept, numbers)
         soft.mul_(shrink[:, None]).add_(mix(exponentials, embedded))
     soft = (soft / running.mass[:, None]).to(head.weight.dtype) * head.embed_scale
-    return _summary(running, soft, asked, shape, (batch_size, length))
+    return _summary(running, soft, gathered, shape, (batch_size, length))
 
 
 def leading(
@@ -187,7 +187,7 @@ def leading(
     return places.gather(1, best.indices), best.values
 
 
-class Asked:
+class Gathered:
     """What a walk gathers on request, of N positions: the most probable ids with their logits, falling, and the logits of named ids."""
 
     def __init__(self, wanted: Wanted):
@@ -208,7 +208,7 @@ class Asked:
             self.named = here if self.named is None else torch.maximum(self.named, here)
 
 
-def _summary(running: Running, soft_embeds: torch.Tensor, asked: Asked, shape: Shape, size: tuple[int, int]) -> Prediction:
+def _summary(running: Running, soft_embeds: torch.Tensor, gathered: Gathered, shape: Shape, size: tuple[int, int]) -> Prediction:
     """The prediction of N positions, as `size` (B, C)."""
     log_mass, nat = running.mass.log(), math.log(2)  # of bits
     given = {}
@@ -216,12 +216,12 @@ def _summary(running: Running, soft_embeds: torch.Tensor, asked: Asked, shape: S
         bits = running.current_bits
         current_log_probs = torch.where(bits > MASKED / 2, (bits - running.top) * nat - log_mass, -float("inf"))
         given |= {"current_log_probs": current_log_probs, "other": running.other}
-    if asked.ids is not None:
+    if gathered.ids is not None:
         top = running.top * nat - shape.softcap / shape.temperature  # of the logits themselves
-        log_probs = torch.where(asked.logits > MASKED / 2, asked.logits - (top + log_mass)[:, None], -float("inf"))
-        given |= {"candidates": asked.ids, "candidate_log_probs": log_probs}
-    if asked.named is not None:
-        given["named_logits"] = asked.named.masked_fill(asked.named <= MASKED / 2, -float("inf"))
+        log_probs = torch.where(gathered.logits > MASKED / 2, gathered.logits - (top + log_mass)[:, None], -float("inf"))
+        given |= {"candidates": gathered.ids, "candidate_log_probs": log_probs}
+    if gathered.named is not None:
+        given["named_logits"] = gathered.named.masked_fill(gathered.named <= MASKED / 2, -float("inf"))
     given |= {
         "sample": running.sample, "argmax": running.argmax, "log_probs": -log_mass, "soft_embeds": soft_embeds,
         "entropy": (log_mass - running.spread / running.mass * nat).clamp(min=0),

@@ -35,7 +35,7 @@ def compile_settings(config: CompileConfig) -> dict[str, Any]:
     return settings
 
 
-class Asked:
+class Calls:
     """How layers are asked to run. `calls`, of each: how it ran before, then what each block made of it, the last of which is in force."""
 
     def __init__(self):
@@ -54,26 +54,26 @@ class Asked:
 
 
 @functools.cache
-def _asked() -> Asked:
+def _calls() -> Calls:
     """The one of this process: blocks of several threads may share layers, and end in any order."""
-    return Asked()
+    return Calls()
 
 
 @contextlib.contextmanager
 def compiled_layers(layers: Iterable[torch.nn.Module], config: CompileConfig) -> Iterator[None]:
     """Runs `layers` compiled as `config` says; behind the last such block, of whatever thread, they run as before the first."""
     call = torch.compile(torch.nn.Module._call_impl, **compile_settings(config))  # what `Module.compile` compiles, once for all layers
-    calls, asked = [(layer, functools.partial(call, layer)) for layer in layers], _asked()
+    entered, of_process = [(layer, functools.partial(call, layer)) for layer in layers], _calls()
     with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-        with asked.lock:
-            for layer, compiled in calls:
-                asked.enter(layer, compiled)
+        with of_process.lock:
+            for layer, compiled in entered:
+                of_process.enter(layer, compiled)
         try:
             yield
         finally:
-            with asked.lock:
-                for layer, compiled in calls:
-                    asked.leave(layer, compiled)
+            with of_process.lock:
+                for layer, compiled in entered:
+                    of_process.leave(layer, compiled)
 
 
 __all__ = ["compile_settings", "compiled_layers"]
