@@ -21,7 +21,7 @@ import torch
 from transformers.utils import cached_file
 
 from ..arguments import shown
-from .questions import CHOICE
+from .questions import CHOICE, are_probabilities
 
 FILE = "decision.json"
 SMALLEST = 1e-9  # temperature; below 1e-300 scores divided by it are infinite, and their probabilities NaN
@@ -155,7 +155,7 @@ def true_probabilities(truth: int | Sequence[float], options: int) -> torch.Tens
         return torch.eye(options, dtype=torch.float64, device="cpu")[place]
     if _are_numbers(place) and len(place) == options:
         found = torch.as_tensor(truth, dtype=torch.float64, device="cpu")
-        if bool((found >= 0).all()) and abs(float(found.sum()) - 1) < 1e-6:
+        if are_probabilities(found):
             return found
     raise ValueError(f"`truths` holds {shown(truth)}; expected the place of the right one of {options} options, or a probability of each")
 

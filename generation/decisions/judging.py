@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import shown
+from .questions import are_probabilities
 
 BINS = 10
-TOGETHER = 1e-2  # from 1: probabilities that were rounded to two digits, or computed in half precision
 
 
 class Judged(NamedTuple):
@@ -52,7 +52,7 @@ def check_probabilities(name: str, place: int, given: Any) -> None:
     """Raises ValueError for what are no probabilities of options: of another shape, not from 0 to 1, or not 1 together."""
     if not isinstance(given, torch.Tensor) or given.dim() != 1 or not given.is_floating_point():
         raise ValueError(f"`{name}` holds {shown(given)} at {place}; expected a tensor of shape (options,), floating point")
-    if not bool((given >= 0).all()) or not abs(float(given.sum()) - 1) < TOGETHER:
+    if not are_probabilities(given):
         raise ValueError(f"`{name}` holds {given.tolist()} at {place}; expected probabilities, from 0 to 1 and together 1")
 
 
