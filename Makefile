@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-lowest test-newest test-cpus test-gpu bench train-text train-sudoku lint clean always
+.PHONY: help venv demo test test-lowest test-newest test-cpus test-ranks test-gpu bench train-text train-sudoku lint clean always
 
 help:  ## list the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=/path/to/python]'
@@ -37,6 +37,9 @@ test-newest: .venv-newest/.installed  ## run the tests with the newest of everyt
 
 test-cpus: .venv/.tested  ## run the tests as other CPUs round: tests/other_cpus.py
 	@.venv/bin/python tests/other_cpus.py $(ARGS)
+
+test-ranks: .venv/.tested  ## run the tests of several processes with four of them: plans in two dimensions
+	@RANKS=4 .venv/bin/python -m pytest -q -n 0 tests/test_ranks.py tests/test_scale.py $(ARGS)
 
 test-gpu: .venv/.tested  ## run the tests that need a GPU
 	@echo 'running pytest -m gpu'

@@ -1,4 +1,4 @@
-"""One rank of tests/test_ranks.py: `ranks_worker.py WAY FOLDER`, with torchrun's variables. Writes what it found to FOLDER/RANK.pt."""
+"""One rank of tests/test_ranks.py: `ranks_worker.py all FOLDER`, with torchrun's variables. Writes what it found to FOLDER/RANK.pt."""
 
 import os
 import sys
@@ -131,5 +131,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = int(os.environ["RANK"])
-    torch.save({"fsdp": fsdp, "trainer": trainer}[sys.argv[1]](rank), f"{sys.argv[2]}/{rank}.pt")
+    torch.save({"fsdp": fsdp(rank), "trainer": trainer(rank)}, f"{sys.argv[2]}/{rank}.pt")
     distributed.destroy_process_group()

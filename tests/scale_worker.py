@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import CANVAS, PAD, VOCAB, small_model
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
+from two_processes import WORLD
 
 from modeling_diffusiongemma import (
     BlockDiffusionCollator,
@@ -34,11 +35,11 @@ LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "target_parameters": 
 SETTINGS = {"max_denoising_steps": 7, "seed": 3, "eos_token_id": []}
 
 
-def rows(world=2):
+def rows():
     """One row for each step and rank, of different lengths."""
     generator = torch.Generator().manual_seed(0)
     drawn = []
-    for place in range(STEPS * world):
+    for place in range(STEPS * WORLD):
         ids = torch.randint(5, 90, (3 + 5 * (place % 3) + 12,), generator=generator).tolist()
         drawn.append((ids[: -4 - 3 * (place % 2)], ids[-4 - 3 * (place % 2) :]))
     return drawn
@@ -50,9 +51,9 @@ def seed(step, rank):
 
 
 def asked(rank):
-    """A rank's prompts, and how many tokens behind them: rank 0 does several times the passes of rank 1."""
+    """A rank's prompts, and how many tokens behind them: rank 0 does several times the passes of the others."""
     ids = torch.randint(8, 90, (2 + rank, 7 + 3 * rank), generator=torch.Generator().manual_seed(rank))
-    return ids, SETTINGS | {"max_new_tokens": 24 - 15 * rank}
+    return ids, SETTINGS | {"max_new_tokens": 24 if rank == 0 else 9}
 
 
 def answers(model, rank):
@@ -77,7 +78,7 @@ def with_lora(model):
 
 
 def batch(step, rank):
-    return BlockDiffusionCollator(pad_token_id=PAD)([rows()[2 * step + rank]])
+    return BlockDiffusionCollator(pad_token_id=PAD)([rows()[WORLD * step + rank]])
 
 
 def on_a_cpu():
@@ -184,23 +185,38 @@ def accelerated(folder):
 
 
 def plans():
-    """transformers' settings for two processes by what they divide; those for experts have changed between versions."""
-    by_size = any(field.name == "ep_size" for field in fields(DistributedConfig))
-    experts = {"ep_size": 2} if by_size else {"enable_expert_parallel": True}
-    return {"matrices": {"tp_size": 2}, "experts": {"tp_size": 2, **experts}, "all": {"fsdp_size": 2}}
+    """transformers' settings by what they divide in two; those for experts have changed between versions. More processes than two shard
+    what is divided already (FSDP2), or hold what is sharded again (HSDP)."""
+    known = {field.name for field in fields(DistributedConfig)}
+    experts = {"ep_size": 2} if "ep_size" in known else {"enable_expert_parallel": True}
+    found = {"matrices": {"tp_size": 2}, "experts": {"tp_size": 2, **experts}}
+    if WORLD > 2:
+        found = {name: {**plan, "fsdp_size": WORLD // 2} for name, plan in found.items()}
+    replicas = {"dp_replicate_size": WORLD // 2} if WORLD > 2 and "dp_replicate_size" in known else {}
+    return {**found, "all": {"fsdp_size": 2 if replicas else WORLD, **replicas}}
+
+
+def question(name, rank):
+    """Which one a rank has under a plan: those between which matrices are divided share theirs."""
+    return rank if name == "all" else rank // 2
 
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def measured(model):
-    """Logits of a self-conditioned canvas, and loss and gradients of a training step."""
+@torch.no_grad()
+def canvas_logits(model):
+    """Of a self-conditioned canvas."""
     drawn = torch.Generator().manual_seed(1)
     ids, canvas = (torch.randint(8, 90, (2, length), generator=drawn) for length in (9, CANVAS))
     conditioning = torch.randn(2, CANVAS, VOCAB, generator=drawn)
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids, decoder_input_ids=canvas, self_conditioning_logits=conditioning).logits
+    return model.eval()(input_ids=ids, decoder_input_ids=canvas, self_conditioning_logits=conditioning).logits
+
+
+def measured(model):
+    """Logits of a canvas, and loss and gradients of a training step."""
+    logits = canvas_logits(model)
     seed(0, 0)
     loss = model.train()(**BlockDiffusionCollator(pad_token_id=PAD)(rows()[:2])).loss
     loss.backward()
@@ -232,27 +248,41 @@ def divided(folder):
         if rank == 0:
             small_model(num_global_key_value_heads=heads).save_pretrained(folder / f"heads{heads}")
         distributed.barrier()
-    cases = [(name, 2, settings) for name, settings in plans().items()] + [("one key head", 1, {"tp_size": 2})]
+    cases = [(name, 2, settings) for name, settings in plans().items()] + [("one key head", 1, plans()["matrices"])]
     for name, heads, settings in cases:
         model = DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / f"heads{heads}", distributed_config=DistributedConfig(**settings))
         found[name] = measured(model) | {"why": model.why_dense(torch.device("cpu"))}
         found[name]["divided"] = sorted(each for each, value in model.named_parameters() if isinstance(value, DTensor))
+        found[name]["units"] = sum(isinstance(module, FSDPModule) for module in model.modules())
         model.save_pretrained(folder / name)
     for name, settings in plans().items():
         model = DiffusionGemmaForMaskedBlockLM.from_pretrained(default_checkpoint(), distributed_config=DistributedConfig(**settings))
         torch.manual_seed(rank)
-        found[name]["answer"] = answered(model, 2 + rank if name == "all" else 2)
+        found[name]["answer"] = answered(model, 2 + question(name, rank))
         found[name]["drawn"] = torch.rand(1).item()
-    tensor = {"distributed_config": DistributedConfig(tp_size=2)}
+    tensor = {"distributed_config": DistributedConfig(tp_size=WORLD)}
     found["four bits"] = refusal(default_checkpoint(), quantization_config=FourBitConfig(), **tensor)
     found["eight bits"] = refusal(default_checkpoint(), quantization_config=FP8Config(), **tensor)
-    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "heads1", **tensor)
-    try:
-        with_lora(model)
-    except ValueError as error:
-        found["adapters"] = str(error)
+    sharded = {"distributed_config": DistributedConfig(fsdp_size=WORLD)}
+    for name, settings in (("adapters", tensor), ("adapters behind", sharded)):
+        model = DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "heads1", **settings)
+        try:
+            with_lora(model)
+        except ValueError as error:
+            found[name] = str(error)
+    if rank == 0:
+        with_lora(small_model(num_global_key_value_heads=1)).save_pretrained(folder / "adapter")
+    distributed.barrier()
+    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "heads1", **sharded)
+    found["adapted"] = canvas_logits(PeftModel.from_pretrained(model, folder / "adapter"))
+    mixed = DistributedConfig(fsdp_size=WORLD, fsdp_mixed_precision=True)
+    found["mixed"] = canvas_logits(DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "heads1", distributed_config=mixed))
     rules = {"model.decoder.layers.*.self_attn.k_proj": "colwise"}
-    found["rules"] = refusal(folder / "heads1", distributed_config=DistributedConfig(tp_size=2, tp_plan=rules))
+    cut = DistributedConfig(tp_size=WORLD, tp_plan=rules)
+    for name, settings in (("rules", cut), ("stages", DistributedConfig(pp_size=WORLD))):
+        found[name] = refusal(folder / "heads1", distributed_config=settings)
+    sequence = DistributedConfig(tp_size=WORLD, enable_sequence_parallel=True)
+    found["sequence"] = refusal(folder / "heads1", distributed_config=sequence)
     return found
 
 

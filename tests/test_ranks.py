@@ -1,10 +1,17 @@
-"""Several processes that share one model's weights do the same passes, whatever their rows and random numbers: two of them, on a CPU."""
+"""Several processes that share one model's weights do the same passes, whatever their rows and random numbers: two of them, on a CPU, or
+`RANKS`."""
 
 import pytest
 import ranks_worker
 import torch
 from small_models import CANVAS, VOCAB, small_model
 from two_processes import WORLD, run_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank found."""
+    return run_ranks("ranks_worker.py", "all", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +49,27 @@ def test_ranks_draw_differently():
     assert drawn[0] != drawn[1]
 
 
-def test_sharded_training_and_evaluation_are_those_of_one_process(alone, tmp_path):
+def test_sharded_training_and_evaluation_are_those_of_one_process(ranks, alone):
     """FSDP2: before, ranks gathered different things where one drew self-conditioning, had a longer prompt, or more canvases."""
-    for found, expected in zip(run_ranks("ranks_worker.py", "fsdp", tmp_path), alone, strict=True):
-        weights, ours = found.pop("weights"), expected["weights"]
-        for name, value in found.items():  # gradients are summed in another order, and four steps make more of it
-            torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for found, expected in zip([each["fsdp"] for each in ranks], alone, strict=True):
+        weights, ours = found["weights"], expected["weights"]
+        for name in found.keys() - {"weights"}:  # gradients are summed in another order, and four steps make more of it
+            torch.testing.assert_close(found[name], expected[name], atol=1e-3, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         for name, value in weights.items():
             torch.testing.assert_close(value, ours[name], atol=1e-4, rtol=1e-4)
 
 
-def test_trainer_trains_and_evaluates_on_two_ranks(tmp_path):
+def test_trainer_trains_and_evaluates_on_every_rank(ranks):
     """Every rank has all weights; what it gathers are losses, gradients, and logits of rows of different lengths."""
-    found = run_ranks("ranks_worker.py", "trainer", tmp_path)
-    assert torch.equal(found[0]["losses"], found[1]["losses"]) and bool(found[0]["losses"].isfinite().all())
-    assert found[0]["losses"].shape == (4,) and found[0]["shapes"] == [(6, 3 * CANVAS, VOCAB)] * 2
-    examples = ranks_worker.questions()
-    assert [of[0] for of in found[0]["answers"]] == [prompt for prompt, _ in examples]  # the data's order
-    assert {len(of[1]) for of in found[0]["answers"]} == {8}  # the longest response's length, in whose share it may be
-    assert found[0]["answers"] == found[1]["answers"] and found[0]["right"] == found[1]["right"] == 1.0
-    assert [rank["asked"] for rank in found] == [3, 2]  # each a share
-    assert [rank["told"] for rank in found] == [
-        "RuntimeError: evaluation failed in process 1: ZeroDivisionError: a checker's", "ZeroDivisionError: a checker's",
-    ]  # fmt: skip
+    found = [each["trainer"] for each in ranks]
+    first, examples = found[0], ranks_worker.questions()
+    assert first["losses"].shape == (4,) and bool(first["losses"].isfinite().all())
+    assert first["shapes"] == [(6, 3 * CANVAS, VOCAB)] * 2 and first["right"] == 1.0
+    assert [of[0] for of in first["answers"]] == [prompt for prompt, _ in examples]  # the data's order
+    assert {len(of[1]) for of in first["answers"]} == {8}  # the longest response's length, in whose share it may be
+    for rank, each in enumerate(found):
+        assert torch.equal(each["losses"], first["losses"])
+        assert each["answers"] == first["answers"] and each["right"] == first["right"]
+        assert each["asked"] == len(examples[rank::WORLD])  # its share
+        told = "ZeroDivisionError: a checker's"
+        assert each["told"] == (told if rank == 1 else f"RuntimeError: evaluation failed in process 1: {told}")

@@ -1,4 +1,4 @@
-"""Starts two processes that are the ranks of one job, on a CPU."""
+"""Starts two processes that are the ranks of one job, on a CPU; or as many as the environment variable `RANKS` says."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-WORLD, PATIENCE = 2, 300  # seconds until a rank that waits for a pass the other does not do is ended
+WORLD, PATIENCE = int(os.environ.get("RANKS", 2)), 300  # seconds until a rank that waits for a pass the other does not do is ended
 
 
 def free_port():

@@ -35,7 +35,7 @@ from .adapter_names import (
     shown,
     who_made,
 )
-from .divided import is_planned
+from .divided import is_planned, learns_apart
 
 logger = logging.get_logger(__name__)
 
@@ -190,10 +190,12 @@ class AdapterMixin:
         `fit`; and that refuse to merge, where two stacks hold the same weights, or some lie in few bits.
 
         Raises:
-            ValueError: there are wrappers, and a plan divides the weights between processes: a delta would be added to a piece of them.
+            ValueError: there are wrappers, and a plan divides the weights between processes: a delta would be added to a piece of them. Or
+                they were put into a sharded model to be trained: each process would train its own.
         """
-        may_merge, divided = True, is_planned(self)
-        if getattr(self, "peft_config", None):
+        may_merge, divided, configs = True, is_planned(self), getattr(self, "peft_config", None) or {}
+        trained = any(not config.inference_mode for config in configs.values())
+        if configs:
             if (block := block_of(self)[0]).prompt_stack is not block.decoder:
                 guard(block.decoder, block.prompt_stack)
             may_merge = not any(in_few_bits(module) for _, module in super().named_modules())
@@ -201,6 +203,11 @@ class AdapterMixin:
             if is_wrapper(module):
                 if divided:
                     refuse_divided(name)
+                if trained and learns_apart(module):
+                    raise ValueError(
+                        f"`{name}` puts an adapter to be trained into a model that is sharded already; expected one that was put in before "
+                        "`fully_shard` or `accelerator.prepare`, which shard it too: here every process would train its own"
+                    )
                 fit(module, may_merge)
             yield name, module
 

@@ -60,8 +60,9 @@ class BlockLayer(GradientCheckpointingLayer):
         routed = self.experts(self.pre_feedforward_layernorm_2(tokens), chosen, shares)
         routed = self.post_feedforward_layernorm_2(routed.view_as(hidden_states))
         hidden_states = hidden_states + self.post_feedforward_layernorm(dense + routed)
-        layer_scalar = self.layer_scalar if layer_scalar is None else layer_scalar.to(hidden_states.device)
-        return hidden_states * layer_scalar, new, weights, probabilities
+        layer_scalar = self.layer_scalar if layer_scalar is None else layer_scalar
+        # A buffer stays in the weights' dtype where a policy of mixed precision runs the layer in another.
+        return hidden_states * layer_scalar.to(hidden_states), new, weights, probabilities
 
 
 class PromptLayer(nn.Module):
