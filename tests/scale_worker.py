@@ -184,15 +184,18 @@ def accelerated(folder):
     return found
 
 
+KNOWN = {field.name for field in fields(DistributedConfig)}
+SHARDS_TRAIN = "ep_size" in KNOWN  # transformers 5.17's Trainer puts a model that came in shards into DDP, which fails
+
+
 def plans():
     """transformers' settings by what they divide in two; those for experts have changed between versions. More processes than two shard
     what is divided already (FSDP2), or hold what is sharded again (HSDP)."""
-    known = {field.name for field in fields(DistributedConfig)}
-    experts = {"ep_size": 2} if "ep_size" in known else {"enable_expert_parallel": True}
+    experts = {"ep_size": 2} if "ep_size" in KNOWN else {"enable_expert_parallel": True}
     found = {"matrices": {"tp_size": 2}, "experts": {"tp_size": 2, **experts}}
     if WORLD > 2:
         found = {name: {**plan, "fsdp_size": WORLD // 2} for name, plan in found.items()}
-    replicas = {"dp_replicate_size": WORLD // 2} if WORLD > 2 and "dp_replicate_size" in known else {}
+    replicas = {"dp_replicate_size": WORLD // 2} if WORLD > 2 and "dp_replicate_size" in KNOWN else {}
     return {**found, "all": {"fsdp_size": 2 if replicas else WORLD, **replicas}}
 
 
@@ -241,6 +244,19 @@ def refusal(folder, **settings):
     return ""
 
 
+def trained(folder, sharded):
+    """Losses of a Trainer whose model came in shards."""
+    if distributed.get_rank() == 0:
+        small_model().save_pretrained(folder / "whole")
+    distributed.barrier()
+    model = on_text(DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "whole", **sharded))
+    settings = arguments(folder / "sharded", save_only_model=True, use_cpu=True, ddp_backend="gloo")
+    collator = BlockDiffusionCollator(pad_token_id=PAD)
+    run = InOrder(model=model, args=settings, data_collator=collator, train_dataset=rows(), eval_dataset=rows()[:3], callbacks=[Each()])
+    run.train()
+    return torch.tensor([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+
+
 def divided(folder):
     distributed.init_process_group("gloo")
     rank, found = distributed.get_rank(), {}
@@ -275,6 +291,8 @@ def divided(folder):
     distributed.barrier()
     model = DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "heads1", **sharded)
     found["adapted"] = canvas_logits(PeftModel.from_pretrained(model, folder / "adapter"))
+    if SHARDS_TRAIN:
+        found["trained"] = trained(folder, sharded)
     mixed = DistributedConfig(fsdp_size=WORLD, fsdp_mixed_precision=True)
     found["mixed"] = canvas_logits(DiffusionGemmaForMaskedBlockLM.from_pretrained(folder / "heads1", distributed_config=mixed))
     rules = {"model.decoder.layers.*.self_attn.k_proj": "colwise"}

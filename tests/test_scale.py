@@ -169,6 +169,12 @@ def test_ranks_of_a_plan_answer_alike_whatever_their_random_numbers(divided, nam
     assert len({found[name]["drawn"] for found in divided[0]}) == len(set(questions))
 
 
+@pytest.mark.skipif(not scale_worker.SHARDS_TRAIN, reason="transformers 5.17's Trainer does not take such a model")
+def test_a_trainer_of_a_model_that_came_in_shards_gives_one_process_losses(divided, alone):
+    for found in divided[0]:
+        torch.testing.assert_close(found["trained"], alone["full"][0].mean(dim=0), **LOSSES)
+
+
 def test_an_adapter_put_into_a_sharded_model_counts(divided):
     """To be used. To be trained there it is refused: no rank would have averaged its gradients with another's."""
     expected = scale_worker.canvas_logits(with_lora(small_model(num_global_key_value_heads=1)))
