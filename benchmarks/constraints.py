@@ -178,6 +178,8 @@ class Step:
         self.numbers = torch.Generator().manual_seed(1)
         self.temperature = 0.8
         self.hidden = torch.randn((batch_size, POSITIONS, weight.shape[1]), generator=self.numbers).to(weight.dtype)
+        self.possible = self.lattice.possible(POSITIONS, self.state, self.left)  # once for all steps of a canvas
+        self.argmax = torch.full((batch_size, POSITIONS), PAD, dtype=torch.int64)  # of the last step
 
     def certain(self) -> "Step":
         """The hidden states become such that each position is nearly certain of a token of a text of the language."""
@@ -195,14 +197,16 @@ class Step:
         """Seconds of the first walk, the lattice and the second walk, and the prediction."""
         times = [clock()]
         chance = torch.rand((*self.hidden.shape[:2], CHANCES), generator=self.numbers)
-        walk = ClassWalk(self.hidden, self.head, self.temperature, self.orders, POSITIONS)
+        given = (self.orders, POSITIONS, None, None, self.possible, self.argmax)
+        walk = ClassWalk(self.hidden, self.head, self.temperature, *given)
         sums = walk.sums()
         times.append(clock())
         solution = self.lattice.solve(sums.log_mass, sums.best, self.state, self.left, chance[..., 0])
-        chosen = constrained.chosen(sums, solution)
+        chosen = constrained.chosen(sums, solution, self.possible)
         times.append(clock())
         prediction = walk.draw(sums, chosen, chance, PAD)
         times.append(clock())
+        self.argmax = prediction.argmax
         if bool(prediction.bad.any()):
             raise RuntimeError("no canvas is accepted; expected an automaton that accepts some")
         return [after - before for before, after in zip(times, times[1:], strict=False)], prediction
@@ -269,7 +273,7 @@ def at_released_sizes() -> str:
 # notes
 
 
-def posterior_chosen(sums: ClassSums, solution: Solution) -> Chosen:
+def posterior_chosen(sums: ClassSums, solution: Solution, possible: torch.Tensor) -> Chosen:
     """`constrained.chosen`, but for what is measured and fed back: the posterior of the whole canvas."""
     return Chosen(solution.posterior, solution.sample, solution.best, constrained.lost(solution))
 

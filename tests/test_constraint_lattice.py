@@ -84,15 +84,19 @@ def test_solution_equals_an_enumeration_of_all_strings(seed):
     left = torch.tensor([0, 1, 2])
     chance = torch.rand((3, log_probs.shape[1]), generator=torch.Generator().manual_seed(seed))
     mass, best = by_class(log_probs, automata)
-    got = make_lattice(automata, CPU).solve(mass, best, states, left, chance)
+    lattice = make_lattice(automata, CPU)
+    got = lattice.solve(mass, best, states, left, chance)
     for row, automaton in enumerate(automata):
         partition, marginals, string, end = enumerated(automaton, log_probs[row], int(states[row]), int(left[row]))
         assert float(got.log_partition[row]) == pytest.approx(partition, abs=1e-9)
         if string is None:
+            assert not bool(lattice.possible(log_probs.shape[1], states, left)[row].any())
             assert int(got.sample_state[row]) == int(states[row])
             continue
         expected = torch.zeros_like(mass[row]).index_add_(1, automaton.classes, marginals)
         torch.testing.assert_close(got.posterior[row].exp(), expected, atol=1e-9, rtol=0)
+        found = lattice.possible(log_probs.shape[1], states, left)[row]
+        assert torch.equal(found, marginals.new_zeros(mass[row].shape).index_add_(1, automaton.classes, marginals) > 0)
         assert got.best[row].tolist() == automaton.classes[list(string)].tolist()
         assert int(got.best_state[row]) == end
         state = int(states[row])

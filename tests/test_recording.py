@@ -200,8 +200,8 @@ def test_a_step_never_looks_at_the_device(model, settings, constrained):
     drawn = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), drawn)
     inputs = StepInputs(state, steps[1], temperatures[1], drawn, filters)
     if constrained:
-        progress = start_progress([closed(alternating(), [1], 0)] * 2, 0, device)
-        inputs = inputs._replace(progress=progress, reach=(10, ids.new_full((), 7)))
+        progress = start_progress([closed(alternating(), [1], 0)] * 2, 0, device).on(10, 17)
+        inputs = inputs._replace(progress=progress)
     with NeverWaits(device):  # what looks before a GPU records agrees
         prediction, after = take_step(model, plan, view, inputs)
     assert after.canvas.shape == (2, 10) and prediction.bad.shape == (2,) and after.soft_embeds.is_meta

@@ -11,13 +11,15 @@ from generation.constraints.lattice import make_lattice
 from generation.rules.draws import BatchDraws, RowDraws
 from generation.rules.prediction import NOTHING_MORE, Wanted
 from generation.vocabulary import classes as module
-from generation.vocabulary.classes import CHANCES, CHANCES_WITH_CURRENT, Chosen, ClassWalk
+from generation.vocabulary.classes import CHANCES, CHANCES_WITH_CURRENT, Chosen, ClassWalk, possible_shares
 from generation.vocabulary.dense_classes import dense_draw, dense_sums
 from generation.vocabulary.filters import Filters
+from generation.vocabulary.group_walk import GroupWalk
 from generation.vocabulary.segments import make_orders
 from generation.vocabulary.walk import VocabularyHead
 
 CAP, CPU = 30.0, torch.device("cpu")
+FIELDS, TOKENS = ("entropy", "log_probs", "current_log_probs", "soft_embeds"), ("argmax", "sample", "other", "bad")
 
 
 def case(vocab_size=1000, size=24, rows=(2, 9), seed=0, spread=4.0, dtype=torch.float32, untied=False):
@@ -32,11 +34,13 @@ def whole_logits(hidden, head, temperature):
     return torch.tanh(torch.nn.functional.linear(hidden, head.weight).float() / CAP) * CAP / temperature
 
 
-def chosen_of(solution):
-    return Chosen(solution.posterior, solution.sample, solution.best, ~(solution.log_partition > -math.inf))
+def chosen_of(solution, sums=None, possible=None):
+    """With the posterior, or with the model's own shares of what is possible."""
+    shares = solution.posterior if possible is None else possible_shares(sums.log_mass, possible)
+    return Chosen(shares, solution.sample, solution.best, ~(solution.log_partition > -math.inf), possible is not None)
 
 
-def join(walk, lattice, state, left, chance, pad, wanted=NOTHING_MORE):
+def join(walk, lattice, state, left, chance, pad, wanted=NOTHING_MORE, possible=None):
     """As a loop joins them."""
     sums = walk.sums()
     first = None if chance is None else chance[:, : walk.count, 0]
@@ -45,32 +49,37 @@ def join(walk, lattice, state, left, chance, pad, wanted=NOTHING_MORE):
         lost = ~(solution.log_partition > -math.inf)
         solution = solution.where(lost, lattice.solve(sums.loose.log_mass, sums.loose.best, state, left, first))
         sums = walk.lift(sums, lost)
-    return walk.draw(sums, chosen_of(solution), chance, pad, wanted), solution
+    return walk.draw(sums, chosen_of(solution, sums, possible), chance, pad, wanted), solution
 
 
 def predict(
     hidden, head, temperature, automata, state=None, left=0, count=None, chance="drawn", filters=None, current=None, pad=0,
-    wanted=NOTHING_MORE, **kwargs,
+    wanted=NOTHING_MORE, at_once=None, **kwargs,
 ):  # fmt: skip
+    """`at_once`: None for the posterior, else whether the first walk mixes what is possible."""
     lattice, orders = make_lattice(automata, CPU), make_orders([automaton.classes for automaton in automata], CPU)
     state = torch.zeros(len(hidden), dtype=torch.int64) if state is None else state
     if isinstance(chance, str):
         chances = CHANCES if current is None else CHANCES_WITH_CURRENT
         chance = BatchDraws(torch.Generator().manual_seed(1)).uniforms((*hidden.shape[:2], chances), CPU)
-    walk = ClassWalk(hidden, head, temperature, orders, count or hidden.shape[1], filters, current, **kwargs)
-    return join(walk, lattice, state, left, chance, pad, wanted)
+    count = count or hidden.shape[1]
+    possible = None if at_once is None else lattice.possible(count, state, left)
+    walk = ClassWalk(hidden, head, temperature, orders, count, filters, current, possible if at_once else None, **kwargs)
+    return join(walk, lattice, state, left, chance, pad, wanted, possible)
 
 
 def predict_dense(
-    hidden, head, temperature, automata, left=0, count=None, chance=None, filters=None, current=None, pad=0, wanted=NOTHING_MORE
-):
+    hidden, head, temperature, automata, left=0, count=None, chance=None, filters=None, current=None, pad=0, wanted=NOTHING_MORE,
+    at_once=None,
+):  # fmt: skip
     lattice, orders = make_lattice(automata, CPU), make_orders([automaton.classes for automaton in automata], CPU)
     state, count = torch.zeros(len(hidden), dtype=torch.int64), count or hidden.shape[1]
     logits = whole_logits(hidden, head, temperature)
     logits = logits if filters is None else filters.apply(logits)
     sums = dense_sums(logits, orders, count)
     solution = lattice.solve(sums.log_mass, sums.best, state, left, None if chance is None else chance[:, :count, 0])
-    got = dense_draw(logits, sums, chosen_of(solution), orders, chance, pad, current, wanted)
+    possible = None if at_once is None else lattice.possible(count, state, left)
+    got = dense_draw(logits, sums, chosen_of(solution, sums, possible), orders, chance, pad, current, wanted)
     table = head.weight if head.embedding is None else head.embedding
     return got._replace(soft_embeds=(got.shaped.exp().to(table.dtype) @ table) * head.embed_scale), solution
 
@@ -173,10 +182,52 @@ def test_walks_equal_whole_logits(piece, temperature, untied):
     expected, reference = predict_dense(hidden, head, temperature, automata, **given)
     close = 1e-4 if temperature > 0.1 else 2e-3
     torch.testing.assert_close(solution.posterior.exp(), reference.posterior.exp(), atol=close, rtol=0)
-    for name in ("argmax", "sample", "other", "bad"):
+    for name in TOKENS:
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
-    for name in ("entropy", "log_probs", "current_log_probs", "soft_embeds"):
+    for name in FIELDS:
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=close, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("likely", ["none", "best", "any"])
+@pytest.mark.parametrize("temperature", [0.05, 0.4, 1.7])
+@pytest.mark.parametrize("most", [0.6, 0.001])
+def test_a_first_walk_that_mixes_gives_what_two_walks_and_whole_logits_give(likely, temperature, most):
+    """Whichever id it begins with: one that is, or is not, probable, or cannot stand there at all. 1e-4 as above."""
+    automata = [free_automaton(random_classes(5001, 30, seed, most), seed, states=5) for seed in range(2)]
+    hidden, head = case(vocab_size=5001, rows=(2, 63))
+    current = torch.randint(5001, (2, 63), generator=torch.Generator().manual_seed(0))
+    chance = torch.rand((2, 63, 5), generator=torch.Generator().manual_seed(1))
+    given = {"left": 1, "current": current, "count": 60, "pad": 17, "chance": chance}
+    two, _ = predict(hidden, head, temperature, automata, at_once=False, **given)
+    ids = {"none": None, "best": two.argmax, "any": current}[likely]
+    got, _ = predict(hidden, head, temperature, automata, at_once=True, likely=ids, **given)
+    assert all(torch.equal(getattr(got, name), getattr(two, name)) for name in TOKENS)  # drawn from the same sums
+    whole, _ = predict_dense(hidden, head, temperature, automata, at_once=True, **given)
+    close = 1e-4 if temperature > 0.1 else 2e-3
+    for expected in (two, whole):
+        for name in FIELDS:
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=close, rtol=1e-4, msg=name)
+
+
+def test_a_first_walk_mixes_little_once_a_canvas_is_nearly_certain(monkeypatch):
+    """One segment of each position, where the last step's ids are known; the others weigh less than 2^-34 beside them."""
+    mixed, usual = [], GroupWalk.mix
+
+    def counting(walk, soft, rows, weights, piece):
+        mixed.append(len(weights))
+        usual(walk, soft, rows, weights, piece)
+
+    monkeypatch.setattr(GroupWalk, "mix", counting)
+    automaton = free_automaton(random_classes(5001, 30), states=5)
+    hidden, head = case(vocab_size=5001, rows=(1, 63))
+    drawn, _ = predict(hidden, head, 1.0, [automaton], left=1, at_once=False)
+    certain = head.weight[drawn.sample] * 2
+    assert sum(mixed) > 2 * 63
+    last, _ = predict(certain, head, 0.1, [automaton], left=1, at_once=False)
+    mixed.clear()
+    got, _ = predict(certain, head, 0.1, [automaton], left=1, at_once=True, likely=last.argmax, piece=100)
+    assert sum(mixed) <= 2 * 63
+    torch.testing.assert_close(got.soft_embeds, last.soft_embeds, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("piece", [None, 1, 100])

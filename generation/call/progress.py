@@ -4,7 +4,8 @@ Made once a call, for languages that are closed (`automaton.closed`); a canvas t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -13,6 +14,15 @@ from ..constraints.automaton import Automaton
 from ..constraints.freedom import possible_ids
 from ..constraints.lattice import Lattice, make_lattice
 from ..vocabulary.segments import Orders, make_orders
+
+
+class Reach(NamedTuple):
+    """Of a canvas: `count` of its positions may hold tokens, and `behind`, int64 (), how many tokens a row may get behind them; `possible`
+    bool (m, count, K): the classes that can stand at each position in some text that is accepted."""
+
+    count: int
+    behind: torch.Tensor
+    possible: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +36,7 @@ class Progress:
         orders: the vocabulary as each of them sees it.
         pad: the id behind the end of a row.
         states: int64 (m,), where in its automaton each is, behind all that is committed.
+        reach: of the canvas that is denoised, None between two.
     """
 
     rows: torch.Tensor
@@ -34,6 +45,13 @@ class Progress:
     orders: Orders
     pad: int
     states: torch.Tensor
+    reach: Reach | None = None
+
+    def on(self, length: int, left: int) -> "Progress":
+        """On a canvas of so many positions, of which rows may get `left` tokens with those behind it."""
+        count = min(length, left)
+        behind = self.states.new_full((), left - count)
+        return replace(self, reach=Reach(count, behind, self.lattice.possible(count, self.states, behind.expand(len(self.states)))))
 
     @property
     def everywhere(self) -> bool:
@@ -54,7 +72,7 @@ class Progress:
         constrained = (stay >= 0).nonzero().flatten()
         if not len(constrained):
             return None
-        return self._keep(stay[constrained], constrained, len(rows), self.states)
+        return self._keep(stay[constrained], constrained, len(rows), self.states, self.reach)
 
     def commit(self, tokens: torch.Tensor, ended: torch.Tensor) -> "Progress | None":
         """Behind new tokens int64 (b, n), padded where a row has ended; without the rows that have `ended`, bool (b,): they write nothing
@@ -81,12 +99,13 @@ class Progress:
         states = torch.tensor(found, dtype=torch.int64, device=self.states.device)
         return self._keep(going, self.rows[going], self.count, states)
 
-    def _keep(self, kept: torch.Tensor, rows: torch.Tensor, count: int, states: torch.Tensor) -> "Progress":
-        """Of those with a constraint the ones at the places `kept`, which are now `rows` of `count`; `states`: of all so far."""
+    def _keep(self, kept: torch.Tensor, rows: torch.Tensor, count: int, states: torch.Tensor, reach: Reach | None = None) -> "Progress":
+        """Of those with a constraint the ones at the places `kept`, which are now `rows` of `count`; `states`, `reach`: of all so far."""
         lattice, orders = self.lattice, self.orders
         if len(kept) < len(self.rows):
             lattice, orders = lattice.select(kept), orders.select(kept)
-        return Progress(rows, count, lattice, orders, self.pad, states[kept])
+        reach = None if reach is None else reach._replace(possible=reach.possible[kept])
+        return Progress(rows, count, lattice, orders, self.pad, states[kept], reach)
 
     def restrict(self, logits: torch.Tensor, left: int) -> torch.Tensor:
         """Logits (b, 1, V) of the next token, -inf where it cannot be if `left` tokens may follow it; other rows' as they are."""
@@ -107,11 +126,11 @@ class Progress:
         return logits
 
 
-# A recorded step takes the states as inputs, and lattice and orders, which must be the same objects, as they are.
+# A recorded step takes states and reach as inputs, and lattice and orders, which must be the same objects, as they are.
 pytree.register_pytree_node(
     Progress,
-    lambda progress: ([progress.rows, progress.states], (progress.count, progress.lattice, progress.orders, progress.pad)),
-    lambda values, fixed: Progress(values[0], *fixed, values[1]),
+    lambda progress: ([progress.rows, progress.states, progress.reach], (progress.count, progress.lattice, progress.orders, progress.pad)),
+    lambda values, fixed: Progress(values[0], *fixed, *values[1:]),
 )
 
 

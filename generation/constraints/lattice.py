@@ -96,8 +96,25 @@ class Lattice:
             if tuple(value.shape) != expected or value.dtype != torch.float64 or not expected[1]:
                 wanted = f"float64 {(expected[0], 'n', expected[2])}, both alike, of at least one position"
                 raise ValueError(f"`{name}` is {value.dtype} {tuple(value.shape)}; expected {wanted}")
-        may_end = self.fewest <= (left[self.row] if isinstance(left, torch.Tensor) else left)
-        return _solve(self, log_mass, best_log_prob, self.scan.first[:-1] + state, may_end, chance)
+        return _solve(self, log_mass, best_log_prob, *self._ends(state, left), chance)
+
+    def possible(self, length: int, state: torch.Tensor, left: torch.Tensor | int) -> torch.Tensor:
+        """Which classes can stand at each of `length` positions in some canvas that is accepted, whatever is probable: bool (B, n, K). Args
+        as of `solve`."""
+        (messages, _), batch_size = choose_scans(state.device), len(self.automata)
+        found = torch.zeros((batch_size * self.kinds, length), dtype=torch.float64, device=state.device)
+        behind, before, _ = messages(self.scan, found, found, *self._ends(state, left))  # logs of how many paths there are
+        step = max(MOST // len(self.source), 1)
+        for first in range(0, length, step):
+            here = slice(first, min(first + step, length))
+            after = slice(here.start + 1, here.stop + 1)
+            along = before[:, here].index_select(0, self.source).add_(behind[:, after].index_select(0, self.target))  # (E, m)
+            found[:, here] = found[:, here].index_add(0, self.kind, (along > -float("inf")).double())
+        return (found > 0).unflatten(0, (batch_size, self.kinds)).transpose(1, 2)
+
+    def _ends(self, state: torch.Tensor, left: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The flat states that paths begin in, int64 (B,), and those in which they may end, bool (S,)."""
+        return self.scan.first[:-1] + state, self.fewest <= (left[self.row] if isinstance(left, torch.Tensor) else left)
 
 
 def make_lattice(automata: Sequence[Automaton], device: torch.device, kinds: int = 0) -> Lattice:

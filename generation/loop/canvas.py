@@ -36,6 +36,7 @@ def denoise_canvas(
     Raises:
         ValueError: logits that are NaN.
     """
+    rows = rows.on_canvas(plan)
     everyone, done, flags, clock = rows, state, FlagReader(plan.execution.late_flags), plan.steps(state.canvas.device)
     view, last_step = view_canvas(model, plan, rows), plan.rules.max_denoising_steps - 1
     records = recording is not None and rows.filters.hidden_before == 0  # what changes from canvas to canvas is not recorded

@@ -13,26 +13,16 @@ from ..call.progress import Progress
 from ..constraints.lattice import Solution
 from ..rules.draws import DrawnStep, Draws
 from ..rules.prediction import Prediction
-from ..vocabulary.classes import CHANCES, CHANCES_WITH_CURRENT, Chosen, ClassSums, ClassWalk
+from ..vocabulary.classes import CHANCES, CHANCES_WITH_CURRENT, Chosen, ClassSums, ClassWalk, possible_shares
 from ..vocabulary.dense_classes import dense_draw, dense_sums
 
 
-class Constrained:
-    """The lattice of one step, of b rows that all have a constraint.
-
-    Args:
-        progress: what they must write, and how far they are.
-        reach: positions of the canvas that may hold tokens, and how many tokens a row may get behind them, int64 ().
-        chance (`float32 (b, C, 3 or 5)`): uniform numbers in [0, 1), the first of them the lattice's; None: the best string.
-    """
-
-    def __init__(self, progress: Progress, reach: tuple[int, torch.Tensor], chance: torch.Tensor | None):
-        self.progress, (self.count, self.behind) = progress, reach
-        self.chance = None if chance is None else chance[:, : self.count, 0]
-
-    def solve(self, sums: ClassSums) -> Solution:
-        states = self.progress.states
-        return self.progress.lattice.solve(sums.log_mass, sums.best, states, self.behind.expand(len(states)), self.chance)
+def solve(progress: Progress, sums: ClassSums, chance: torch.Tensor | None) -> Solution:
+    """The lattice of one step, of b rows that all have a constraint. `chance` (`float32 (b, C, 3 or 5)`): uniform numbers in [0, 1), the
+    first of them the lattice's; None: the best string."""
+    count, behind, _ = progress.reach
+    states, numbers = progress.states, None if chance is None else chance[:, :count, 0]
+    return progress.lattice.solve(sums.log_mass, sums.best, states, behind.expand(len(states)), numbers)
 
 
 def lost(solution: Solution) -> torch.Tensor:
@@ -40,16 +30,15 @@ def lost(solution: Solution) -> torch.Tensor:
     return ~(solution.log_partition > -float("inf"))
 
 
-def chosen(sums: ClassSums, solution: Solution) -> Chosen:
+def chosen(sums: ClassSums, solution: Solution, possible: torch.Tensor) -> Chosen:
     """What is drawn and what is best are exact: strings of the language, by their joint probability. What is measured and fed back are the
-    model's probabilities at each position, of the classes that can stand there in some accepted canvas.
+    model's probabilities at each position, of the classes that can stand there in some text that is accepted.
 
     The posterior is not taken for that: positions that are unsure of the same thing, such as where a number begins, would each count as
     evidence for it, and a canvas would be sure of what the model is not. Of 200 held-out notes the shipped checkpoint wrote 134 right as
     JSON by the posterior, and 158 in this way (`python benchmarks/constraints.py notes`).
     """
-    possible = sums.log_mass.masked_fill(~(solution.posterior > -float("inf")), -float("inf"))
-    return Chosen(torch.log_softmax(possible, dim=-1), solution.sample, solution.best, lost(solution))
+    return Chosen(possible_shares(sums.log_mass, possible), solution.sample, solution.best, lost(solution), summed=True)
 
 
 def draw_chance(plan: Plan, draws: Draws | DrawnStep, canvas: torch.Tensor) -> torch.Tensor | None:
@@ -63,33 +52,33 @@ def draw_chance(plan: Plan, draws: Draws | DrawnStep, canvas: torch.Tensor) -> t
 def constrained_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs) -> Prediction:
     """As `predict.predict_streamed`."""
     progress, chance = inputs.progress, draw_chance(plan, inputs.draws, inputs.state.canvas)
-    step = Constrained(progress, inputs.reach, chance)
+    possible = None if plan.execution.wanted.candidates else progress.reach.possible  # what is the second walk's needs no mixing before
     with model.vocabulary_head() as head:
-        walk = ClassWalk(hidden, head, inputs.temperature, progress.orders, step.count, inputs.filters, current)
+        given = (progress.orders, progress.reach.count, inputs.filters, current, possible, inputs.state.argmax)
+        walk = ClassWalk(hidden, head, inputs.temperature, *given)
         sums = walk.sums()
-        solution = step.solve(sums)
+        solution = solve(progress, sums, chance)
         if sums.loose is not None:  # thresholds have left some rows nothing: the constraint outranks them
             rows = lost(solution)
-            sums, solution = walk.lift(sums, rows), solution.where(rows, step.solve(sums.loose))
-        return walk.draw(sums, chosen(sums, solution), chance, plan.rules.pad, plan.execution.wanted)
+            sums, solution = walk.lift(sums, rows), solution.where(rows, solve(progress, sums.loose, chance))
+        return walk.draw(sums, chosen(sums, solution, progress.reach.possible), chance, plan.rules.pad, plan.execution.wanted)
 
 
 def constrained_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs) -> Prediction:
     """As `predict.predict_dense`."""
     raw, rules, progress = model.compute_logits(hidden), plan.rules, inputs.progress  # (B, C, V)
-    chance = draw_chance(plan, inputs.draws, inputs.state.canvas)
-    step = Constrained(progress, inputs.reach, chance)
+    chance, count = draw_chance(plan, inputs.draws, inputs.state.canvas), progress.reach.count
     given = (inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
     shaped = rules.shaping(raw, inputs.filters, *given)
-    sums = dense_sums(shaped, progress.orders, step.count)
-    solution = step.solve(sums)
+    sums = dense_sums(shaped, progress.orders, count)
+    solution = solve(progress, sums, chance)
     thresholds = inputs.filters.need_threshold() or bool(rules.shaping.after)
     if thresholds and bool((rows := lost(solution)).any()):
         loose = replace(rules.shaping, after=LogitsProcessorList())
         shaped = torch.where(rows[:, None, None], loose(raw, inputs.filters.without_thresholds(), *given), shaped)
-        sums = dense_sums(shaped, progress.orders, step.count)
-        solution = step.solve(sums)
-    given = (chosen(sums, solution), progress.orders, chance, rules.pad, current, plan.execution.wanted)
+        sums = dense_sums(shaped, progress.orders, count)
+        solution = solve(progress, sums, chance)
+    given = (chosen(sums, solution, progress.reach.possible), progress.orders, chance, rules.pad, current, plan.execution.wanted)
     prediction = dense_draw(shaped, sums, *given)
     return prediction._replace(soft_embeds=model.soft_embed(prediction.shaped.to(model.dtype)), raw=raw)
 

@@ -24,9 +24,9 @@ class StepInputs(NamedTuple):
     """What a step reads beside the canvas's view.
 
     `step` int64 (), counted up from 0, and its `temperature` float32 (). `draws`: those of this step. `progress`: what the rows must write,
-    and how far they are, with the `reach` they have: positions of this canvas, and tokens behind it, int64 (). For whole logits only:
-    `committed` int64 (B, L); `guess` int64 (B, C), the last argmax canvas, None at the first step; `remaining`, steps left with this one.
-    Without these and a `Constraint`, and with a `DrawnStep`, all of it are tensors, but for what of `progress` and `reach` stays.
+    how far they are, and how far they reach on this canvas. For whole logits only: `committed` int64 (B, L); `guess` int64 (B, C), the last
+    argmax canvas, None at the first step; `remaining`, steps left with this one. Without these and a `Constraint`, and with a `DrawnStep`,
+    all of it are tensors, but for what of `progress` stays.
     """
 
     state: CanvasState
@@ -36,7 +36,6 @@ class StepInputs(NamedTuple):
     filters: Filters
     constraint: Constraint | None = None
     progress: Progress | None = None
-    reach: tuple[int, torch.Tensor] | None = None
     committed: torch.Tensor | None = None
     guess: torch.Tensor | None = None
     remaining: int | None = None
@@ -120,9 +119,6 @@ def step_inputs(
     draws, (steps, temperatures) = rows.draws.at(canvas_index, step), clock
     progress = rows.progress
     inputs = StepInputs(state, steps[step], temperatures[step], draws, rows.filters, rows.constraint, progress)
-    if progress is not None:
-        count = min(plan.lengths.canvas, rows.left(plan))
-        inputs = inputs._replace(reach=(count, rows.places.new_full((), rows.left(plan) - count)))
     if plan.execution.why_dense is not None:
         return inputs._replace(committed=rows.committed, guess=guess, remaining=plan.rules.max_denoising_steps - step)
     if progress is not None and not progress.everywhere:  # rows with and without one draw other numbers, each in the step

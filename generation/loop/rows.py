@@ -53,6 +53,10 @@ class Rows(NamedTuple):
         """How many tokens each may still get."""
         return plan.lengths.new_tokens - self.generated
 
+    def on_canvas(self, plan: Plan) -> "Rows":
+        """These, with what their constraints leave possible on the canvas that they begin."""
+        return self if self.progress is None else self._replace(progress=self.progress.on(plan.lengths.canvas, self.left(plan)))
+
     def can_leave(self) -> bool:
         """Whether the cache can be narrowed to some of the rows."""
         return type(self.cache) is DynamicCache and not getattr(self.cache, "offloading", False)

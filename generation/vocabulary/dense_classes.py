@@ -43,7 +43,7 @@ def dense_draw(
     sample, argmax, other = (torch.full(size, pad, dtype=torch.int64, device=device) for _ in range(3))
     for row, order in enumerate(orders.rows):
         logits = shaped[row, :count].double()
-        rise = torch.where(chosen.posterior[row] > -float("inf"), chosen.posterior[row] - sums.log_mass[row], -float("inf"))
+        rise = torch.where(chosen.shares[row] > -float("inf"), chosen.shares[row] - sums.log_mass[row], -float("inf"))
         alive = logits.masked_fill(order.classes == 0, -float("inf")).logsumexp(dim=-1, keepdim=True)
         log_probs = logits - alive + rise.index_select(1, order.classes)
         marginal[row, :count] = log_probs
