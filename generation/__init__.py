@@ -7,6 +7,7 @@ from .decisions.calibration import Calibration, fit_calibration
 from .decisions.judging import judge
 from .decisions.questions import Decision, Decisions
 from .filling import Filled
+from .loop.transcript import AfterCanvas
 from .mixin import DiffusionGenerationMixin
 from .output import DiffusionGenerationOutput, TokenScores
 from .revising import Revised
@@ -23,9 +24,9 @@ from .watch.trace import Trace
 from .watch.watcher import Watcher
 
 __all__ = [
-    "AnyOf", "Automaton", "Calibration", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler", "Constraint",
-    "Decision", "Decisions", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "DiffusionGenerationOutput", "EntropyBoundSampler",
-    "Filled", "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler",
+    "AfterCanvas", "AnyOf", "Automaton", "Calibration", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler",
+    "Constraint", "Decision", "Decisions", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "DiffusionGenerationOutput",
+    "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler",
     "Proposal", "Regex", "Revised", "Sampler", "Settled", "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule",
     "Template", "TokenScores", "Trace", "UniformNoise", "Wanted", "Watcher", "fit_calibration", "judge", "stream_events", "stream_text",
 ]  # fmt: skip

@@ -173,8 +173,9 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             logits_processor (*optional*): a list, applied to the raw logits `(B, C, V)`, first of all. Processors with a `cur_step`
                 argument get the remaining steps, as transformers' model gives them. transformers' own classes, written for
                 `(rows, V)`, are applied position by position, or refused by name (generation/README.md).
-            stopping_criteria (*optional*): a list, asked after each canvas, with everything committed so far of the rows that are still
-                written; a row that has ended is no longer among them.
+            stopping_criteria (*optional*): a list, each asked once after every token, in order, with all that is written up to it and what
+                has ended padded, as where tokens come one by one; a row is cut where one ends it. Those of time and
+                `generation.AfterCanvas`, and with the reference backend all of the caller's, are asked after each canvas.
             streamer (*optional*): gets the prompt `(B, P)` and finished canvases, `(n,)` of one row and `(B, n)` of several, by
                 `put`, the argmax canvas of each step by `put_draft` and the whole `CanvasState` by `put_state`, where it has these.
                 It is ended where generation is: as elsewhere in transformers, a failure does not read as a finished answer.
@@ -227,7 +228,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         config, use_max_length = resolve_config(generation_config, self.generation_config, kwargs)
         check_arguments(self, config, given)
         prompt = read_prompt(self, config, given)
-        criteria = Criteria.of(stopping_criteria)
+        criteria = Criteria.of(stopping_criteria, config, len(prompt.ids))
         watchers: list[Watcher] = []  # who is told of a step by one sees what those before made of it
         if callback_on_step_end is not None:
             watchers.append(StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs, self, config.max_denoising_steps))
@@ -239,7 +240,8 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             size = self.config.get_text_config().vocab_size
             automata, constraint = compile_languages(constraint, tokenizer, len(prompt.ids) // copies, copies, size), None
         new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
-        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping)
+        counted = bool(criteria.of_callers())
+        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping, counted)
         progress = bind(automata, plan, prompt.real.device)
         rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint, progress)
         # 3. Decode.

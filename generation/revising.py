@@ -16,6 +16,7 @@ from .call.constrained import compile_languages
 from .call.settings import resolve_config, resolve_stopping, stop_ids
 from .call.together import allowed_tokens
 from .constraints.automaton import Automaton
+from .loop.transcript import AfterCanvas
 from .renoising import Positions, any_text, begun, choose, hold, likelihood, read_choice
 from .rules.constraint import Constraint, is_constraint
 from .rules.draws import row_draws
@@ -152,7 +153,7 @@ def revise(
             share = int(there[place].sum()) / max(len(of_text), 1)
             first_step = min(round((1 - share) * call.config.max_denoising_steps), call.config.max_denoising_steps - 1)
             # Behind a canvas with others behind it no call goes on; and without a constraint the text does not end there.
-            ends = {} if last else {"stopping_criteria": [lambda ids, scores: True]}
+            ends = {} if last else {"stopping_criteria": [AfterCanvas(lambda ids, scores: True)]}
             least = max((call.config.min_new_tokens or 0) - start, 0 if last or demanded is not None else length)
             output = model.generate(
                 torch.cat((call.before, call.before.new_tensor([written])), dim=1), generation_config=call.config,

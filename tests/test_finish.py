@@ -8,7 +8,7 @@ from small_models import CANVAS, PAD, prompts, small_model
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from generation import stream_events
+from generation import AfterCanvas, stream_events
 from jobs.tokenizer import build_tokenizer
 
 END, OTHER, PROMPT, ALLOWED = 1, 40, 6, 13
@@ -87,7 +87,8 @@ class After(StoppingCriteria):
 @pytest.mark.parametrize(
     ("criterion", "reason", "length"),
     [
-        (After(PROMPT + 5), "stop", CANVAS),
+        (After(PROMPT + 5), "stop", 5),
+        (AfterCanvas(After(PROMPT + 5)), "stop", CANVAS),
         (EosTokenCriteria(OTHER), "stop", 1),
         (MaxLengthCriteria(PROMPT + 7), "length", 7),
         (MaxTimeCriteria(1.0, initial_timestamp=0.0), "time", CANVAS),
@@ -97,6 +98,44 @@ class After(StoppingCriteria):
 def test_a_stopping_criterion_stops_and_a_limit_of_transformers_is_a_limit(model, criterion, reason, length):
     output = finished(model, [None, None], stopping_criteria=[criterion])
     assert output.finish_reasons == [reason] * 2 and output.lengths.tolist() == [length] * 2
+
+
+class Following(StoppingCriteria):
+    """As application libraries write them: smolagents joins the last token of each call to a text (`StopOnStrings`), LangChain looks at the
+    last token alone (`StopOnTokens`), lm-eval keeps what has ended by its place in the batch (`MultiTokenEOSCriteria`)."""
+
+    def __init__(self, lengths):
+        self.lengths, self.shown = lengths, [[] for _ in lengths]
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert len(input_ids) == len(self.lengths) and scores is None
+        for text, row in zip(self.shown, input_ids.tolist(), strict=True):
+            text.append(row[-1])
+            assert text == row[PROMPT:], "a token came twice, late, or not at all"
+        return torch.tensor([len(text) >= length for text, length in zip(self.shown, self.lengths, strict=True)])
+
+
+@pytest.mark.parametrize("decoding", ["diffusion", "autoregressive"])
+def test_a_criterion_is_asked_once_after_each_token_with_every_row_in_its_place(model, decoding):
+    """It was asked after a canvas, when what it looks for was behind others, and of the rows that were left."""
+    criterion = Following([2, 12, 99, 99])
+    output = finished(model, [None, None, 4, None], stopping_criteria=[criterion], decoding=decoding)
+    assert output.lengths.tolist() == [2, 12, 5, 13] and output.finish_reasons == ["stop", "stop", "stop", "length"]
+    assert criterion.shown[0][2:] == [PAD] * 11 and criterion.shown[2][4:] == [END] + [PAD] * 8, "what has ended is padded"
+    assert torch.equal(output.sequences[:, PROMPT:], torch.tensor(criterion.shown))
+
+
+def test_a_criterion_that_ends_all_rows_is_asked_no_more(model):
+    criterion = Following([3, 3])
+    assert finished(model, [None, None], stopping_criteria=[criterion]).lengths.tolist() == [3, 3]
+    assert [len(text) for text in criterion.shown] == [3, 3]
+
+
+def test_a_criterion_of_the_callers_sees_one_row_alone_where_drafts_are_verified(model):
+    assert finished(model, [None], stopping_criteria=[Following([4])], decoding="verified").lengths.tolist() == [4]
+    with pytest.raises(ValueError, match="decoding='verified'.* 2 rows.*Following.*expected one row"):
+        finished(model, [None, None], stopping_criteria=[Following([4, 4])], decoding="verified")
+    assert finished(model, [None, None], stopping_criteria=[MaxLengthCriteria(PROMPT + 7)], decoding="verified").lengths.tolist() == [7, 7]
 
 
 def test_of_two_reasons_at_one_token_the_stop_counts(model):

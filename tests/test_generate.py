@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
-from generation import CanvasState, DiffusionGenerationConfig
+from generation import AfterCanvas, CanvasState, DiffusionGenerationConfig
 from generation.call.configuration import RELEASED_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +159,7 @@ def test_pad_defaults_to_the_first_end_token():
 
 
 class StopFirstRow(StoppingCriteria):
-    """Ends the first row (known by its first token: ended rows leave) at once, and every row after `everyone` tokens."""
+    """Ends the first row (known by its first token) at once, and every row after `everyone` tokens."""
 
     def __init__(self, everyone):
         self.everyone, self.lengths = everyone, []
@@ -173,7 +173,7 @@ class StopFirstRow(StoppingCriteria):
 def test_stopping_criteria_are_asked_after_every_canvas(model, backend):
     """Counts went by end-of-sequence tokens alone, so a row stopped by a criterion was credited with its padding."""
     criterion = StopFirstRow(everyone=29)
-    criteria = StoppingCriteriaList([criterion])
+    criteria = StoppingCriteriaList([criterion if backend == "reference" else AfterCanvas(criterion)])
     got = run(model, max_new_tokens=50, stopping_criteria=criteria, return_dict_in_generate=True, backend=backend)
     assert criterion.lengths == [19, 29] and got.sequences.shape[1] == 29
     assert bool((got.sequences[0, 19:] == PAD).all())

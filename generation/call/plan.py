@@ -180,9 +180,9 @@ def make_rules(
 
 def make_plan(
     model, config: DiffusionGenerationConfig, prompt: Prompt, new_tokens: int, logits_processor: Sequence[Callable] | None = None,
-    watchers: Sequence[Watcher] = (), constraint: Constraint | None = None, stopping: StoppingRule | None = None,
+    watchers: Sequence[Watcher] = (), constraint: Constraint | None = None, stopping: StoppingRule | None = None, counted: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan for a prompt, of which each row may get `new_tokens`.
+    """The plan for a prompt, of which each row may get `new_tokens`. `counted`: somebody outside knows the rows by their places.
 
     Raises:
         ValueError: as `make_rules`.
@@ -192,8 +192,9 @@ def make_plan(
     vocab_size = model_config.get_text_config().vocab_size
     rules = make_rules(config, vocab_size, prompt_length, device, logits_processor, stopping)
     why = why_dense(model, config, rules.shaping, watchers, device)
-    # Rows stay where somebody else counts on them: a caller's cache, adapters, a cache of fixed rows.
-    stays = prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
+    # Rows stay where somebody else counts on them: a caller's cache, processors and criteria, adapters, a cache of fixed rows.
+    stays = counted or any(processor.looks_at is None for processor in rules.shaping.callers)
+    stays = stays or prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
     stays = stays or (hasattr(model, "peft_config") and mixes_adapters(model))
     may_be_recorded = not hasattr(model, "why_not_recorded") or model.why_not_recorded() is None
     return Plan(

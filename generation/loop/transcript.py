@@ -1,6 +1,7 @@
 """What has been written so far: the tokens of every row, which rows have ended, where, and why."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from ..arguments import shown
+from ..call.configuration import DiffusionGenerationConfig
 from ..call.plan import Plan
 from ..output import TokenScores
 from ..rules.state import CanvasState
@@ -24,21 +26,52 @@ GOING, STOP, LENGTH, TIME = range(4)
 REASONS = (None, "stop", "length", "time")
 
 
+@dataclass(frozen=True)
+class AfterCanvas:
+    """A stopping criterion that is asked after each canvas, not after each of its tokens: what it ends keeps the whole canvas.
+
+    Args:
+        criterion: `(input_ids, scores) -> bool (rows,)`, as `stopping_criteria` takes it.
+    """
+
+    criterion: Callable
+
+    def __call__(self, input_ids: torch.Tensor, scores: None) -> bool | torch.Tensor:
+        return self.criterion(input_ids, scores)
+
+
 class Criteria(NamedTuple):
-    """Stopping criteria: those asked after each canvas, and those of transformers that look for a place, asked after each token."""
+    """Stopping criteria: those asked after each canvas, and those asked after each token."""
 
     canvas: tuple[Callable, ...] = ()
     token: tuple[Callable, ...] = ()
 
     @classmethod
-    def of(cls, criteria: Sequence[Callable] | None) -> "Criteria":
-        """Raises ValueError for a criterion that reads the scores of single tokens."""
-        criteria = criteria or ()
+    def of(cls, criteria: Sequence[Callable] | None, config: DiffusionGenerationConfig, rows: int) -> "Criteria":
+        """Each is asked after every token, as it is where tokens come one by one, but those of time and `AfterCanvas`; with the reference
+        backend after every canvas, as by transformers' class for this model, but those of transformers that look for a place.
+
+        Raises:
+            ValueError: a criterion that reads the scores of single tokens; or that may remember rows, of which verified decoding shows one.
+        """
+        criteria, reference = criteria or (), config.backend == "reference"
         if confident := [shown(one) for one in criteria if isinstance(one, ConfidenceCriteria)]:
             raise ValueError(f"`stopping_criteria` holds {confident[0]}, which reads scores; expected criteria of `input_ids` alone")
-        token = [isinstance(one, EosTokenCriteria | MaxLengthCriteria | StopStringCriteria) for one in criteria]
-        pairs = list(zip(criteria, token, strict=True))
-        return cls(tuple(one for one, each in pairs if not each), tuple(one for one, each in pairs if each))
+        places = EosTokenCriteria | MaxLengthCriteria | StopStringCriteria
+        whole = [isinstance(one, MaxTimeCriteria | AfterCanvas) or (reference and not isinstance(one, places)) for one in criteria]
+        pairs = list(zip(criteria, whole, strict=True))
+        found = cls(tuple(one for one, each in pairs if each), tuple(one for one, each in pairs if not each))
+        if config.decoding == "verified" and rows > 1 and (callers := found.of_callers()):
+            raise ValueError(
+                f"`decoding='verified'` got {rows} rows, which it writes one after the other, and `stopping_criteria` {shown(callers[0])}; "
+                "expected one row, or criteria of transformers alone"
+            )
+        return found
+
+    def of_callers(self) -> list[Callable]:
+        """Those of no class of transformers: each may remember what it was shown of a row."""
+        known = EosTokenCriteria | MaxLengthCriteria | MaxTimeCriteria | StopStringCriteria
+        return [one for one in (*self.canvas, *self.token) if not isinstance(one, known)]
 
 
 def reason_of(criterion: Callable) -> int:
@@ -96,7 +129,7 @@ class Transcript:
         logits `(b, n, V)` where there are any. Returns them, padded behind a row's end."""
         plan, places, width = self.plan, rows.places, tokens.shape[1]
         ended, allowed = self.ended[places], plan.lengths.new_tokens - rows.generated
-        kept, reasons = self._ends(rows, tokens)
+        kept, reasons = self._ends(rows, tokens, torch.where(ended, 0, width + 1), min(allowed, width))
         reasons = torch.where(kept > allowed, LENGTH, reasons)
         kept = torch.where(ended, 0, kept.clamp(max=min(allowed, width)))
         tokens = tokens.masked_fill(torch.arange(width, device=tokens.device) >= kept[:, None], plan.rules.pad)
@@ -131,23 +164,32 @@ class Transcript:
         for watcher in self.watchers:
             watcher.commit(whole, lengths, reasons)
 
-    def _ends(self, rows: Rows, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ends(self, rows: Rows, tokens: torch.Tensor, kept: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """How many of the new tokens each row keeps, and why no more, int64 (b,) each; more than it has, and `GOING`, where nothing
-        ends it."""
-        none = torch.full_like(rows.places, tokens.shape[1] + 1)
+        ends it. `kept` int64 (b,): how many it keeps in any case; `most`: how many a row may keep."""
         is_eos = torch.isin(tokens, self.plan.rules.eos)
-        found = [(torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, none), STOP)]
+        found = [torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, kept)]
         if self.stop_strings:
-            found.append((self._stop_places(rows, tokens), STOP))
-        for criterion in self.criteria.token:
-            until = none
-            for count in range(tokens.shape[1], 0, -1):
-                until = torch.where(answer(criterion, torch.cat((rows.committed, tokens[:, :count]), dim=1)), count, until)
-            found.append((until, reason_of(criterion)))
-        kept, reasons = none, torch.zeros_like(none)
-        for until, reason in found:
-            reasons = torch.where(until < kept, reason, reasons)
+            found.append(self._stop_places(rows, tokens))
+        reasons = torch.zeros_like(kept)
+        for until in found:
+            reasons = torch.where(until < kept, STOP, reasons)
             kept = torch.minimum(kept, until)
+        return self._ask(rows, tokens, kept, reasons, most)
+
+    def _ask(
+        self, rows: Rows, tokens: torch.Tensor, kept: torch.Tensor, reasons: torch.Tensor, most: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """As `_ends`, of the criteria asked after each token: in the order in which they would be written, once each, every row in its
+        place and padded behind its end, until all rows have ended. A criterion may count, or remember, what it is shown."""
+        before, places = rows.committed.shape[1], torch.arange(tokens.shape[1], device=tokens.device)
+        for count in range(1, most + 1 if self.criteria.token else 1):
+            if bool((kept < count).all()):
+                break
+            text = torch.cat((rows.committed, tokens.masked_fill(places >= kept[:, None], self.plan.rules.pad)), dim=1)[:, : before + count]
+            for criterion in self.criteria.token:
+                ends = answer(criterion, text) & (kept > count)
+                reasons, kept = torch.where(ends, reason_of(criterion), reasons), torch.where(ends, count, kept)
         return kept, reasons
 
     def _stop_places(self, rows: Rows, tokens: torch.Tensor) -> torch.Tensor:
@@ -188,4 +230,4 @@ class Transcript:
         return joined.masked_fill(outside.view(*outside.shape, *[1] * (joined.dim() - 2)), blank)
 
 
-__all__ = ["SCORE_FIELDS", "Criteria", "Transcript"]
+__all__ = ["SCORE_FIELDS", "AfterCanvas", "Criteria", "Transcript"]
