@@ -186,6 +186,99 @@ def test_what_is_no_processor_is_refused_by_name(model, bad):
         generate(model, logits_processor=bad)
 
 
+# Those that other libraries and users write for single tokens
+
+
+class Following:
+    """What `outlines.from_transformers(model, tokenizer)(prompt, output_type)` hands to `generate`, and xgrammar's `LogitsProcessor` is:
+    called once a token, each row follows an automaton by the last token it is shown (outlines 1.3.3, xgrammar 0.2.8)."""
+
+    __module__ = "outlines.backends.outlines_core"
+
+    def __init__(self, lines):
+        self.lines, self.written = lines, [[] for _ in lines]
+
+    def __call__(self, input_ids, scores):
+        assert scores.shape[:-1] == input_ids.shape[:-1] == (len(self.lines),), "as these libraries demand"
+        for row, (line, written) in enumerate(zip(self.lines, self.written, strict=True)):
+            written.extend(input_ids[row, 6 + len(written) :].tolist())
+            allowed = torch.full((VOCAB,), -torch.inf)
+            allowed[line[len(written)] if len(written) < len(line) else PAD] = 0
+            scores[row] += allowed
+        return scores
+
+
+def test_processor_that_follows_a_text_is_refused_by_name_where_a_canvas_is_written_at_once(model):
+    """It failed inside with an empty AssertionError, or wrote what it has to hinder."""
+    for decoding in ({}, {"decoding": "verified", "do_sample": False}):
+        processor = Following([[5, 6, 1], [7, 1]])
+        with pytest.raises(ValueError, match="logits_processor.*Following of outlines.*expected `constraint=`.*autoregressive"):
+            generate(model, logits_processor=[processor], **decoding)
+        assert processor.written == [[], []]
+
+
+def test_processor_that_follows_a_text_gets_each_token_once_where_tokens_come_one_by_one(model):
+    processor = Following([[5, 6, 1], [7, 8, 9, 10, 1]])
+    got = generate(model, logits_processor=[processor], decoding="autoregressive")[:, 6:]
+    assert got.tolist() == [[5, 6, 1, PAD, PAD], [7, 8, 9, 10, 1]]
+
+
+def assigned(input_ids, scores):
+    scores[:, [3, 7]] = -torch.inf
+    return scores
+
+
+def added(input_ids, scores):
+    scores[:, 5] += 4.0
+    return scores
+
+
+def masked(input_ids, scores):
+    mask = torch.full_like(scores, -torch.inf)
+    mask[:, [2, 4, 9]] = 0
+    return scores + mask
+
+
+@pytest.mark.parametrize("processor", [assigned, added, masked])
+def test_processor_that_takes_positions_for_ids_is_told(model, processor):
+    """`scores[:, ids] += 4` did nothing, in silence: on a canvas it moves all logits of a position."""
+    with pytest.raises(ValueError, match=r"logits_processor.*changed all ids of position \d+ alike.*expected `scores\[\.\.\., ids\]`"):
+        generate(model, logits_processor=[processor])
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [lambda _, scores: scores.log_softmax(-1), lambda _, scores: scores - scores.amax(-1, keepdim=True), lambda _, scores: scores / 2,
+     lambda _, scores: scores.index_fill(-1, torch.tensor([3, 7]), -torch.inf), lambda _, scores: scores, lambda _, scores: scores + 1],
+)  # fmt: skip
+def test_processor_that_means_every_position_is_not_taken_for_one_of_them(model, processor):
+    generate(model, logits_processor=[processor])
+
+
+def test_error_of_a_processor_says_what_it_was_given(model):
+    """Gathering by ids, as penalties do, fails on a canvas: which processor, and what its logits were, was not said."""
+
+    def penalty(input_ids, scores):
+        return scores.scatter(1, input_ids, torch.gather(scores, 1, input_ids) - 1)
+
+    with pytest.raises(RuntimeError) as caught:
+        generate(model, logits_processor=[penalty])
+    assert "penalty at 0x" in caught.value.__notes__[0] and f"(2, {CANVAS}, {VOCAB})" in caught.value.__notes__[0]
+
+
+def test_processor_sees_every_row_in_its_place_until_the_last_has_ended(model):
+    """A table of the caller's with a line for each row was off by one as soon as a row had left."""
+    seen = []
+
+    def first_row_ends(input_ids, scores):
+        seen.append(input_ids[:, 0].tolist())
+        scores[0, :, 1] += 1e4
+        return scores
+
+    assert generate(model, logits_processor=[first_row_ends], max_new_tokens=25)[1, 6 + CANVAS :].ne(PAD).any()
+    assert all(rows == IDS[:, 0].tolist() for rows in seen)
+
+
 # Stopping criteria
 
 

@@ -7,7 +7,8 @@
   min_p, and min_new_tokens, which hides the end-of-sequence ids at the positions it concerns), then typical_p, epsilon_cutoff and
   eta_cutoff.
 
-The caller's processors come first of all (`CallersProcessor`): transformers' classes in the same ways, all others with whole canvases.
+The caller's processors come first of all (`CallersProcessor`): transformers' classes in the same ways, those of libraries that follow a
+text token by token one token at a time where there is one, all others with whole canvases.
 `Shaping.why_dense` says what no pass over pieces of the vocabulary can do.
 """
 
@@ -49,6 +50,9 @@ LOOKS_AT = {
         TOKENS,
     ),
 }  # fmt: skip
+# Packages whose processors remember what they were shown, and want each token once and in order: outlines 1.3, xgrammar 0.2.
+FOLLOWING = ("outlines", "xgrammar")
+FOLLOWS = "follows"  # one that does
 CANVAS_CLASSES = "transformers.models.diffusion_gemma."  # modules of classes that are written for `(B, C, V)`
 
 
@@ -58,7 +62,7 @@ class CallersProcessor:
 
     Args:
         function: `(input_ids, scores) -> scores`.
-        looks_at: what it looks at if it takes `(rows, V)`; None: it takes whole canvases `(B, C, V)`.
+        looks_at: what it looks at if it takes `(rows, V)`, or `FOLLOWS`; None: it takes whole canvases `(B, C, V)`.
         takes_step: whether it takes `cur_step`, too.
     """
 
@@ -67,12 +71,21 @@ class CallersProcessor:
     takes_step: bool
 
     @classmethod
-    def of(cls, function: Callable) -> "CallersProcessor":
+    def of(cls, function: Callable, decoding: str = "diffusion") -> "CallersProcessor":
         """Tells transformers' classes, and what is derived from them, from processors written for a canvas, which may take `cur_step`.
 
         Raises:
-            ValueError: one of transformers' that has no meaning here, or one with arguments that nobody gives it.
+            ValueError: one of transformers' that has no meaning here, one with arguments that nobody gives it, or one that follows a text
+                token by token where it is written otherwise.
         """
+        if any(base.__module__.partition(".")[0] in FOLLOWING for base in type(function).__mro__):
+            if decoding != "autoregressive":
+                raise ValueError(
+                    f"`logits_processor` holds {type(function).__name__} of {type(function).__module__}, which follows a text token by "
+                    "token, and a canvas is written all at once; expected `constraint=` with a Regex, JsonSchema or Choice of `generation` "
+                    "instead of it, or `decoding='autoregressive'`"
+                )
+            return cls(function, FOLLOWS, False)
         call = function if inspect.isroutine(function) else type(function).__call__
         try:
             parameters = list(inspect.signature(call).parameters.values())
@@ -106,20 +119,46 @@ class CallersProcessor:
         """As `Shaping.__call__`."""
         if self.looks_at == DISTRIBUTION:
             return _each(self._checked, logits)
+        if self.looks_at == FOLLOWS:
+            return self._checked(committed, logits[:, 0])[:, None]
         if self.looks_at == LENGTH and guess is None:
             guess = committed.new_zeros(logits.shape[:2])  # only how many they are is looked at
         if self.looks_at is not None:
             return _left_to_right(self._checked, logits, committed, guess)
-        return self._checked(committed, logits, **({"cur_step": remaining} if self.takes_step else {}))
+        given = logits.clone() if guess is None else None
+        found = self._checked(committed, logits, **({"cur_step": remaining} if self.takes_step else {}))
+        if given is not None and (place := changed_alike(given, found)) is not None:
+            raise ValueError(
+                f"`logits_processor` holds {shown(self.function)}, which changed all ids of position {place} alike, and so none: logits of "
+                "a canvas are (batch, canvas_length, vocab_size), of which `scores[:, ids]` are positions; expected `scores[..., ids]`"
+            )
+        return found
 
     def _checked(self, input_ids: torch.Tensor, scores: torch.Tensor, **step: int) -> torch.Tensor:
         shape = tuple(scores.shape)
-        found = self.function(input_ids, scores, **step)
+        try:
+            found = self.function(input_ids, scores, **step)
+        except Exception as error:
+            error.add_note(
+                f"raised by {shown(self.function)} of `logits_processor`, which was given logits of shape {shape}"
+                + (": a canvas is written all at once, and `constraint=` says what its text must be" if len(shape) == 3 else "")
+            )
+            raise
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
             raise ValueError(
                 f"`logits_processor` holds {shown(self.function)}, which returned {shown(found)}; expected logits of shape {shape}"
             )
         return found
+
+
+def changed_alike(given: torch.Tensor, found: torch.Tensor) -> int | None:
+    """The first position at which some row's logits `(B, C, V)` were all changed by one number, or made one number, where others of its
+    positions were not; None where there is none. Such a change says nothing of the ids, and who makes it takes positions for ids."""
+    change = found - given
+    alike = (change.amax(dim=-1) - change.amin(dim=-1) <= 1e-4 * change.abs().amax(dim=-1)) & (change != 0).any(dim=-1)
+    alike |= (found.amax(dim=-1) == found.amin(dim=-1)) & (given.amax(dim=-1) != given.amin(dim=-1))  # (B, C)
+    alike &= ~alike.all(dim=1, keepdim=True)
+    return int(alike.any(dim=0).int().argmax()) if bool(alike.any()) else None
 
 
 @contextlib.contextmanager
@@ -236,7 +275,8 @@ def build_shaping(
     if config.eta_cutoff not in (None, 0.0):
         with float32_made():
             after.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
-    return Shaping(tuple(map(CallersProcessor.of, given or ())), contextual, filters, after)
+    callers = tuple(CallersProcessor.of(each, config.decoding) for each in given or ())
+    return Shaping(callers, contextual, filters, after)
 
 
 def _ids(name: str, ids: list[int], vocab_size: int) -> list[int]:
