@@ -268,10 +268,13 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             given |= {"output_router_logits": keep_routing, "keep_logits": not skip_logits}
             output = self._learn_examples(input_ids, labels, attention_mask, images | given, unused)
             return output.to_tuple() if return_dict is False else output
-        if labels is None and decoder_input_ids is None and self.training and torch.is_grad_enabled():
+        if labels is None and decoder_input_ids is None and not torch.compiler.is_compiling():
             logger.warning_once(
                 "`labels` is None in training: the logits are of a canvas of noise. Trainer takes labels away for `label_smoothing_factor` "
                 "and `compute_loss_func`, which have no meaning with labels of whole examples."
+                if self.training and torch.is_grad_enabled()
+                else "`decoder_input_ids` is None: the logits are of a canvas of noise, (batch, canvas_length, vocab_size), and not of the "
+                "tokens behind `input_ids`, which are `model.compute_logits(model.prefill(input_ids=input_ids).last_hidden_state)`."
             )
         batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
         if batch is not None and batch.dim() > 1:
