@@ -26,7 +26,8 @@ from .watch.watcher import Watcher
 __all__ = [
     "AfterCanvas", "AnyOf", "Automaton", "Calibration", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler",
     "Constraint", "Decision", "Decisions", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "DiffusionGenerationOutput",
-    "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction", "PredictorCorrectorSampler",
-    "Proposal", "Regex", "Revised", "Sampler", "Settled", "StableAndConfident", "StepEvent", "StoppingRule", "TemperatureSchedule",
-    "Template", "TokenScores", "Trace", "UniformNoise", "Wanted", "Watcher", "fit_calibration", "judge", "stream_events", "stream_text",
+    "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction",
+    "PredictorCorrectorSampler", "Proposal", "Regex", "Revised", "Sampler", "Settled", "StableAndConfident", "StepEvent", "StoppingRule",
+    "TemperatureSchedule", "Template", "TokenScores", "Trace", "UniformNoise", "Wanted", "Watcher", "fit_calibration", "judge",
+    "stream_events", "stream_text",
 ]  # fmt: skip

@@ -96,6 +96,8 @@ class Body(dict):
     def __init__(self, body: dict[str, Any], form_fields: Collection[str]):
         super().__init__(body)
         self.setdefault("stream", False)  # transformers streams a response that does not say
+        if self.get("tool_choice") == "none":
+            self.pop("tools", None)
         self.trace, self.made = self.pop("trace", None), None
         field, self.constraint = take_form(self, form_fields) or (None, None)
         self.names = [name for name, value in (("trace", self.trace), (field, self.constraint)) if value is not None]

@@ -157,6 +157,7 @@ def test_traces_of_requests_at_once_are_their_own(client):
 
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 PATH_PART = {"type": "image_url", "image_url": {"url": "/etc/passwd"}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}
 BAD = {
     "unknown role": ({"messages": [{"role": "clown", "content": "Hello"}]}, "role clown"),
     "empty chat": ({"messages": []}, "`messages` is"),
@@ -173,6 +174,13 @@ BAD = {
     "unknown argument": ({"messages": CHAT, "generation_config": '{"canvas": 4}'}, "unknown generation arguments"),
     "calls that are no list": ({"messages": [*CHAT, {"role": "assistant", "tool_calls": "abc"}]}, "`tool_calls` of `messages[1]` is 'abc'"),
     "call without arguments": ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "`tool_calls`"),
+    "tokens as text": ({"messages": CHAT, "max_tokens": "64"}, "`max_tokens` is '64'; expected an integer"),
+    "words for a number": ({"messages": CHAT, "temperature": "hot"}, "`temperature` is 'hot'; expected a number"),
+    "a flag for a number": ({"messages": CHAT, "seed": True}, "`seed` is True; expected an integer"),
+    "sound": ({"messages": CHAT, "modalities": ["audio"]}, "`modalities` is ['audio']"),
+    "effort": ({"messages": CHAT, "reasoning_effort": "high"}, "`reasoning_effort` is 'high'"),
+    "a call that must be": ({"messages": CHAT, "tools": [TOOL], "tool_choice": "required"}, "`tool_choice` is 'required'"),
+    "one call alone": ({"messages": CHAT, "tools": [TOOL], "parallel_tool_calls": False}, "`parallel_tool_calls` is false"),
     "two answers": ({"messages": CHAT, "n": 2}, "`n` is 2"),
     "probabilities": ({"messages": CHAT, "logprobs": True}, "`logprobs` is True"),
     "list of biases": ({"messages": CHAT, "logit_bias": [1]}, "`logit_bias` is [1]"),
@@ -265,6 +273,15 @@ def test_models_are_those_that_may_be_asked_for(client):
     """Without a cache folder the list was an internal error."""
     shipped = [default_checkpoint(name) for name in ("decisions", "sudoku")]
     assert [model.id for model in client.models.list()] == [*shipped, MODEL]
+
+
+def test_tools_that_may_not_be_called_are_not_shown(client):
+    """As agents ask for a last answer; with them a form of the answer is refused, and without them it is not."""
+    form = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}}}}
+    given = {"model": MODEL, "messages": CHAT, "extra_body": NARROW, "response_format": form, "parallel_tool_calls": True}
+    answer = client.chat.completions.create(tools=[TOOL], tool_choice="none", **given)
+    assert answer.usage.prompt_tokens == client.chat.completions.create(**given).usage.prompt_tokens
+    assert set(json.loads(answer.choices[0].message.content)) <= {"a"}
 
 
 @pytest.mark.parametrize("calls", [None, []])

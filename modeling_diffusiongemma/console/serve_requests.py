@@ -13,14 +13,24 @@ CONTENT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image_url", "input_image")
 IMAGE_SOURCES = ("data:image/", "http://", "https://")
 NOT_SERVED = {"/v1/audio/transcriptions": "this model reads no audio; expected /v1/chat/completions, /v1/completions or /v1/responses"}
-# Fields that transformers' server passes over with a line in its log: the values that ask for what happens anyway.
+# Fields that transformers' server passes over, some with a line in its log: the values that ask for what happens anyway. "none" of
+# `tool_choice` is honoured, where the request is answered.
 IGNORED = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "presence_penalty": (0,),
-    "tool_choice": ("auto",), "functions": ([],), "function_call": ("auto",), "previous_response_id": (), "background": (False,),
+    "tool_choice": ("auto", "none"), "functions": ([],), "function_call": ("auto",), "previous_response_id": (), "background": (False,),
+    "modalities": (["text"],), "audio": (), "web_search_options": (), "reasoning_effort": ("none",), "verbosity": ("medium",),
+    "include": ([],), "max_tool_calls": (), "truncation": ("disabled",),
 }  # fmt: skip
 TRACES = ("html", "svg", "safetensors")  # what `trace` of a request may be: how its answer brings along how it came about
 TRACED = ("/v1/chat/completions", "/v1/completions")
-FORMS = {"chat_template_kwargs": dict, "logit_bias": dict, "tools": list}  # which transformers' server takes for granted
+# Types that transformers' server takes for granted, or makes of whatever it gets.
+FORMS = {
+    **dict.fromkeys(("chat_template_kwargs", "logit_bias", "stream_options"), (dict, "a JSON object")),
+    "tools": (list, "a JSON array"),
+    "stream": (bool, "true or false"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens", "seed"), (int, "an integer")),
+    **dict.fromkeys(("temperature", "top_p", "frequency_penalty"), (int | float, "a number")),
+}
 
 
 class Refused(Exception):
@@ -98,8 +108,11 @@ class Door:
         for name, value in request.items():
             if value is not None and name in IGNORED and value not in IGNORED[name]:
                 raise Refused(400, f"`{name}` is {value!r}, which this server does not honour; expected it unset")
-            if value is not None and name in FORMS and not isinstance(value, FORMS[name]):
-                raise Refused(400, f"`{name}` is {value!r}; expected a JSON {'object' if FORMS[name] is dict else 'array'}")
+            kind, expected = FORMS.get(name, (object, ""))
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind not in (bool, object)):
+                raise Refused(400, f"`{name}` is {value!r}; expected {expected}")
+        if request.get("parallel_tool_calls") is False and request.get("tools"):
+            raise Refused(400, "`parallel_tool_calls` is false, which this server does not honour; expected it unset")
         if "chat_template" in (request.get("chat_template_kwargs") or {}):
             raise Refused(400, "`chat_template_kwargs` holds a `chat_template`; expected none: a template is a program")
 
