@@ -40,6 +40,8 @@ def shown(value: Any) -> str:
     """A value in an error message: short, and never the numbers of a tensor."""
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 0:
         return f"{type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, torch.nn.Module):  # which would be shown with all its layers
+        return f"a {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({type(value).__name__})"
 

@@ -39,7 +39,8 @@ def prompt_ids(prompt: str | Sequence[Mapping[str, Any]] | None, tokenizer: PreT
         ValueError: no tokenizer; a prompt that is neither, holds a lone surrogate, or has no tokens; nothing to begin a sequence with.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"`tokenizer` is {shown(tokenizer)}; expected the model's tokenizer")
+        inside = ", which it has as `.tokenizer`" if isinstance(getattr(tokenizer, "tokenizer", None), PreTrainedTokenizerBase) else ""
+        raise ValueError(f"`tokenizer` is {shown(tokenizer)}; expected the model's tokenizer{inside}")
     check_text("prompt", prompt)
     if prompt is None:
         if tokenizer.bos_token_id is None:

@@ -36,6 +36,8 @@ class DiffusionGenerationOutput(CacheOutput):
         scores: `TokenScores`, with `output_scores`.
         logits (`float32 (B, N, V)`): with `output_logits`, the model's logits, nothing applied to them, from the pass that committed
             each token; 0 behind the end of a row. As large as it says: 1 MB a token at 262,144 ids.
+        hidden_states, attentions: None. Others read these names of every output; `generate` refuses to be asked for them, the model gives
+            them.
     """
 
     sequences: torch.Tensor | None = None
@@ -46,6 +48,8 @@ class DiffusionGenerationOutput(CacheOutput):
     cache: Cache | None = None
     scores: TokenScores | None = None
     logits: torch.Tensor | None = None
+    hidden_states: None = None
+    attentions: None = None
 
 
 __all__ = ["DiffusionGenerationOutput", "TokenScores"]

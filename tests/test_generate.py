@@ -381,7 +381,7 @@ def test_unknown_argument_is_refused(model, name):
 UNSUPPORTED = {
     "num_beams": 4, "use_cache": False, "output_attentions": True, "output_hidden_states": True, "output_logits": True,
     "guidance_scale": 2.0, "length_penalty": 0.5, "early_stopping": True, "penalty_alpha": 0.6, "forced_bos_token_id": 5,
-    "renormalize_logits": True, "encoder_repetition_penalty": 1.2, "prompt_lookup_num_tokens": 3, "watermarking_config": {},
+    "encoder_repetition_penalty": 1.2, "prompt_lookup_num_tokens": 3, "watermarking_config": {},
     "assistant_model": object(), "assistant_tokenizer": object(), "synced_gpus": 3, "prefix_allowed_tokens_fn": print,
     "custom_generate": "x", "use_model_defaults": True, "negative_prompt_ids": torch.ones(2, 3),
 }  # fmt: skip
@@ -392,6 +392,23 @@ def test_unsupported_argument_is_refused_by_name(model, name):
     """transformers ignores most of these silently."""
     with pytest.raises(ValueError, match=name):
         run(model, **{name: UNSUPPORTED[name]})
+
+
+def test_what_replaces_a_refused_argument_is_said_in_few_words(model):
+    """A model as an argument was shown with all its layers; lm-format-enforcer hands in `prefix_allowed_tokens_fn`."""
+    with pytest.raises(ValueError, match=r"`assistant_model` is a \w+; .*'verified'"):
+        run(model, assistant_model=model)
+    for name, value, instead in (("prefix_allowed_tokens_fn", print, "`constraint`"), ("custom_generate", "x", "`sampler`")):
+        with pytest.raises(ValueError, match=f"`{name}` is .*expected None.*{instead}"):
+            run(model, **{name: value})
+
+
+def test_logits_that_are_normalised_again_are_the_same(model):
+    """lighteval asks for it in every call; what is kept of scores are log-probabilities in any case."""
+    settings = {"seed": 0, "max_new_tokens": 15, "return_dict_in_generate": True, "output_scores": True}
+    got, plain = (run(model, renormalize_logits=value, **settings) for value in (True, False))
+    assert torch.equal(got.sequences, plain.sequences) and torch.equal(got.scores.log_probs, plain.scores.log_probs)
+    assert got.hidden_states is None and got.attentions is None, "inspect-ai reads the names of every output"
 
 
 WITH_IMAGE, HOLE = IDS.clone(), MASK.clone()

@@ -59,7 +59,7 @@ HONOURED = frozenset(FIELDS)  # what each means here stands in generation/README
 NEUTRAL: dict[str, tuple] = {
     "num_beams": (1,), "use_cache": (True,), "output_attentions": (False,), "output_hidden_states": (False,),
     "num_beam_groups": (1,), "length_penalty": (1.0,), "early_stopping": (False,), "diversity_penalty": (0.0,),
-    "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,), "renormalize_logits": (False,),
+    "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,), "renormalize_logits": (False, True),
     "remove_invalid_values": (False,), "token_healing": (False,), "is_assistant": (False,), "use_mtp": (False,), "low_memory": (False,),
     "guidance_scale": (1.0,),
 }  # fmt: skip
@@ -67,7 +67,9 @@ WHY_REFUSED = {
     "num_beams": "a canvas has no beams", "num_beam_groups": "a canvas has no beams", "use_cache": "the canvas reads the prompt's cache",
     "assistant_model": "the canvas is its own draft; see decoding='verified'", "guidance_scale": "the model was not trained for it",
     "forced_bos_token_id": "positions are not written in order", "output_attentions": "call the model for them",
-    "output_hidden_states": "call the model for them",
+    "output_hidden_states": "call the model for them", "prompt_lookup_num_tokens": "the canvas is its own draft; see decoding='verified'",
+    "prefix_allowed_tokens_fn": "a canvas is not written from left to right; `constraint` says what its text must be",
+    "custom_generate": "`sampler`, `stopping`, `watcher` and `callback_on_step_end` change the loop",
     "constraints": "`constraint` takes a language: `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins`",
     "watermarking_config": "it marks tokens by their left neighbour, which changes while a canvas is denoised",
 }  # fmt: skip
