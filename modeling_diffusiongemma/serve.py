@@ -1,9 +1,9 @@
 """transformers' own OpenAI-compatible server with this package's model.
 
-    python -m modeling_diffusiongemma.serve                      # the shipped checkpoints, loaded when a request names one
-    python -m modeling_diffusiongemma.serve FOLDER --port 8001   # loads one and serves it alone
-    python -m modeling_diffusiongemma.serve --allow FOLDER --allow OWNER/NAME
-    python -m modeling_diffusiongemma.serve FOLDER --quantize 4bit --max-memory 0=20GB,cpu=12GB
+    diffusiongemma serve                      # the shipped checkpoints, loaded when a request names one
+    diffusiongemma serve FOLDER --port 8001   # loads one and serves it alone
+    diffusiongemma serve --allow FOLDER --allow OWNER/NAME
+    diffusiongemma serve FOLDER --quantize 4bit --max-memory 0=20GB,cpu=12GB
 
 Options and endpoints are those of `transformers serve`. That command never imports this package, and so serves transformers'
 class; here the Auto classes are registered first. Added are: images where the checkpoint has a processor; models that are
@@ -33,236 +33,18 @@ page or the picture as text, or the file in base64, for `generation.Trace.load`.
 at once only `temperature=0` is reproducible.
 """
 
-import argparse
-import base64
-import contextlib
-import json
-import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
-from importlib.util import find_spec
-from types import MethodType
-from typing import Any
+from collections.abc import Sequence
 
-from transformers import AutoModelForMultimodalLM, GenerationConfig, PreTrainedTokenizerBase
-from transformers.cli.serve import Serve
-from transformers.cli.serving.utils import Modality
+from .console.serve import make_server
 
-from generation.call.configuration import DiffusionGenerationConfig
-from generation.watch.animation import draw_animation
-from generation.watch.pictures import trace_page
-from generation.watch.trace import Trace
-from generation.watch.watcher import Watcher
-
-from .checkpoints import shipped
-from .console.arguments import UsageError, checkpoint_name, integer
-from .console.placement import add_placement, loading_arguments
-from .console.serve_forms import CHAT, COMPLETION, RESPONSE, take_form
-from .console.serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
-from .model.head import DiffusionGemmaForMaskedBlockLM
-
-NEEDED = ("fastapi", "jinja2", "openai", "pydantic", "rich", "uvicorn")
-INSTALL = 'transformers\' server is not installed; expected: pip install -e ".[serve]" in a checkout of this project'
 PROGRAM = "python -m modeling_diffusiongemma.serve"
-OUR_OPTIONS = """
-Of this package: --allow NAME, a folder or Hub repository that may be asked for (repeatable; by default the shipped
-checkpoints, or FORCE_MODEL alone); --max-characters N, of text in a request (default: {max_characters}).
-
-How they are loaded: --quantize fp8 or 4bit; --max-memory SIZES, such as 12GB or 0=20GB,cpu=40GB; --offload-folder FOLDER, for
-weights that fit into no memory. `diffusiongemma generate --help` says more of them.
-
-For clients you trust: there is neither a key nor a quota.
-"""
-
-
-class Ending(Watcher):
-    """Writes into a request's settings why its answer has ended. transformers' server reads it from there: `length` where an answer has
-    `max_new_tokens` tokens, whether or not the last of them ends it, and `stop` where it has fewer, though its time was over."""
-
-    def __init__(self, settings: GenerationConfig):
-        self.settings = settings
-
-    def commit(self, tokens, lengths, finish_reasons) -> None:
-        if finish_reasons[0] is not None:
-            self.settings.max_new_tokens = None if finish_reasons[0] == "stop" else 0
-
-
-class Body(dict):
-    """The body of a request, of which is taken out what transformers' server does not know: `trace`, how its answer brings along the
-    way it came about (`made`, where that has been made), and `constraint`, the language that the answer has. `names`: the fields that
-    were there."""
-
-    def __init__(self, body: dict[str, Any], form_fields: Collection[str]):
-        super().__init__(body)
-        self.setdefault("stream", False)  # transformers streams a response that does not say
-        if self.get("tool_choice") == "none":
-            self.pop("tools", None)
-        self.trace, self.made = self.pop("trace", None), None
-        field, self.constraint = take_form(self, form_fields) or (None, None)
-        self.names = [name for name, value in (("trace", self.trace), (field, self.constraint)) if value is not None]
-
-    def make(self, trace: Trace, tokenizer) -> None:
-        if self.trace == "safetensors":
-            self.made = base64.b64encode(trace.to_bytes()).decode("ascii")
-        else:
-            self.made = {"html": trace_page, "svg": draw_animation}[self.trace](trace, tokenizer, self.title())
-
-    def title(self) -> str:
-        """What was asked last."""
-        content = self["messages"][-1].get("content") if "messages" in self else self.get("prompt")
-        return content if isinstance(content, str) else " ".join(piece["text"] for piece in content or () if "text" in piece)
-
-
-def settings_of(build: Callable, body: Body, model_settings: GenerationConfig, *args, **kwargs) -> GenerationConfig:
-    """As a handler's reading of settings, `build`; they carry what else is asked for to where it is answered, in another thread."""
-    settings = build(body, model_settings, *args, **kwargs)
-    if isinstance(model_settings, DiffusionGenerationConfig):
-        settings.asked = body
-    elif body.names:
-        raise ValueError(f"`model` is {body['model']!r}, which denoises no canvas of ours; expected none of {body.names}")
-    return settings
-
-
-async def answer_asked(answer: Callable, form_fields: Collection[str], body: dict[str, Any], request_id: str):
-    """As a handler's `answer`, in the form that is asked for, and with `trace` in it where that is."""
-    from fastapi.responses import JSONResponse
-
-    response = await answer(asked := Body(body, form_fields), request_id)
-    if asked.trace is None:
-        return response
-    return JSONResponse({**json.loads(response.body), "trace": asked.made}, response.status_code)
-
-
-def generate_asked(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
-    """`generate` for one request, in our manners: a tensor, and rows of single tokens for the streamer."""
-    asked, watchers = generation_config.__dict__.pop("asked"), [Ending(generation_config)]
-    if asked.trace is not None:
-        watchers.append(trace := Trace(alternatives=3 if asked.trace == "html" else 0))
-    output = DiffusionGemmaForMaskedBlockLM.generate(
-        model, generation_config=generation_config, watcher=watchers, constraint=asked.constraint, **kwargs
-    )
-    if asked.trace is not None:
-        asked.make(trace, kwargs["tokenizer"])
-    return output
-
-
-def modality_of(theirs: Callable, model, processor=None) -> Modality:
-    """As the model manager's, which is asked before every answer; a model of ours gets to tell why that answer has ended."""
-    if isinstance(model, DiffusionGemmaForMaskedBlockLM):
-        model.generate = MethodType(generate_asked, model)
-        if not isinstance(processor, PreTrainedTokenizerBase):
-            return Modality.VLM
-    return theirs(model, processor=processor)
-
-
-def read_checked(read: Callable, messages, modality: Modality):
-    """As a handler's reading of a chat, `read`, behind our check of it."""
-    check_chat(messages, images=modality != Modality.LLM)
-    # transformers before 5.24 iterates over `tool_calls: null`, and drops the content beside an empty list.
-    return read([{k: v for k, v in message.items() if k != "tool_calls" or v} for message in messages], modality)
-
-
-def placed(manager, ours: argparse.Namespace) -> dict[str, Any]:
-    """The server's options and ours as arguments of `from_pretrained`."""
-    if ours.quantize is not None and manager.quantization is not None:
-        raise UsageError(f"`--quantize` is {ours.quantize!r} and `--quantization` {manager.quantization!r}; expected one of them")
-    device = f"cuda:{manager.device}" if isinstance(manager.device, int) else manager.device
-    found = loading_arguments(device, manager.dtype, ours.quantize, ours.max_memory, ours.offload_folder)
-    if manager.quantization is not None:
-        found["quantization_config"] = manager.get_quantization_config()
-    return found
-
-
-@contextlib.contextmanager
-def loading_as(ours: argparse.Namespace) -> Iterator[None]:
-    """A context in which transformers' model managers, which have no such options, load what they are asked for by `placed`. One loads its
-    first model while it is made."""
-    from transformers.cli.serving.model_manager import ModelManager
-
-    theirs = ModelManager._load_model
-
-    def load(manager, name, tqdm_class=None, progress_callback=None, gguf_file=None):
-        if gguf_file is not None:
-            raise ValueError(f"the model is the GGUF file {gguf_file!r}; expected safetensors, which can be quantised and placed")
-        path, _, revision = (name, "", None) if os.path.exists(name) else name.rpartition("@")
-        settings = {"attn_implementation": manager.attn_implementation, "trust_remote_code": manager.trust_remote_code}
-        settings |= {"tqdm_class": tqdm_class, **placed(manager, ours)}
-        return AutoModelForMultimodalLM.from_pretrained(path, revision=revision, **settings)
-
-    if (ours.quantize, ours.max_memory, ours.offload_folder) != (None, None, None):
-        ModelManager._load_model = load
-    try:
-        yield
-    finally:
-        ModelManager._load_model = theirs
-
-
-def complete(server: Serve, ours: argparse.Namespace) -> None:
-    """Puts what is ours into a server that is built and does not run yet."""
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
-    from jinja2 import TemplateError
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-
-    refused = (ValueError, KeyError, TypeError, OSError, TemplateError, RequestValidationError, HTTPException)
-
-    async def refuse(_request, error: Exception) -> JSONResponse:
-        status = getattr(error, "status_code", 400 if isinstance(error, refused) else 500)
-        reason = f"the request has no {error}" if isinstance(error, KeyError) else str(getattr(error, "detail", None) or error)
-        return JSONResponse(error_body(status, reason), status_code=status)
-
-    app, manager = server.server.config.app, server._model_manager
-    placed(manager, ours)  # refused now, not when a request comes
-    for kind in (*refused, Exception):
-        app.add_exception_handler(kind, refuse)
-    manager.get_model_modality = partial(modality_of, manager.get_model_modality)
-    handlers = ((server._chat_handler, CHAT), (server._completion_handler, COMPLETION), (server._response_handler, RESPONSE))
-    for handler, form_fields in handlers:
-        handler.get_processor_inputs_from_messages = partial(read_checked, handler.get_processor_inputs_from_messages)
-        handler.handle_request = partial(answer_asked, handler.handle_request, form_fields)
-        handler._build_generation_config = partial(settings_of, handler._build_generation_config)
-    pinned = manager.force_model
-    models = [pinned] if pinned is not None else [name.path for name in ours.allow] or [*shipped().values()]
-    door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=ours.max_characters)
-    app.user_middleware.append(door)  # behind those that add headers to every answer
-
-
-def make_server(arguments: Sequence[str]):
-    """A function that runs the server until it is stopped; ImportError where the extra `serve` is missing."""
-    import typer  # which transformers requires
-
-    if not all(map(find_spec, NEEDED)):
-        raise ImportError(INSTALL)
-    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
-    parser.add_argument("--allow", type=checkpoint_name, action="append", default=[])
-    parser.add_argument("--max-characters", type=integer(1), default=MAX_CHARACTERS)
-    add_placement(parser)
-    ours, rest = parser.parse_known_args(arguments)
-
-    class Server(Serve):
-        __doc__ = Serve.__doc__ + OUR_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
-
-        def start_server(self) -> None:
-            """Called with everything built and nothing running (`--non-blocking`)."""
-            complete(self, ours)
-            self.server.run()
-
-    command = typer.Typer(add_completion=False)
-    command.command()(Server)
-
-    def run() -> None:
-        with loading_as(ours):
-            command(args=[*rest, "--non-blocking"], prog_name=PROGRAM)
-
-    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the server with the command line's arguments."""
+    """Runs the server with the command line's arguments, as `diffusiongemma serve` does."""
     try:
-        make_server(sys.argv[1:] if arguments is None else arguments)()
+        make_server(sys.argv[1:] if arguments is None else arguments, PROGRAM)()
     except (ImportError, OSError, ValueError) as error:  # the last two: the checkpoint that was to be loaded first
         raise SystemExit(f"error: {error}") from error
 
@@ -270,4 +52,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     main()
 
-__all__ = ["main", "make_server"]
+__all__ = ["main"]

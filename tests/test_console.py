@@ -23,7 +23,7 @@ from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.console import session
 from modeling_diffusiongemma.console.main import RUNS, main
 from modeling_diffusiongemma.console.placement import loading_arguments, memory
-from modeling_diffusiongemma.console.usage import COMMANDS, answer_usage, build_parser
+from modeling_diffusiongemma.console.usage import COMMANDS, answer_usage, build_parser, parse
 from modeling_diffusiongemma.version import VERSION
 from modeling_diffusiongemma.weights.four_bit import FourBitExperts
 from modeling_diffusiongemma.weights.fp8 import FP8Experts
@@ -208,7 +208,8 @@ def test_every_example_of_the_help_is_a_command_line_that_parses(tmp_path, monke
             words = shlex.split(line, comments=True)
             words = words[words.index("diffusiongemma") + 1 :]
             cut = next((place for place, word in enumerate(words) if word in ("|", ">")), len(words))
-            assert build_parser().parse_args(words[:cut]).command == command.name, line
+            read = parse if command.hands_on else build_parser().parse_args
+            assert read(words[:cut]).command == command.name, line
 
 
 @pytest.fixture(scope="module")

@@ -106,9 +106,9 @@ def test_server_snippet_answers(tmp_path):
     written = command[command.index("--port") + 1]
     assert f":{written}/v1" in client
     command[command.index("--port") + 1], client = str(port), client.replace(f":{written}/", f":{port}/")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment, console = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-m", "modeling_diffusiongemma"]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([sys.executable, *command[1:]], cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen([*console, *command[1:]], cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
         for _ in range(240):
             with socket.socket() as probe:

@@ -26,8 +26,10 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from generation import Trace
 from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.console.main import main as console
+from modeling_diffusiongemma.console.serve import loading_as
 from modeling_diffusiongemma.console.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
-from modeling_diffusiongemma.serve import loading_as, main
+from modeling_diffusiongemma.serve import main
 from modeling_diffusiongemma.weights.fp8 import FP8Experts
 
 DATES = {"October 2, 2052": "2052-10-02", "4 May 1911": "1911-05-04", "3 March 1998": "1998-03-03", "2077/12/31": "2077-12-31"}
@@ -378,6 +380,7 @@ def test_wrong_placement_is_named_before_the_server_runs(options, said, capsys):
     with pytest.raises(SystemExit) as stop:
         main(options)
     assert said in f"{stop.value} {capsys.readouterr().err}"
+    assert console(["serve", *options]) == 2 and said in capsys.readouterr().err
 
 
 def test_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path):
@@ -393,8 +396,9 @@ def test_shipped_tokenizer_is_its_processor(name):
     assert type(AutoProcessor.from_pretrained(path)) is type(AutoTokenizer.from_pretrained(path))
 
 
-def test_missing_extra_is_named_in_one_line(monkeypatch):
+def test_missing_extra_is_named_in_one_line(monkeypatch, capsys):
     for name in ["fastapi", *(name for name in sys.modules if name.startswith("fastapi."))]:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     with pytest.raises(SystemExit, match=r'^error: .* pip install -e "\.\[serve\]"'):
         main([])
+    assert console(["serve"]) == 1 and 'pip install -e ".[serve]"' in capsys.readouterr().err

@@ -28,9 +28,16 @@ def train(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def serve(args: argparse.Namespace) -> int:
+    """As `train`; and it needs what the extra `serve` brings."""
+    from .serve import run
+
+    return run(args)
+
+
 RUNS = {
     "generate": generate, "fill": fill, "revise": revise, "trace": trace, "decide": decide, "chat": chat, "bench": bench, "train": train,
-    "export": export, "info": info,
+    "serve": serve, "export": export, "info": info,
 }  # fmt: skip
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 

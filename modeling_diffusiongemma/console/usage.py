@@ -42,13 +42,15 @@ A token fits where an answer has it and all others as they are. Without a constr
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the console. `check` raises UsageError for arguments that are wrong together or on this disk."""
+    """A command of the console. `check` raises UsageError for arguments that are wrong together or on this disk. `hands_on`: whether its
+    arguments, and its help, are another program's, and go there as they are."""
 
     name: str
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     check: Callable[[argparse.Namespace], None] | None
     examples: str
+    hands_on: bool = False
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -288,6 +290,10 @@ def train_check(args: argparse.Namespace) -> None:
         read_examples(path)
 
 
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rest", nargs="*", metavar="ARGUMENT", help="as `transformers serve` has them, and --help says")
+
+
 COMMANDS: tuple[Command, ...] = (
     Command("generate", "answer prompts from arguments, a file or a pipe", generate_arguments, generate_check, """\
   diffusiongemma generate "Write 3 March 1998 as an ISO date." "What is 0.1 g in kg?"
@@ -346,6 +352,11 @@ Ctrl-C drops the answer being written. Green: accepted by the step; magenta: cor
 
 --out then holds a checkpoint, for --model, or with --lora an adapter, for --adapter of generate, fill, chat and bench.
 """),
+    Command("serve", "answer OpenAI clients: transformers' server with this model", serve_arguments, None, """\
+  diffusiongemma serve --port 8001              # the shipped checkpoints, loaded when a request names one
+  diffusiongemma serve ./my-checkpoint          # one, and it alone
+  diffusiongemma serve --help                   # all options: transformers' and ours
+""", hands_on=True),
     Command("export", "write a checkpoint as a Hub repository that brings its own code", export_arguments, export_check, """\
   diffusiongemma export ./my-repository
   diffusiongemma export ./my-repository --model ./my-checkpoint --dtype bfloat16 --max-shard-size 5GB
@@ -378,7 +389,8 @@ def build_parser() -> argparse.ArgumentParser:
         text = command.summary[0].upper() + command.summary[1:] + "."
         one = commands.add_parser(command.name, help=command.summary, description=text, epilog=f"examples:\n{command.examples}", **shape)
         command.add_arguments(one)
-        add_common(one)
+        if not command.hands_on:
+            add_common(one)
         one.set_defaults(check=command.check)
     return parser
 
@@ -386,6 +398,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, by default the process's; SystemExit where it asks for help or is wrong, and has been answered, or where standard
     output takes no answer."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in [command.name for command in COMMANDS if command.hands_on]:
+        return argparse.Namespace(command=argv[0], rest=argv[1:])
     try:
         with with_reader():  # of help
             args = build_parser().parse_args(argv)
