@@ -1,7 +1,6 @@
 """Training: a model learns, the collator, `transformers.Trainer`, and the training script as a user runs it."""
 
 import json
-import logging
 import math
 import os
 import subprocess
@@ -294,12 +293,17 @@ def test_switch_of_trainer_is_refused_by_name(name, tmp_path):
             run.evaluate()
 
 
-def test_labels_taken_from_another_batch_are_warned_of(caplog):
-    """Whose collator it is the model does not see: it says what the logits are of."""
-    model = small_model().train()
-    logging.getLogger("transformers").addHandler(caplog.handler)
-    model(torch.tensor([[5, 6, 7]]))
-    assert "label_smoothing_factor" in caplog.text
+def test_canvas_of_noise_is_no_training():
+    """Whose collator it is the model does not see: labels taken away, it was asked to learn what a canvas of noise says. So it was by
+    trainers of causal models, which call the model with a prompt alone."""
+    model, prompt = small_model().train(), torch.tensor([[5, 6, 7]])
+    for called in (model, model.model):
+        with pytest.raises(ValueError, match="`decoder_input_ids` is None in training.*label_smoothing_factor"):
+            called(prompt)
+        with torch.no_grad():
+            called(prompt)
+        called(prompt, decoder_input_ids=prompt)
+    model.eval()(prompt)
 
 
 def test_batch_keeps_its_labels():

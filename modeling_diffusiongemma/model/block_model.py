@@ -33,6 +33,11 @@ from .plain import attached, has_hooks
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .stack import BlockStack, PromptLayer
 
+LEARNS_NOTHING = (
+    "`decoder_input_ids` is None in training: the canvas would be noise, of which there is nothing to learn; expected a canvas, or, of the "
+    "model with its head, `labels` of whole examples. Trainer takes `labels` away for `label_smoothing_factor` and `compute_loss_func`; "
+    "trainers of causal models, such as TRL's, have losses of their own, and give none"
+)
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
 
 
@@ -407,8 +412,9 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
     ) -> BlockModelOutput | tuple:
         """`prefill` on the prompt, if one is given, then `denoise` on the canvas. Arguments as there.
 
-        Without `decoder_input_ids` the canvas is `canvas_length` uniform random tokens. `decoder_attention_mask` defaults
-        to `attention_mask` followed by an unpadded canvas. `use_cache=False`: a cache that the call made itself is not returned.
+        Without `decoder_input_ids` the canvas is `canvas_length` uniform random tokens, which is refused in training with gradients.
+        `decoder_attention_mask` defaults to `attention_mask` followed by an unpadded canvas. `use_cache=False`: a cache that the call
+        made itself is not returned.
         """
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_states = chosen_states(keep_states, self.config.text_config.num_hidden_layers + 1)
@@ -425,6 +431,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         if prompt is None and seen == 0:
             raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `cache`")
         if decoder_input_ids is None:
+            if self.training and torch.is_grad_enabled():
+                raise ValueError(LEARNS_NOTHING)
             if prompt is None:
                 raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
             size = (prompt.shape[0], config.canvas_length)

@@ -20,6 +20,7 @@ from ..layers.configuration import DiffusionGemmaConfig, routing_settings, softc
 from ..layers.layers import ScaledEmbedding
 from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
+from ..training.fused_head import refuse_fused_head
 from ..training.loss import balancing_loss, block_diffusion_loss
 from ..training.objective import Objective
 from ..training.ranks import in_step
@@ -56,6 +57,12 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         self.model = DiffusionGemmaBlockModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """As in transformers; ValueError where TRL's trainers would take its states for the next token's (`fused_head`)."""
+        refuse_fused_head(self)
+        return self.model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -270,11 +277,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             return output.to_tuple() if return_dict is False else output
         if labels is None and decoder_input_ids is None and not torch.compiler.is_compiling():
             logger.warning_once(
-                "`labels` is None in training: the logits are of a canvas of noise. Trainer takes labels away for `label_smoothing_factor` "
-                "and `compute_loss_func`, which have no meaning with labels of whole examples."
-                if self.training and torch.is_grad_enabled()
-                else "`decoder_input_ids` is None: the logits are of a canvas of noise, (batch, canvas_length, vocab_size), and not of the "
-                "tokens behind `input_ids`, which are `model.compute_logits(model.prefill(input_ids=input_ids).last_hidden_state)`."
+                "`decoder_input_ids` is None: the logits are of a canvas of noise, (batch, canvas_length, vocab_size), and not of the tokens "
+                "behind `input_ids`, which `causal_logits` gives."
             )
         batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
         if batch is not None and batch.dim() > 1:

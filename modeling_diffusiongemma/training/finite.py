@@ -36,8 +36,9 @@ def conversations(inputs: Mapping[str, torch.Tensor], row: int) -> set[tuple[int
 
 
 def places_in(dataset, collator, wanted: set[tuple[int, ...]]) -> list[int]:
-    """The places of the examples that become one of the conversations `wanted`; none where the data can only be read once through."""
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    """The places of the examples that become one of the conversations `wanted`; none where the data can only be read once through, or
+    the collator is not `BlockDiffusionCollator`."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and hasattr(collator, "read")):
         return []
     found = []
     for place in range(min(len(dataset), SEARCHED)):

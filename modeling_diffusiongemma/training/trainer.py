@@ -20,18 +20,43 @@ from transformers import Trainer
 from .answers import Answer, Answering, answer_examples, apart, asked, summary
 from .by_noise import LossByNoise
 from .finite import refuse_gradients, refuse_loss
+from .fused_head import take_off
 from .ranks import gathering_groups
 from .resuming import last_checkpoint, record_of, refuse_other, write_record
 
 COLUMNS = ("prompt", "response", "completion", "messages", "tools")  # of examples; Trainer takes columns for unused that no model has
+# Settings, of Trainer or of TRL, that can ask for another loss, and what they are where they do not.
+USUAL_LOSS = {"label_smoothing_factor": 0.0, "loss_type": "nll"}
+# What TRL's collator adds for kernels that take no mask, where several examples lie in a row: `position_ids` say the same.
+OF_KERNELS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def refuse_cut(name: str, dataset, longest: int | None) -> None:
+    """Raises ValueError where TRL made token ids of a `datasets.Dataset`, and one is as long as `longest`, to which TRL cuts: behind a
+    response that was cut the model would learn to end."""
+    columns = getattr(dataset, "column_names", None) or ()
+    if longest is None or "labels" not in columns or not hasattr(dataset, "with_format"):
+        return
+    for table in dataset.with_format("arrow").iter(10_000):
+        if "seq_lengths" in columns:  # of what is packed in a row
+            lengths = [length for row in table["seq_lengths"].to_pylist() for length in row]
+        else:
+            lengths = table["input_ids"].combine_chunks().value_lengths().to_pylist()
+        if max(lengths, default=0) >= longest:
+            raise ValueError(
+                f"`max_length` is {longest}, and `{name}` holds examples as long, which may have been cut; expected more, or None"
+            )
 
 
 class BlockDiffusionTraining:
-    """The methods, for `Trainer` or a class derived from it, in front of which it is to stand.
+    """The methods, for `Trainer` or a class derived from it, in front of which it is to stand: `SFTTrainer` of TRL, too.
 
     Args:
         answering (`Answering`, *optional*): how evaluation generates. Default: it gives the loss alone.
-        args, kwargs: Trainer's. `data_collator` is a `BlockDiffusionCollator`.
+        args, kwargs: Trainer's. `data_collator` is a `BlockDiffusionCollator`, or another that gives `labels` of whole examples.
+
+    Raises:
+        ValueError: a model of another class, another loss, or `answering` with another collator, which does not say what a prompt is.
 
     Attributes:
         answers: the last evaluation's, a list of `Answer`.
@@ -44,11 +69,38 @@ class BlockDiffusionTraining:
         self.by_noise = LossByNoise()
         self.batches = 0  # of the step under way
         self.begun: dict[str, Any] = {}  # what the run was when it began: callbacks may change the objective
+        self._check_arguments()
         self._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, *COLUMNS, self.args.length_column_name]
 
+    def _check_arguments(self) -> None:
+        """Raises ValueError: see the class. What TRL's `SFTTrainer` put in front of the model is taken off: its loss is not called."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not hasattr(model, "objective"):
+            kind = f"{type(model).__module__}.{type(model).__name__}"
+            why = "SFTTrainer loads transformers' class from a path"
+            raise ValueError(f"`model` is a {kind}; expected DiffusionGemmaForMaskedBlockLM, as AutoModelForCausalLM loads it: {why}")
+        take_off(model)
+        given = {"compute_loss_func": self.compute_loss_func}
+        given |= {name: getattr(self.args, name, usual) for name, usual in USUAL_LOSS.items()}
+        for name, value in given.items():
+            if value != (usual := USUAL_LOSS.get(name)):
+                raise ValueError(f"`{name}` is {value!r}; expected {usual!r}: the loss is the model's, of whole examples")
+        if hasattr(self.data_collator, "read"):
+            return
+        kind = type(self.data_collator).__name__
+        if self.answering is not None:
+            raise ValueError(
+                f"`answering` is given, and `data_collator` is a {kind}; expected a BlockDiffusionCollator, which reads prompts"
+            )
+        for name in ("train_dataset", "eval_dataset"):
+            refuse_cut(name, getattr(self, name), getattr(self.args, "max_length", None))
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """As Trainer's own; NotFinite in training where it is none."""
+        if inputs.get("position_ids") is not None:
+            inputs = {name: value for name, value in inputs.items() if name not in OF_KERNELS}
         loss, output = Trainer.compute_loss(self, model, inputs, return_outputs=True, **kwargs)
         if model.training:
             self.by_noise.add(output.canvas_losses, output.noise_proportions)
