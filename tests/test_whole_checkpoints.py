@@ -159,17 +159,63 @@ def test_two_stacks_that_are_equal_are_one(whole, tmp_path):
     assert torch.equal(logits(DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)), whole[2])
 
 
-@pytest.mark.parametrize("form", ["file", "state dict"])
+def pickle(folder, shards=1):
+    """A checkpoint's weights as torch's files, as older tools write them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return folder
+    files = {f"pytorch_model-{place + 1:05d}-of-{shards:05d}.bin": names[place::shards] for place in range(shards)}
+    for file, held in files.items():
+        torch.save({name: tensors[name] for name in held}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_weights_are_read_as_others_are(shards, whole, tmp_path):
+    folder = pickle(write(whole, tmp_path, **second_stack(whole[1], 1)), shards)
+    assert torch.equal(logits(DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)), whole[2])
+
+
+@pytest.mark.parametrize("form", ["file", "state dict", "pickled", "pickled shards"])
 def test_two_stacks_that_differ_are_refused(form, whole, tmp_path):
     """transformers' class computes each pass by its own; here the prompt pass's was left out."""
     folder = write(whole, tmp_path, **second_stack(whole[1], 1.5))
     theirs = logits(DiffusionGemmaForBlockDiffusion.from_pretrained(folder))
     assert float((theirs - whole[2]).abs().max()) > 0.1
-    given = [folder] if form == "file" else [None]
-    settings = {} if form == "file" else {"config": small_model().config, "state_dict": load_file(folder / "model.safetensors")}
+    given = [None] if form == "state dict" else [folder]
+    settings = {"config": small_model().config, "state_dict": load_file(folder / "model.safetensors")} if form == "state dict" else {}
+    if form.startswith("pickled"):
+        pickle(folder, 3 if form.endswith("shards") else 1)
     for cls in (DiffusionGemmaForMaskedBlockLM, drop_in.DiffusionGemmaForBlockDiffusion):
         with pytest.raises(ValueError, match="second stack for the prompt pass: model.encoder.language_model.embed_tokens.weight is not"):
             cls.from_pretrained(*given, **settings)
+
+
+def test_two_stacks_that_differ_are_no_state_dict_of_one(whole):
+    """Into modules of either pass over the same weights: the last one counted in both, and nothing was missing."""
+    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(whole[0])
+    model.model.pull_apart()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), whole[2])
+    name = f"{IN_PROMPT_PASS}layers.1.self_attn.q_proj.weight"
+    with pytest.raises(ValueError, match=f"second stack for the prompt pass: {name} is not {QUERIES}"):
+        model.load_state_dict(state | {name: state[name] * 2})
+    assert torch.equal(logits(model), whole[2]), "nothing was loaded"
+
+
+def test_names_of_a_state_dict_are_mapped_before_they_are_compared(whole):
+    moved = second_stack(whole[1], 1.5)
+    given = whole[1] | {name.replace("encoder.language_model.", "elsewhere."): tensor for name, tensor in moved.items()}
+    with pytest.raises(ValueError, match="second stack for the prompt pass"):
+        DiffusionGemmaForMaskedBlockLM.from_pretrained(
+            None, config=small_model().config, state_dict=given, key_mapping={r"elsewhere\.": "encoder.language_model."}
+        )
 
 
 def test_stack_under_the_prompt_passes_names_is_refused_with_the_mapping_that_reads_it(whole, tmp_path):
@@ -196,6 +242,11 @@ def test_numbers_that_need_a_quantiser_are_refused_without_one(name, whole, tmp_
     folder = write(whole, tmp_path, **{each: whole[1][each].to(dtype) for each, dtype in cast.items()}, **added)
     with pytest.raises(ValueError, match=named):
         DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"`state_dict` holds {QUERIES}"):
+        DiffusionGemmaForMaskedBlockLM.from_pretrained(None, config=small_model().config, state_dict=state)
+    with pytest.raises(ValueError, match=f"pytorch_model.bin holds {QUERIES}"):
+        DiffusionGemmaForMaskedBlockLM.from_pretrained(pickle(folder))
 
 
 def copied(whole, folder):

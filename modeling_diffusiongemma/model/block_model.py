@@ -27,6 +27,7 @@ from ..layers.masks import image_numbers
 from ..layers.outputs import BlockModelOutput, PassOutput
 from ..layers.view import View, canvas_view, positions, prompt_view
 from ..training.ranks import gathering_groups
+from ..weights.stored import second_stack_in
 from .adapters import take_in
 from .apart import held_twice, pull_apart, twin
 from .plain import attached, has_hooks
@@ -129,9 +130,15 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         return {f"{prefix}encoder.language_model.{name}": f"{prefix}decoder.{original}" for name, original in names.items()}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """As in torch; a state dict of one stack will do, and one of adapters from elsewhere (`take_in`)."""
+        """As in torch; a state dict of one stack will do, and one of adapters from elsewhere (`take_in`).
+
+        Raises:
+            ValueError: two stacks that differ; of two over the same weights the last would count.
+        """
         take_in(self, state_dict, prefix)
-        for name, original in self.held_twice(prefix).items():
+        shared = self.held_twice(prefix)
+        second_stack_in({name: state_dict[name] for pair in shared.items() if pair[1] in state_dict for name in pair if name in state_dict})
+        for name, original in shared.items():
             if original in state_dict:
                 state_dict.setdefault(name, state_dict[original])
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -29,7 +29,7 @@ from .nvfp4 import StoredNVFP4Config
 from .remote_code import auto_map, write_card, write_code
 from .safetensors_files import INDEX, indexed_files, inspect_header, weights_names
 from .saving import FINISHED, finish, replacing
-from .stored import check_files, check_state_dict
+from .stored import check_files, check_pickled, check_state_dict
 from .whole import check_whole
 
 DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -187,10 +187,13 @@ class LoadingMixin:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """As in transformers, which finds out that weights do not fit when it has read most of them, and takes others for those it knows.
         Adapters come this way, too; theirs may differ between the passes."""
+        mapping, quantised = load_config.weight_mapping or [], load_config.hf_quantizer is not None
         if state_dict is not None and not getattr(model, "_hf_peft_config_loaded", False):
-            check_state_dict(state_dict)
+            check_state_dict(model, state_dict, mapping, quantised, "`state_dict`")
+        if state_dict is None and checkpoint_files and all(file.endswith(".bin") for file in checkpoint_files):
+            check_pickled(model, checkpoint_files, mapping, quantised, load_config.weights_only)
         if state_dict is None and checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            check_files(model, checkpoint_files, load_config.weight_mapping or [], load_config.hf_quantizer is not None)
+            check_files(model, checkpoint_files, mapping, quantised)
             check_fits(model, checkpoint_files, load_config)
         return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 

@@ -4,18 +4,21 @@ transformers' loading takes the last of two tensors of one name, casts whatever 
 for. Each gives another model than the one that was saved, and nothing is raised.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.modeling_utils import load_state_dict
 
 from .safetensors_files import StoredTensor, stored_tensors
 
 PROMPT, CANVAS = "encoder.language_model.", "decoder."  # what names of the two passes' stacks hold
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_")  # what safetensors' words for them begin with
+WORDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+         torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # fmt: skip
 SCALES = ("_scale", "_scale_inv")  # ends of names beside FP8 weights, which mean nothing without them
 
 
@@ -34,33 +37,68 @@ def second_stack(names, equal: Callable[[str, str], bool]) -> None:
             )
 
 
-def check_state_dict(state_dict: dict[str, torch.Tensor]) -> None:
+def second_stack_in(state_dict: Mapping[str, torch.Tensor]) -> None:
     """ValueError: see `second_stack`."""
-    second_stack(state_dict, lambda one, other: state_dict[one] is state_dict[other] or torch.equal(state_dict[one], state_dict[other]))
+
+    def equal(one: str, other: str) -> bool:
+        first, second = state_dict[one], state_dict[other]
+        without_numbers = first.is_meta or second.is_meta
+        return first.shape == second.shape if without_numbers else torch.equal(first, second)  # at once for one memory
+
+    second_stack(state_dict, equal)
+
+
+def check_numbers(model: nn.Module, dtypes: Mapping[str, tuple[str, str]]) -> None:
+    """ValueError for numbers that need a quantiser to be read. `dtypes`: of each name what holds it, and safetensors' word for it."""
+    state = model.state_dict()
+    for name, (where, dtype) in dtypes.items():
+        if name not in state or not state[name].is_floating_point():
+            continue
+        scaled = next((name + end for end in SCALES if name + end in dtypes), None) if dtype.startswith("F8_") else None
+        if scaled is not None or not dtype.startswith(FLOATS):
+            what = f"{scaled} beside it" if scaled else f"{state[name].dtype} in the model"
+            raise ValueError(f"{where} holds {name} as {dtype}, with {what}, and the config names no quantisation; "
+                             "expected floating-point weights, or the `quantization_config` that they were made with")  # fmt: skip
+
+
+def renamed(names: Iterable[str], mapping: list) -> dict[str, str]:
+    """Each name as `mapping` has it (transformers', with the caller's `key_mapping`), to the name that is stored."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return {rename_source_key(name, renamings, [])[0]: name for name in names}
+
+
+def check_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], mapping: list, quantised: bool, where: str) -> None:
+    """As `check_files`, for tensors that are there; `where` names what holds them."""
+    tensors = {name: state_dict[given] for name, given in renamed(state_dict, mapping).items()}
+    second_stack_in(tensors)
+    if not quantised:
+        check_numbers(model, {name: (where, WORDS.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()})
+
+
+def check_pickled(model: nn.Module, files: list[str], mapping: list, quantised: bool, weights_only: bool) -> None:
+    """As `check_files`, for torch's files (`pytorch_model.bin`), whose tensors are mapped and not read, but for old ones."""
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        tensors = load_state_dict(path, weights_only=weights_only)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ValueError(f"{path} and another file both hold {twice[0]}; expected every tensor once")
+        found |= tensors
+    check_state_dict(model, found, mapping, quantised, Path(files[0]).name)
 
 
 def check_files(model: nn.Module, files: list[str], mapping: list, quantised: bool) -> None:
     """ValueError for safetensors files that hold a tensor twice, a second stack, or, unless the model is `quantised`, numbers that need
-    a quantiser to be read. `mapping`: transformers', of names, with the caller's `key_mapping`."""
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    stored = {rename_source_key(name, renamings, [])[0]: entry for name, entry in stored_tensors(files).items()}
+    a quantiser to be read. `mapping`: as in `renamed`."""
+    found = stored_tensors(files)
+    stored = {name: found[given] for name, given in renamed(found, mapping).items()}
 
     def read(entry: StoredTensor) -> torch.Tensor:
         with safe_open(entry.file, "pt") as file:
             return file.get_tensor(entry.name)
 
     second_stack(stored, lambda one, other: torch.equal(read(stored[one]), read(stored[other])))
-    if quantised:
-        return
-    state = model.state_dict()
-    for name, entry in stored.items():
-        if name not in state or not state[name].is_floating_point():
-            continue
-        scaled = next((name + end for end in SCALES if name + end in stored), None) if entry.dtype.startswith("F8_") else None
-        if scaled is not None or not entry.dtype.startswith(FLOATS):
-            what = f"{scaled} beside it" if scaled else f"{state[name].dtype} in the model"
-            raise ValueError(f"{Path(entry.file).name} holds {name} as {entry.dtype}, with {what}, and the config names no quantisation; "
-                             "expected floating-point weights, or the `quantization_config` that they were made with")  # fmt: skip
+    if not quantised:
+        check_numbers(model, {name: (Path(entry.file).name, entry.dtype) for name, entry in stored.items()})
 
 
-__all__ = ["check_files", "check_state_dict"]
+__all__ = ["check_files", "check_pickled", "check_state_dict", "second_stack_in"]
