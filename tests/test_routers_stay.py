@@ -5,6 +5,7 @@ import torch
 from small_models import small_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DiffusionGemmaForBlockDiffusion, HqqConfig, QuantoConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FourBitConfig, FP8Config, default_checkpoint
 from modeling_diffusiongemma.weights.loading import UNCONVERTED, without_routers
@@ -78,3 +79,6 @@ def test_quantisers_of_our_own_stay_as_they_are(config):
 def test_routers_of_any_model_are_named():
     routers = [name for name, module in small_model().named_modules() if isinstance(module, nn.Linear) and "router" in name]
     assert routers and all(name.endswith(UNCONVERTED[0]) for name in routers)
+    # torchao asks for the names of weights, of which "router.proj" is no end: every router was quantised.
+    assert all(not should_convert_module(f"{name}.weight", list(UNCONVERTED)) for name in routers)
+    assert should_convert_module("model.decoder.layers.0.self_attn.q_proj.weight", list(UNCONVERTED))

@@ -39,8 +39,9 @@ KEPT = ("config", "dtype", "quantization_config", "attn_implementation", "expert
 SKIPPING = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # where a quantiser's config names what it leaves alone
 # Device maps that are computed: of FP8, which stays in its files, all is the CPU's where there is no GPU.
 COMPUTED = ("auto", "balanced", "balanced_low_0", "sequential")
-# Routers (hqq knows them by the second name), as in the released FP8 recipe; and what is left alone in any case where nothing is named.
-UNCONVERTED = ("router.proj", "decoder.router.proj", "lm_head", "model.decoder.embed_tokens")
+# Routers, as in the released FP8 recipe (hqq knows them by the second name, torchao compares names of weights); and what is left alone in
+# any case where nothing is named.
+UNCONVERTED = ("router.proj", "decoder.router.proj", "router.proj.weight", "lm_head", "model.decoder.embed_tokens")
 
 
 def damaged_files(folder: str | os.PathLike) -> list[str]:
