@@ -4,6 +4,7 @@ On a CPU "disk" is the device that is not the computing one; `cpu_offload` gives
 weight stands on the meta device between the calls of its module.
 """
 
+import copy
 import runpy
 import sys
 from pathlib import Path
@@ -192,3 +193,19 @@ def test_loading_is_measured_in_a_process_of_its_own(oracle_checkpoint):
         assert 0 < found["load"] < found["load_and_read"] and found["peak_mib"] > 0
     rows = loading["table"]([pair, pair]).splitlines()[2:]
     assert len(rows) == 3 and all(" (" in row and "x" in row for row in rows)
+
+
+def test_head_that_was_never_loaded_is_named(request_and_answer):
+    """Weights loaded by hand into a model whose head was not tied: its weight stayed on the meta device, with which torch computes whatever
+    lies in memory."""
+    inputs, expected = request_and_answer
+    path = default_checkpoint()
+    with accelerate.init_empty_weights():
+        model = DiffusionGemmaForMaskedBlockLM(AutoConfig.from_pretrained(path)).eval()
+    model.generation_config = model.generation_config_class.from_pretrained(path)
+    tied = accelerate.load_checkpoint_and_dispatch(copy.deepcopy(model), str(path))
+    with pytest.raises(ValueError, match="`lm_head` was never loaded.*`tie_weights\\(\\)`"):
+        tied.generate(**inputs, **NARROW)
+    model.tie_weights()
+    model = accelerate.load_checkpoint_and_dispatch(model, str(path))
+    assert torch.equal(model.generate(**inputs, **NARROW), expected)

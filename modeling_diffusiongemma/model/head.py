@@ -86,6 +86,13 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """`DiffusionGemmaBlockModel.check_prompt`."""
         if (what := attached(self)) is not None:
             raise ValueError(f"the model has {what}, and generation does not call it; expected hooks on its layers, or a `watcher`")
+        for name, module, kind in (
+            ("lm_head", self.lm_head, nn.Linear),
+            ("embed_tokens", self.model.decoder.embed_tokens, ScaledEmbedding),
+        ):
+            if why_not_plain(module, kind) is None and runs_on(module).type == "meta":  # of which torch makes numbers without a word
+                why = "expected `tie_weights()` before weights are loaded by hand, such as by `load_checkpoint_and_dispatch`"
+                raise ValueError(f"the weight of `{name}` was never loaded, and is on the meta device; {why}")
         for name, module in {"": self, "model": self.model}.items():
             if (what := passed_by(module)) is not None:
                 called = f"`{name}`" if name else "the model"
