@@ -159,6 +159,17 @@ def test_two_stacks_that_are_equal_are_one(whole, tmp_path):
     assert torch.equal(logits(DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)), whole[2])
 
 
+def test_weights_that_torchao_quantised_in_place_are_refused_by_name(whole, tmp_path):
+    """`quantize_` on a loaded model (torchao 0.18): safetensors raised of a storage that is not there."""
+    kind = type("Int8Tensor", (torch.Tensor,), {"__module__": "torchao.quantization"})
+    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(whole[0])
+    module = model.get_submodule(QUERIES)
+    module._parameters["weight"] = module.weight.detach().as_subclass(kind)
+    with pytest.raises(ValueError, match=f"{QUERIES}.weight is a Int8Tensor of torchao.*TorchAoConfig"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def pickle(folder, shards=1):
     """A checkpoint's weights as torch's files, as older tools write them."""
     tensors = load_file(folder / "model.safetensors")

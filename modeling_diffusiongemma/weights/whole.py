@@ -46,6 +46,10 @@ def check_whole(model: nn.Module, built: type[nn.Module], given: Iterable[str] |
                          "the adapters alone, or of what `merge_and_unload` or `unload` returns for the whole model")  # fmt: skip
     if getattr(model, "hf_quantizer", None) is not None:
         return
+    for name, weight in model.named_parameters() if given is None else ():
+        if str(type(weight).__module__).startswith("torchao."):
+            raise ValueError(f"{name} is a {type(weight).__name__} of torchao, made by `quantize_`, and no file of weights takes it; "
+                             "expected plain weights, or `from_pretrained(..., quantization_config=TorchAoConfig(...))`")  # fmt: skip
     names = saved_names(model) if given is None else set(given)
     if missing := [name for name in missing_names(model, built, names) if name not in left_out]:
         module = missing[0].rpartition(".")[0]
