@@ -6,6 +6,9 @@ Of both packages: what `generate` asks of a prompt, and what a model asks of a p
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import Cache
 
 from .arguments import ARGUMENTS, Kind, floats, integers, read, shown
@@ -19,6 +22,15 @@ TENSORS: dict[str, Kind] = {
 }
 
 
+def readable(*tensors: torch.Tensor | None) -> bool:
+    """Whether the numbers that tensors hold can be read: not while a graph is traced, of fake tensors and those on `meta`, or inside
+    the transforms of `torch.func`."""
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        return False
+    given = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return not any(each.is_meta or isinstance(each, FakeTensor) or is_functorch_wrapped_tensor(each) for each in given)
+
+
 def check_tensors(**tensors: torch.Tensor | None) -> None:
     """Each must be a tensor of its kind: type and number of dimensions."""
     if not torch.compiler.is_compiling():
@@ -30,7 +42,7 @@ def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
     """`ids` must be integers `(B, L)` in `[0, vocab_size)`. The range is read back from the device, so not in a hot loop."""
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`{name}` is {shown(ids)}; expected ids of shape (batch, length), int64 or int32")
-    if ids.numel() == 0 or torch.compiler.is_compiling() or ids.is_meta:
+    if ids.numel() == 0 or not readable(ids):
         return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= vocab_size:
@@ -54,17 +66,16 @@ def plain_mask(name: str, mask: torch.Tensor | Mapping | None) -> torch.Tensor |
 
 
 def check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """Returns a 2-D mask as booleans, or None where it hides nothing. While a graph is traced a mask counts as one that hides something:
-    what it holds is not known then."""
+    """Returns a 2-D mask as booleans, or None where it hides nothing. One that is not `readable` counts as one that hides something."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != tuple(shape):
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"`{name}` has shape {got}; expected {tuple(shape)}: one column a token, cached tokens included")
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling():
+    if mask.dtype != torch.bool and readable(mask):
         read(name, mask, ARGUMENTS["attention_mask"])  # numbers other than 0 and 1 say neither
     mask = mask.bool()
-    return mask if torch.compiler.is_compiling() or not bool(mask.all()) else None
+    return mask if not readable(mask) or not bool(mask.all()) else None
 
 
 def check_cache(cache: Cache, batch_size: int, seen: int, length: int) -> None:
@@ -115,8 +126,8 @@ def check_prompt(name: str, prompt: torch.Tensor, attention_mask: torch.Tensor |
 
 
 def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, image_token_id: int | None) -> None:
-    """Raises ValueError for image tokens in a prompt that comes without its images. Reads values back, so not while a graph is traced."""
-    if input_ids is None or pixel_values is not None or image_token_id is None or torch.compiler.is_compiling():
+    """Raises ValueError for image tokens in a prompt that comes without its images. Reads values back, where they are `readable`."""
+    if input_ids is None or pixel_values is not None or image_token_id is None or not readable(input_ids):
         return
     if bool((input_ids == image_token_id).any()):
         raise ValueError(
@@ -148,5 +159,5 @@ def embed_conditioning(model, logits: torch.Tensor, shape: tuple[int, int, int])
 
 __all__ = [
     "check_cache", "check_canvas", "check_ids", "check_images", "check_mask", "check_prompt", "check_shape",
-    "check_tensors", "chosen_states", "embed_conditioning", "plain_mask",
+    "check_tensors", "chosen_states", "embed_conditioning", "plain_mask", "readable",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from generation.arguments import unknown
-from generation.checks import check_shape, check_tensors
+from generation.checks import check_shape, check_tensors, readable
 
 
 def refuses_unknown(function: Callable) -> Callable:
@@ -30,7 +30,7 @@ def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Te
     if (pixel_values is None) != (places is None):
         missing, given = ("pixel_values", "image_position_ids") if pixel_values is None else ("image_position_ids", "pixel_values")
         raise ValueError(f"`{missing}` is None and `{given}` is not; expected both, as the image processor makes them")
-    if pixel_values is None or torch.compiler.is_compiling():
+    if pixel_values is None or not readable(input_ids, pixel_values, places):
         return
     check_tensors(pixel_values=pixel_values, image_position_ids=places)
     vision = config.vision_config

@@ -22,6 +22,7 @@ from transformers import DiffusionGemmaTextConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 
+from generation.checks import readable
 from generation.fast.proofs import FastPath, works
 
 from .layers import RMSNorm
@@ -314,10 +315,12 @@ def experts_by(way: str) -> Iterator[None]:
 
 def chosen_experts(self: Experts, *args: torch.Tensor) -> torch.Tensor:
     """`Experts.forward` by the implementation that `experts_by` or else `choose_experts` names; compiled, by the one that is a single
-    graph whatever the tokens are, where it works."""
+    graph whatever the tokens are, where it works; and by every expert for every token where numbers are not `readable`."""
     way = choose_experts(self)
     if torch.compiler.is_compiling():
         way = "grouped_mm" if arithmetic(self)[0].type == "cpu" else way
+    elif not readable(*args):  # which the others do
+        way = "dense_mm"
     else:
         way = _asked.get() or way
         if way == "grouped_mm" and hasattr(self, "one_by_one") and args[0].requires_grad and torch.is_grad_enabled():

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from generation.call.caches import on_host
+from generation.checks import readable
 
 
 class RMSNorm(nn.Module):
@@ -64,7 +65,7 @@ class RotaryPositions(nn.Module):
         for layer_type in sorted(set(self.config.layer_types)):
             if (frequencies := self._frequencies.get((layer_type, position_ids.device))) is None:
                 frequencies = rotary_frequencies(self.config, layer_type).to(position_ids.device)
-                if not torch.compiler.is_compiling():  # what is traced belongs to the graph
+                if readable(frequencies):  # what is traced belongs to the graph
                     self._frequencies[layer_type, position_ids.device] = frequencies
             angles = position_ids[..., None].float() * frequencies  # (B, L, head_dim / 2)
             angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (B, L, 1, head_dim)

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from generation.cache_names import FIELD, takes_cache
 from generation.call.caches import dynamic_cache
-from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask
+from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask, readable
 
 from ..layers.caches import cached_length
 from ..layers.checks import check_cached_shapes, check_patches, refuses_unknown
@@ -261,7 +261,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
 
     def _cache_for(self, cache: Cache | None, real: torch.Tensor | None, length: int) -> Cache:
         """The cache to append to: the caller's, or a new one, which keeps all tokens where rows may be padded on the right."""
-        padded_left, traced = real is None, torch.compiler.is_compiling()  # traced, the side is not known: a cache made here suits both
+        padded_left, traced = real is None, not readable(real)  # the side is not known then: a cache made here suits both
         if real is not None:
             padded_left = not traced and bool((real.int().diff(dim=1) >= 0).all())
         window = self.config.text_config.sliding_window
@@ -278,7 +278,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """Embeddings of a prompt, `(B, P, D)`, with the images' soft tokens in the places of `image_token_id`."""
         embeds, places = self.prompt_stack.embed_tokens(input_ids), input_ids == self.config.image_token_id
         features = self.get_image_features(pixel_values, image_position_ids, return_dict=True).pooler_output.to(embeds)
-        if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0]:
+        if readable(places) and int(places.sum()) != features.shape[0]:
             raise ValueError(
                 f"`input_ids` holds {int(places.sum())} image tokens (id {self.config.image_token_id}) and `pixel_values` "
                 f"gives {features.shape[0]} soft tokens; expected as many image tokens as soft tokens"
