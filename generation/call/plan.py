@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from transformers.utils import logging
 
 from ..fast.flags import LATE_FLAGS
@@ -117,6 +120,12 @@ def reads_late(device: torch.device) -> bool:
     return device.type == "cuda" and works(LATE_FLAGS, device)
 
 
+def modes_look_on() -> bool:
+    """Whether dispatch or function modes of the caller, such as a counter of operations, want to see every one: no graph tells them."""
+    functions = (mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext))
+    return _len_torch_dispatch_stack() > 0 or any(functions)
+
+
 def records(device: torch.device) -> bool:
     """Whether launching a step costs the host more than replaying it."""
     return device.type == "cuda" and works(RECORDED_STEP, device)
@@ -196,7 +205,7 @@ def make_plan(
     stays = counted or any(processor.looks_at is None for processor in rules.shaping.callers)
     stays = stays or prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
     stays = stays or (hasattr(model, "peft_config") and mixes_adapters(model))
-    may_be_recorded = not hasattr(model, "why_not_recorded") or model.why_not_recorded() is None
+    may_be_recorded = not modes_look_on() and (not hasattr(model, "why_not_recorded") or model.why_not_recorded() is None)
     return Plan(
         Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size),
         rules,
