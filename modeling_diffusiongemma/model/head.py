@@ -287,6 +287,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                 "`decoder_input_ids` is None: the logits are of a canvas of noise, (batch, canvas_length, vocab_size), and not of the tokens "
                 "behind `input_ids`, which `causal_logits` gives."
             )
+        elif labels is None and decoder_input_ids is None:
+            behind = "the logits are of a canvas of noise behind the prompt, not of the next tokens, which `causal_logits` gives"
+            logger.warning_once(f"`decoder_input_ids` is None: {behind}.")
         batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
         if batch is not None and batch.dim() > 1:
             size = (batch.shape[0], self.config.canvas_length if decoder_input_ids is None else batch.shape[1])
