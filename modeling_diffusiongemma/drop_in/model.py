@@ -20,7 +20,7 @@ from generation.checks import check_shape
 from ..layers.outputs import PassOutput
 from ..model.block_model import DiffusionGemmaBlockModel, PromptSide
 from ..model.head import DiffusionGemmaForMaskedBlockLM
-from ..model.plain import conditioning, expected_embedding, has_hooks
+from ..model.plain import conditioning, expected_embedding, looked_into
 from ..model.stack import BlockStack
 from .generation import OVERRIDES, BatchStreamer, DiffusionGemmaGenerationConfig, as_theirs
 from .modules import DRESSED, OF_THE_PROMPT_PASS, DressedStack, check_unpatched, dress
@@ -149,7 +149,7 @@ class DiffusionGemmaModel(DiffusionGemmaBlockModel):
         """`DiffusionGemmaBlockModel.prefill`, as a call of `encoder`."""
         names = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
         kwargs |= dict(zip(names, args, strict=False))
-        if kwargs.get("last_states") is not None and has_hooks(self.encoder):  # they see all states
+        if kwargs.get("last_states") is not None and looked_into(self.encoder):  # they see all states
             last = kwargs.pop("last_states")
             output = self.encoder(**kwargs)
             output.last_hidden_state = output.last_hidden_state[:, -last:]
@@ -163,7 +163,7 @@ class DiffusionGemmaModel(DiffusionGemmaBlockModel):
         return self.decoder
 
     def containers(self) -> dict[str, nn.Module]:
-        return {"model": self}
+        return {}
 
 
 class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
@@ -199,10 +199,6 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
             `DiffusionGemmaGenerationOutput`, with the cache; token ids where `return_dict_in_generate` is False in `kwargs`, in the
             configuration given or in the model's. Finished rows leave the batch only then, and where no hook looks on.
         """
-        if type(self).forward is not FORWARD:
-            raise ValueError(
-                f"{type(self).__name__} has another `forward`, and generation does not call it; expected hooks on layers, or a `watcher`"
-            )
         check_unpatched(self.model.encoder, self.model.decoder)
         sources = [
             kwargs,
@@ -214,7 +210,7 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
 
         kwargs["return_dict_in_generate"] = whole = stated("return_dict_in_generate", True)
         plain = stated("cache_implementation", None) is None and stated("decoding", "diffusion") == "diffusion"
-        looked_at = whole or has_hooks(self)
+        looked_at = whole or looked_into(self)
         if looked_at and plain and cache is None and kwargs.get("past_key_values") is None and stated("num_return_sequences", 1) == 1:
             cache = DynamicCache(config=self.config.get_text_config())  # in which finished rows stay: hooks see all, and it is handed out
         streamer = streamer if streamer is None else BatchStreamer(streamer)
@@ -224,8 +220,6 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
         )  # fmt: skip
         return result if isinstance(result, torch.Tensor) else as_theirs(result)
 
-
-FORWARD = DiffusionGemmaForBlockDiffusion.forward  # before anybody overrides it
 
 for _model in (DiffusionGemmaForMaskedBlockLM, DiffusionGemmaForBlockDiffusion):
     _model.not_called = OVERRIDES  # a script may put either class in the place of transformers'

@@ -30,7 +30,7 @@ from ..training.ranks import gathering_groups
 from ..weights.stored import second_stack_in
 from .adapters import take_in
 from .apart import held_twice, pull_apart, twin
-from .plain import attached, has_hooks
+from .plain import check_called, looked_into
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .stack import BlockStack, PromptLayer
 
@@ -198,6 +198,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("prefill takes exactly one of `input_ids` and `inputs_embeds`")
+        if not torch.compiler.is_compiling():
+            check_called("the prompt pass", self.containers())
         check_tensors(
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, pixel_values=pixel_values,
             image_position_ids=image_position_ids, mm_token_type_ids=mm_token_type_ids,
@@ -243,7 +245,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         stack, kept = self.prompt_stack, []
         entry = self.encoder.language_model.layers.__getitem__ if stack is self.decoder else None
         whole = at_once or documents is not None or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
-        looked_at = chunk_length is None and not whole and any(map(has_hooks, (stack, self.encoder.language_model)))
+        looked_at = chunk_length is None and not whole and any(map(looked_into, (stack, self.encoder.language_model)))
         whole = whole or looked_at or (chunk_length is None and bool(gathering_groups(self)))
         for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
             here = slice(start, end)
@@ -301,14 +303,11 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             check_cached_shapes(cache, self.config.text_config)
         check_shape("mm_token_type_ids", mm_token_type_ids, tuple(new.shape[:2]))
         check_patches(self.config, input_ids, pixel_values, image_position_ids)
-        for name, module in self.containers().items():
-            if (what := attached(module)) is not None:
-                called = "`decoder`, its layers and, for the prompt pass, `encoder.language_model.layers`"
-                raise ValueError(f"`{name}` has {what}, and generation does not call it; expected hooks and the like on {called}")
+        check_called("generation", self.containers())
 
     def containers(self) -> dict[str, nn.Module]:
-        """Modules that hold others and that neither pass calls, by name."""
-        held = {"model": self, "model.encoder": self.encoder, "model.encoder.language_model": self.encoder.language_model}
+        """Modules that hold others and that no pass calls, by name."""
+        held = {"model.encoder": self.encoder, "model.encoder.language_model": self.encoder.language_model}
         return {name: module for name, module in held.items() if module is not self.prompt_stack}
 
     @takes_cache

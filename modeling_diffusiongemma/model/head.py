@@ -28,7 +28,7 @@ from ..training.score import Score, score_responses
 from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
-from .plain import attached, brought_in, conditioning, expected_embedding, has_hooks, passed_by, runs_on, why_not_plain
+from .plain import attached, brought_in, check_called, conditioning, expected_embedding, looked_into, passed_by, runs_on, why_not_plain
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,9 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
     def check_prompt(self, *args, **kwargs) -> None:
         """`DiffusionGemmaBlockModel.check_prompt`."""
         if (what := attached(self)) is not None:
-            raise ValueError(f"the model has {what}, and generation does not call it; expected hooks on its layers, or a `watcher`")
+            instead = "hooks on its layers, a `watcher`, or `prefill`, `denoise` or `compute_logits` of a subclass"
+            raise ValueError(f"the model has {what}, and generation does not call it; expected {instead}")
+        self.check_called("generation")
         for name, module, kind in (
             ("lm_head", self.lm_head, nn.Linear),
             ("embed_tokens", self.model.decoder.embed_tokens, ScaledEmbedding),
@@ -99,6 +101,10 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                 logger.warning_once(f"Generation calls the layers of the model and not {called} as a function, which is {what}.")
         softcap(self.config.text_config)  # now, not behind a prompt pass
         self.model.check_prompt(*args, **kwargs)
+
+    def check_called(self, caller: str) -> None:
+        """Raises ValueError where something is attached to `model`, for a `caller` that runs its passes and does not call it."""
+        check_called(caller, {"model": self.model})
 
     def denoise(self, *args, **kwargs):
         """`DiffusionGemmaBlockModel.denoise`."""
@@ -163,7 +169,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """What keeps generation from recording a denoising step as a CUDA graph; None where nothing does."""
         if any(hasattr(module, "_hf_hook") for module in self.modules()):
             return "Accelerate moves weights, which no graph holds"
-        return "hooks look on, which no graph calls" if has_hooks(self) else None
+        what = looked_into(self)
+        return None if what is None else f"{what}, which no graph calls"
 
     @contextlib.contextmanager
     def vocabulary_head(self) -> Iterator[VocabularyHead]:

@@ -9,8 +9,10 @@ token ids alone, as in transformers' model; what changes its rows (adapters, par
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from inspect import getattr_static
+from types import FunctionType, MethodType
 
 import torch
 from torch import nn
@@ -25,6 +27,11 @@ from .divided import divided_mean, is_divided
 FORWARDS = {kind: kind.forward for kind in (nn.Linear, ScaledEmbedding)}  # before anybody replaces one
 COMPILED = "_torchdynamo_orig_callable"  # an attribute of what torch.compile makes of a function
 BRINGING = ("AlignDevicesHook", "CpuOffload")  # Accelerate's hooks that move weights and leave values as they are
+OURS = {name.split(".")[0] for name in (__name__, mixes_adapters.__module__)}
+# Whose functions around a module change no value but for its rounding, or say themselves that a call which they wait for never came.
+AROUND = {"torch", "accelerate", "nnsight", "wandb"}
+# Whose modules are the same computation at every call, and in every piece of a prompt.
+PURE = OURS | {"torch", "accelerate", "transformers", "peft", "bitsandbytes", "torchao", "compressed_tensors", "optimum"}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROWS = 2**16  # of an embedding that are asked for at a time: 369 MB in bfloat16 at 2,816 numbers each
 
@@ -46,9 +53,12 @@ def why_not_plain(module: nn.Module, kind: type[nn.Linear] | type[ScaledEmbeddin
     forward = module.forward
     if hasattr(module, "_hf_hook") and getattr(forward, "__wrapped__", None) == vars(module).get("_old_forward"):
         forward = module._old_forward  # which Accelerate's runs
+    traced = type(forward).__module__.startswith("nnsight.")
+    if traced and kind is ScaledEmbedding:  # it is shown what a call gives, as a hook is
+        forward = MethodType(getattr(getattr(forward, "state", None), "original", forward), module)
     given = getattr(forward, "__func__", None) is not FORWARDS[kind] or forward.__self__ is not module
     if given or _bringing_hooks(module) is None:
-        return "has another `forward`"
+        return "is traced by nnsight" if traced else "has another `forward`"
     if kind is ScaledEmbedding:
         whole = tuple(weight.shape) == (module.num_embeddings, module.embedding_dim)
         return "has a `max_norm`" if module.max_norm is not None else None if whole else "holds a part of its rows"
@@ -65,15 +75,37 @@ def has_hooks(module: nn.Module, gathering: bool = True) -> bool:
     return any(gathering or not str(getattr(hook, "__module__", None)).startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
+def looked_into(module: nn.Module) -> str | None:
+    """What there is, inside of a module, that wants to be called as often as it is, and with whole inputs: hooks; or a `forward` that comes
+    from no library of modules, which may keep or count what it sees. None where there is nothing."""
+    if has_hooks(module):
+        return "hooks look on"
+    for name, each in module.named_modules():
+        given = vars(each).get("_old_forward", vars(each).get("forward", getattr_static(type(each), "forward", None)))
+        if packages := made_by(getattr(given, COMPILED, given)) - PURE:
+            return f"`{name or type(each).__name__}` has a `forward` of {', '.join(sorted(packages))}"
+    return None
+
+
 def attached(module: nn.Module) -> str | None:
-    """What a user attached to a module that only its call would run: hooks, or another `forward`. Those of torch (FSDP, compiled forms) and
-    of Accelerate change no value but for its rounding, and do not count: `passed_by` says which there are."""
+    """What a user attached to a module that only its call would run: hooks, or another `forward`, of the module or its class. Those of
+    libraries around modules (FSDP, compiled forms, Accelerate, nnsight) do not count: `passed_by` says which there are."""
     if any(map(_user_made, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
         return "a forward hook"
+    if _user_made(type(module).forward):
+        return f"the `forward` of {type(module).__module__}.{type(module).__qualname__}"
     given = vars(module).get("_old_forward", vars(module).get("forward"))
     given = getattr(given, COMPILED, given)  # torch.compile gives it the name of what it compiled
     as_built = given is None or getattr(given, "__func__", None) is type(module).forward
-    return "a `forward` of its own" if not as_built and _user_made(given) else None
+    return "a `forward` of its own" if not as_built and (_user_made(given) or not made_by(given) & AROUND) else None
+
+
+def check_called(caller: str, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where something is attached to one of `modules`, by name, none of which `caller` calls."""
+    for name, module in modules.items():
+        if (what := attached(module)) is not None:
+            called = "`decoder`, its layers and, for the prompt pass, `encoder.language_model.layers`"
+            raise ValueError(f"`{name}` has {what}, and {caller} does not call it; expected hooks and the like on {called}")
 
 
 def passed_by(module: nn.Module) -> str | None:
@@ -87,9 +119,21 @@ def passed_by(module: nn.Module) -> str | None:
 
 
 def _user_made(function: Callable) -> bool:
-    """Whether it comes from no library that puts functions around modules."""
-    function = function.func if isinstance(function, partial) else function
-    return str(getattr(function, "__module__", None)).split(".")[0] not in ("torch", "accelerate")
+    return bool(made_by(function) - PURE - AROUND)
+
+
+def made_by(function: Callable | None) -> set[str]:
+    """The packages that made a function, or an object that is called as one, and all that it says it stands around."""
+    if function is None:
+        return set()
+    found = made_by(getattr(function, "__wrapped__", None))
+    if isinstance(function, partial):
+        return found | made_by(function.func)
+    plain = getattr(function, "__func__", function)
+    names = [getattr(plain, "__globals__", {}).get("__name__"), getattr(plain, "__module__", None)]
+    if not isinstance(plain, FunctionType):  # which may carry the names of a function
+        names.append(type(plain).__module__)
+    return found | {name.split(".")[0] for name in names if name} - {"builtins"}
 
 
 def runs_on(module: nn.Module) -> torch.device:
@@ -141,4 +185,7 @@ def conditioning(
     return soft_embeds if mask is None else soft_embeds * mask.to(soft_embeds)[:, None, None]
 
 
-__all__ = ["attached", "brought_in", "conditioning", "expected_embedding", "has_hooks", "passed_by", "runs_on", "why_not_plain"]
+__all__ = [
+    "attached", "brought_in", "check_called", "conditioning", "expected_embedding", "has_hooks", "looked_into", "made_by", "passed_by",
+    "runs_on", "why_not_plain",
+]  # fmt: skip

@@ -124,6 +124,7 @@ def block_diffusion_loss(
         ValueError: masks, labels, positions or canvases of the wrong shape or kind, `soft_embeds` without `noised` or beside
             `self_conditioning_mask`.
     """
+    model.check_called("the training loss")
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     check_shape("self_conditioning_mask", self_conditioning_mask, input_ids.shape[:1])
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()

@@ -58,6 +58,7 @@ def score_responses(
         raise ValueError(f"`mode` is {mode!r}; expected one of {MODES}")
     samples = read("samples", samples, SAMPLES)
     canvas_length = read("canvas_length", canvas_length, FIELDS["canvas_length"])
+    model.check_called("`score`")
     check_tensors(input_ids=input_ids, labels=labels)
     check_images(input_ids, images.get("pixel_values"), model.config.image_token_id)
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
