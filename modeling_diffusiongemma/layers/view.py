@@ -40,6 +40,9 @@ def make_view(stack, cache: Cache, seen: int, shape, position_ids, dtype, rule: 
     keeps all, it may reach further back. The window of a canvas that stands before the last cached token (`later`) does too.
     """
     config, windows, masks = stack.config, [], {}
+    if torch.jit.is_tracing():
+        why = "it would keep for good which experts these tokens choose; expected `torch.export` or `torch.compile`"
+        raise ValueError(f"the model is traced by `torch.jit.trace` (or an exporter that is built on it), and {why}")
     if len(stack.layers) != config.num_hidden_layers:
         held = f"the config says {config.num_hidden_layers} as `num_hidden_layers`, and the model has {len(stack.layers)} layers"
         raise ValueError(f"{held}; expected as many: all of a model's layers run, and one of fewer is built from a config of its own")
