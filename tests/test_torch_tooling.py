@@ -5,14 +5,17 @@ import contextlib
 import pytest
 import torch
 from small_models import CANVAS, PAD, prompts, small_model
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from generation.call.plan import modes_look_on
 from generation.checks import readable
+from modeling_diffusiongemma.drop_in import DiffusionGemmaForBlockDiffusion
 
 IDS, MASK = prompts(2, 13, padded=3)
 CANVAS_IDS = prompts(2, CANVAS, seed=1)[0]
@@ -89,3 +92,38 @@ def test_modes_of_the_caller_are_told_from_devices():
     ):  # fmt: skip
         with around:
             assert modes_look_on() is expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_is_refused_by_name():
+    """It ended in a TypeError of `scaled_dot_product_attention`."""
+    with pytest.raises(ValueError, match="traced by `torch.jit.trace` .*; expected `torch.export` or `torch.compile`"):
+        torch.jit.trace(small_model(), (IDS,), check_trace=False)
+
+
+CHANGES = {
+    "pruned": lambda linear: prune.random_unstructured(linear, "weight", 0.5),
+    "normed": lambda linear: nn.utils.weight_norm(linear),
+    "parametrised": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("how", CHANGES)
+def test_weight_taken_from_one_of_two_stacks_is_named(how):
+    """The other one had an AttributeError, "'Linear' object has no attribute 'weight'"; drop-in models have two from the start."""
+    for model in (small_model(), DiffusionGemmaForBlockDiffusion(small_model().config)):
+        model.model.pull_apart()
+        linear = model.model.decoder.layers[1].mlp.up_proj
+        CHANGES[how](linear)
+        with pytest.raises(ValueError, match="`encoder.language_model.layers.1.mlp.up_proj` has lost its `weight`"):
+            model.generate(IDS, **SETTINGS)
+        with torch.no_grad():
+            if how == "pruned":
+                prune.remove(linear, "weight")
+            elif how == "normed":
+                nn.utils.remove_weight_norm(linear)
+            else:
+                parametrize.remove_parametrizations(linear, "weight")
+        model.generate(IDS, **SETTINGS)
+        assert model.model.prompt_stack.layers[1].mlp.up_proj.weight is linear.weight

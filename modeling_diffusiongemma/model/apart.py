@@ -98,8 +98,22 @@ def held_twice(stack: BlockStack, other: BlockStack) -> dict[str, str]:
     }
 
 
+def check_whole(stack: BlockStack, other: BlockStack) -> None:
+    """Raises ValueError where a module of `stack` was given something in the place of a weight, which its twin in `other` then lacks."""
+    modules = dict(stack.named_modules())
+    for path, module in other.named_modules():
+        original = modules.get(path)
+        if original is None or module._parameters is not original._parameters:
+            continue
+        for name in ("weight", *original._parameters):
+            if hasattr(original, name) and not hasattr(module, name):
+                what = f"`encoder.language_model.{path}` has lost its `{name}`, which stands behind something else in `decoder.{path}`"
+                permanent = "`prune.remove`, `parametrize.remove_parametrizations`"
+                raise ValueError(f"{what} (pruned, normed, parametrised); expected it before `pull_apart`, or for good: {permanent}")
+
+
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-__all__ = ["held_twice", "pull_apart", "twin"]
+__all__ = ["check_whole", "held_twice", "pull_apart", "twin"]

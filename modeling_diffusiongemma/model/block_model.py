@@ -29,7 +29,7 @@ from ..layers.view import View, canvas_view, positions, prompt_view
 from ..training.ranks import gathering_groups
 from ..weights.stored import second_stack_in
 from .adapters import take_in
-from .apart import held_twice, pull_apart, twin
+from .apart import check_whole, held_twice, pull_apart, twin
 from .plain import check_called, looked_into
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
 from .stack import BlockStack, PromptLayer
@@ -200,6 +200,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             raise ValueError("prefill takes exactly one of `input_ids` and `inputs_embeds`")
         if not torch.compiler.is_compiling():
             check_called("the prompt pass", self.containers())
+            if self.prompt_stack is not self.decoder:
+                check_whole(self.decoder, self.prompt_stack)
         check_tensors(
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, pixel_values=pixel_values,
             image_position_ids=image_position_ids, mm_token_type_ids=mm_token_type_ids,
