@@ -290,11 +290,6 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             output = self._learn_examples(input_ids, labels, attention_mask, images | given, unused)
             return output.to_tuple() if return_dict is False else output
         if labels is None and decoder_input_ids is None and not torch.compiler.is_compiling():
-            logger.warning_once(
-                "`decoder_input_ids` is None: the logits are of a canvas of noise, (batch, canvas_length, vocab_size), and not of the tokens "
-                "behind `input_ids`, which `causal_logits` gives."
-            )
-        elif labels is None and decoder_input_ids is None:
             behind = "the logits are of a canvas of noise behind the prompt, not of the next tokens, which `causal_logits` gives"
             logger.warning_once(f"`decoder_input_ids` is None: {behind}.")
         batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
