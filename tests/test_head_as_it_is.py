@@ -579,17 +579,3 @@ def test_soft_embedding_is_the_mean_of_the_rows_that_ids_get(monkeypatch):
     table.zero_grad()
     expected_embedding(table, probabilities).square().sum().backward()
     torch.testing.assert_close([probabilities.grad, *(parameter.grad for parameter in table.parameters())], want)
-
-
-def test_logits_without_a_canvas_are_said_to_be_of_noise(monkeypatch):
-    """guidance and lighteval run the model themselves, and took them for those of the next token; `prefill` gives these."""
-    said, ids = [], prompts(2, 9)[0]
-    monkeypatch.setattr("modeling_diffusiongemma.model.head.logger.warning_once", said.append)
-    own = small_pair()[1].eval()
-    with torch.no_grad():
-        own(ids, decoder_input_ids=ids)
-        assert said == []
-        own(ids)
-        hidden = own.prefill(input_ids=ids).last_hidden_state
-    assert len(said) == 1 and "canvas of noise" in said[0] and "causal_logits" in said[0]
-    assert own.compute_logits(hidden).shape == (2, 9, own.config.text_config.vocab_size)
