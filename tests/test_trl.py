@@ -1,13 +1,12 @@
 """TRL's trainers: `SFTTrainer` behind `BlockDiffusionTraining` trains this model's objective, and by themselves all are refused."""
 
+import datasets
 import pytest
 import torch
+import trl
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Objective, default_checkpoint, drop_in, lora_targets
 from modeling_diffusiongemma.training.trainer import BlockDiffusionTraining
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 ROWS = [{"prompt": f"European: {day} March 1998", "completion": f"{day:02d}/03/1998"} for day in range(1, 9)]
 TURNS = [{"prompt": [{"role": "user", "content": row["prompt"]}],
