@@ -246,10 +246,19 @@ def test_processor_that_takes_positions_for_ids_is_told(model, processor):
         generate(model, logits_processor=[processor])
 
 
+def certain(input_ids, scores):
+    """Of one token at one position, which a difference of infinities must not be taken for."""
+    scores = scores.clone()
+    scores[:, 4] = -torch.inf
+    scores[:, 4, 9] = 0.0
+    return scores
+
+
 @pytest.mark.parametrize(
     "processor",
     [lambda _, scores: scores.log_softmax(-1), lambda _, scores: scores - scores.amax(-1, keepdim=True), lambda _, scores: scores / 2,
-     lambda _, scores: scores.index_fill(-1, torch.tensor([3, 7]), -torch.inf), lambda _, scores: scores, lambda _, scores: scores + 1],
+     lambda _, scores: scores.index_fill(-1, torch.tensor([3, 7]), -torch.inf), lambda _, scores: scores, lambda _, scores: scores + 1,
+     lambda _, scores: torch.cat((scores[:, :3].log_softmax(-1), scores[:, 3:]), dim=1), certain],
 )  # fmt: skip
 def test_processor_that_means_every_position_is_not_taken_for_one_of_them(model, processor):
     generate(model, logits_processor=[processor])

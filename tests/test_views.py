@@ -458,19 +458,26 @@ def test_chunks_are_as_long_as_may_be(length, chunk_length):
         assert place == length
 
 
-def test_long_prompts_go_in_chunks_by_themselves(monkeypatch):
-    """Only without gradients, and only where nothing is asked for that spans them."""
-    model, passes = ours(), []
-    forward = model.model.decoder.forward
-    monkeypatch.setattr(model.model.decoder, "forward", lambda embeds, *rest: passes.append(embeds.shape[1]) or forward(embeds, *rest))
+def test_long_prompts_go_in_chunks_by_themselves():
+    """Only without gradients, and only where nothing is asked for that spans them, or looks on: a hook would see pieces."""
+    model, size = ours(), ours().config.text_config.intermediate_size
+
+    def passes(*args, **kwargs):
+        """How many tokens go through a layer's MLP at a time."""
+        with Recorder() as recorder:
+            model.prefill(*args, **kwargs)
+        return sorted({shape[1] for _, shape in recorder.seen if shape and len(shape) == 3 and shape[-1] == size})
+
     ids = tokens(1, CHUNK + 3)
-    model.prefill(ids)
-    assert passes == [CHUNK, 3]
-    passes.clear()
-    model.prefill(ids[:, : CHUNK // 8], output_hidden_states=True)
+    assert passes(ids) == [3, CHUNK]
+    assert passes(ids[:, : CHUNK // 8], output_hidden_states=True) == [CHUNK // 8]
     with torch.enable_grad():
-        model.prefill(ids[:, :99])
-    assert passes == [CHUNK // 8, 99]
+        assert passes(ids[:, :99]) == [99]
+    seen = []
+    hook = model.model.decoder.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    model.prefill(ids)
+    hook.remove()
+    assert seen == [CHUNK + 3]
 
 
 def test_masks_of_a_chunked_prompt_stay_small():

@@ -152,13 +152,17 @@ class CallersProcessor:
 
 
 def changed_alike(given: torch.Tensor, found: torch.Tensor) -> int | None:
-    """The first position at which some row's logits `(B, C, V)` were all changed by one number, or made one number, where others of its
-    positions were not; None where there is none. Such a change says nothing of the ids, and who makes it takes positions for ids."""
+    """The first position at which some row's logits `(B, C, V)` were all banned, or all moved by a number by which others of its positions
+    were not; None where there is none. Such a change says nothing of the ids, and who makes it takes positions for ids."""
     change = found - given
-    alike = (change.amax(dim=-1) - change.amin(dim=-1) <= 1e-4 * change.abs().amax(dim=-1)) & (change != 0).any(dim=-1)
-    alike |= (found.amax(dim=-1) == found.amin(dim=-1)) & (given.amax(dim=-1) != given.amin(dim=-1))  # (B, C)
-    alike &= ~alike.all(dim=1, keepdim=True)
-    return int(alike.any(dim=0).int().argmax()) if bool(alike.any()) else None
+    size, spread = change.abs().amax(dim=-1), change.amax(dim=-1) - change.amin(dim=-1)
+    moved = (spread <= 1e-4 * size) & spread.isfinite() & (size > 0)  # (B, C)
+    moved &= ~moved.all(dim=1, keepdim=True)
+    numbers = change[..., 0][moved]
+    if len(numbers) and float(numbers.max() - numbers.min()) > 1e-4 * float(numbers.abs().max()):
+        moved = torch.zeros_like(moved)  # each by another number, as a normalisation does
+    moved |= (found.amax(dim=-1) == -float("inf")) & (given.amax(dim=-1) > -float("inf"))
+    return int(moved.any(dim=0).int().argmax()) if bool(moved.any()) else None
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from .adapter_names import (
 from .divided import is_planned, learns_apart
 
 logger = logging.get_logger(__name__)
+ANEW = ". The model has peft's wrappers now: load it anew"
 
 
 def tell(adapter: str, made: str | None, passes: Passes) -> None:
@@ -174,11 +175,11 @@ def refuse_to_merge(*args, **kwargs) -> None:
     )
 
 
-def refuse_divided(what: str) -> None:
+def refuse_divided(what: str, behind: str = "") -> None:
     """For adapters in a model that `is_planned`."""
     raise ValueError(
         f"`{what}` puts an adapter into a model whose matrices a plan for tensor or expert parallelism divides; expected whole weights, or "
-        "such as FSDP2 shards: an adapter's delta would be added to each process's piece as if it were all"
+        f"such as FSDP2 shards: an adapter's delta would be added to each process's piece as if it were all{behind}"
     )
 
 
@@ -202,11 +203,11 @@ class AdapterMixin:
         for name, module in super().named_modules(*args, **kwargs):
             if is_wrapper(module):
                 if divided:
-                    refuse_divided(name)
+                    refuse_divided(name, ANEW)
                 if trained and learns_apart(module):
                     raise ValueError(
                         f"`{name}` puts an adapter to be trained into a model that is sharded already; expected one that was put in before "
-                        "`fully_shard` or `accelerator.prepare`, which shard it too: here every process would train its own"
+                        "`fully_shard` or `accelerator.prepare`, which shard it too: here every process would train its own" + ANEW
                     )
                 fit(module, may_merge)
             yield name, module
