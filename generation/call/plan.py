@@ -131,6 +131,11 @@ def records(device: torch.device) -> bool:
     return device.type == "cuda" and works(RECORDED_STEP, device)
 
 
+def may_be_recorded(model) -> bool:
+    """Whether nothing looks on that a graph would not call. Walks over all modules."""
+    return not modes_look_on() and (not hasattr(model, "why_not_recorded") or model.why_not_recorded() is None)
+
+
 def why_dense(model, config: DiffusionGenerationConfig, shaping: Shaping, watchers: Sequence[Watcher], device: torch.device) -> str | None:
     """What needs whole logits; None where nothing does. What the model's head does so is told once, since nobody asked for it."""
     if config.decoding == "autoregressive":
@@ -205,7 +210,6 @@ def make_plan(
     stays = counted or any(processor.looks_at is None for processor in rules.shaping.callers)
     stays = stays or prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
     stays = stays or (hasattr(model, "peft_config") and mixes_adapters(model))
-    may_be_recorded = not modes_look_on() and (not hasattr(model, "why_not_recorded") or model.why_not_recorded() is None)
     return Plan(
         Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size),
         rules,
@@ -218,7 +222,7 @@ def make_plan(
             keep_logits=bool(config.output_logits),
             late_flags=reads_late(device),
             record=why is None and constraint is None and (stays or rows == 1) and not config.disable_compile
-            and config.decoding == "diffusion" and may_be_recorded and records(device),
+            and config.decoding == "diffusion" and records(device) and may_be_recorded(model),
             deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
         ),
     )  # fmt: skip
