@@ -24,6 +24,7 @@ from .rows import Rows
 SCORE_FIELDS = ("log_probs", "entropy", "changed_at", "revisions")
 GOING, STOP, LENGTH, TIME = range(4)
 REASONS = (None, "stop", "length", "time")
+PLACES = EosTokenCriteria | MaxLengthCriteria | StopStringCriteria  # transformers' criteria that look for a place in a text
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class Criteria(NamedTuple):
         criteria, reference = criteria or (), config.backend == "reference"
         if confident := [shown(one) for one in criteria if isinstance(one, ConfidenceCriteria)]:
             raise ValueError(f"`stopping_criteria` holds {confident[0]}, which reads scores; expected criteria of `input_ids` alone")
-        places = EosTokenCriteria | MaxLengthCriteria | StopStringCriteria
-        whole = [isinstance(one, MaxTimeCriteria | AfterCanvas) or (reference and not isinstance(one, places)) for one in criteria]
+        whole = [isinstance(one, MaxTimeCriteria | AfterCanvas) or (reference and not isinstance(one, PLACES)) for one in criteria]
         pairs = list(zip(criteria, whole, strict=True))
         found = cls(tuple(one for one, each in pairs if each), tuple(one for one, each in pairs if not each))
         if config.decoding == "verified" and rows > 1 and (callers := found.of_callers()):
@@ -70,8 +70,7 @@ class Criteria(NamedTuple):
 
     def of_callers(self) -> list[Callable]:
         """Those of no class of transformers: each may remember what it was shown of a row."""
-        known = EosTokenCriteria | MaxLengthCriteria | MaxTimeCriteria | StopStringCriteria
-        return [one for one in (*self.canvas, *self.token) if not isinstance(one, known)]
+        return [one for one in (*self.canvas, *self.token) if not isinstance(one, PLACES | MaxTimeCriteria)]
 
 
 def reason_of(criterion: Callable) -> int:

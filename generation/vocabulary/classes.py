@@ -104,8 +104,8 @@ class ClassWalk:
         if head.weight.dtype != torch.float64:
             hidden = hidden.to(cast_dtype(hidden.dtype, hidden.device))
         self.hidden, self.head, self.orders, self.count, self.filters, self.current = hidden, head, orders, count, filters, current
-        thresholds = filters is not None and filters.need_threshold()  # what they leave is not known before
-        self.possible, self.likely = None if thresholds or not counts_rows(hidden.device) else possible, likely
+        self.needs_thresholds = filters is not None and filters.need_threshold()  # what they leave is not known before
+        self.possible, self.likely = None if self.needs_thresholds or not counts_rows(hidden.device) else possible, likely
         self.table = head.weight if head.embedding is None else head.embedding
         self.shape = Shape(head.softcap, temperature, hidden.dtype == torch.float32)
         self.products = choose_products(hidden.device, hidden.dtype)
@@ -121,7 +121,7 @@ class ClassWalk:
 
     def sums(self) -> ClassSums:
         """The first walk; with `top_k`, `top_p` or `min_p` those that find the threshold before it, and one without them."""
-        if self.filters is None or not self.filters.need_threshold():
+        if not self.needs_thresholds:
             return self._sums()
         for index, (rows, order) in enumerate(self.orders.groups):
             self.thresholds[index] = GroupWalk(self, rows, order, None).find_threshold()

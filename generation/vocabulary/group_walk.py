@@ -205,8 +205,11 @@ class GroupWalk:
         drawn = self.choose_segments(group, rise, weight, sample, best, chance)
         heavy = self.heavy(weight if mixes else None, drawn)
         places = [torch.zeros_like(one.segment) for one in drawn]
-        rises, spare = (rise / NAT).index_select(1, order.kind).float(), self.walk.workspace.exponentials
-        soft = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.device)
+        if mixes:
+            rises, spare = (rise / NAT).index_select(1, order.kind).float(), self.walk.workspace.exponentials
+            soft = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.device)
+        else:
+            soft = group.soft * (rise.amax(dim=1) + group.level * NAT).exp_().float()[:, None]
         best_ids = _Leading(len(soft), min(candidates, len(order.ids)), self.device)
         for piece in pieces(order, self.walk.piece, None if heavy is None else heavy.any(dim=0).tolist()):
             within = piece.segments
@@ -226,8 +229,6 @@ class GroupWalk:
                 best_ids.add(piece, bits.flatten(1), rows)
                 weights = torch.exp2(bits, out=piece.of(spare[: len(bits), : len(piece.ids)])).flatten(1)
                 self.mix(soft, rows, weights, piece)
-        if not mixes:
-            soft = group.soft * (rise.amax(dim=1) + group.level * NAT).exp_().float()[:, None]
         ids = [order.ids[place] for place in places]
         fields = {
             "sample": ids[0] if chance is None else ids[1], "argmax": ids[0],
