@@ -204,12 +204,14 @@ def _with_methods(*names: str) -> Callable[[Any], Any]:
 
 
 def _watchers(value: Any) -> list:
-    """A list, also of one."""
-    read = _with_methods("start", "step", "commit", "end")
-    try:
-        watchers = [read(value)]
-    except Unfit:
-        watchers = [read(item) for item in _items(value)]
+    """A list, also of one. What is derived from `watch.watcher.Watcher` has all of this."""
+
+    def read(one: Any) -> Any:
+        _demand(hasattr(one, "wants_logits") and hasattr(one, "candidates"))
+        return _with_methods("begin", "start", "step", "commit", "end")(one)
+
+    watchers = _one_or_more(read, value)
+    watchers = watchers if isinstance(watchers, list) else [watchers]
     _demand(len(set(map(id, watchers))) == len(watchers))
     return watchers
 

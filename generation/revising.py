@@ -68,13 +68,12 @@ class OneCall(Watcher):
     def __init__(self, watchers: Sequence[Watcher], prompt: torch.Tensor):
         self.watchers, self.prompt, self.waiting = watchers, prompt, list(watchers)
         self.canvas_index, self.goes_on = 0, False
-        self.wants_logits = any(watcher.wants_logits for watcher in watchers if isinstance(watcher, Watcher))
+        self.wants_logits = any(watcher.wants_logits for watcher in watchers)
         self.candidates = candidates_of(watchers)
 
     def begin(self, schedule) -> None:
         for watcher in self.waiting:
-            if isinstance(watcher, Watcher):
-                watcher.begin(schedule)
+            watcher.begin(schedule)
 
     def start(self, prompt: torch.Tensor) -> None:
         for watcher in self.waiting:

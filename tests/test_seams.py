@@ -6,6 +6,7 @@ from small_models import prompts, small_model
 
 from generation import StepEvent, Wanted, Watcher, mixin, stream_events
 from generation.vocabulary.filters import Filters
+from generation.watch.watcher import WholeCanvas
 
 VOCAB = 5001  # two pieces of the vocabulary
 SETTINGS = {"max_new_tokens": 20, "max_denoising_steps": 4, "seed": [3, 4, 5], "eos_token_id": [], "pad_token_id": 0}
@@ -96,6 +97,29 @@ def test_a_watcher_is_told_and_may_change_the_canvas(model):
     assert torch.equal(torch.cat([tokens for tokens, _, _ in watcher.commits], dim=1), sequences[:, 9:])
     assert [lengths for _, lengths, _ in watcher.commits] == [[10] * 3] * 2
     assert [reasons for _, _, reasons in watcher.commits] == [(None,) * 3, ("length",) * 3]
+
+
+def test_a_watcher_of_whole_canvases_is_shown_those_of_its_call_alone(model):
+    """A second call whose rows were fewer was shown rows of the first, and one with more rows ended in an IndexError."""
+
+    class Shown(WholeCanvas):
+        rows = ()
+
+        def show(self, canvas_index, step, state, prediction):
+            self.rows = (*self.rows, len(state.canvas))
+
+    watcher = Shown()
+    for count in (3, 2, 4):
+        model.generate(prompts(count, 9)[0], watcher=watcher, **{**SETTINGS, "seed": 0, "max_new_tokens": 5, "max_denoising_steps": 1})
+    assert watcher.rows == (3, 2, 4)
+
+
+def test_what_is_no_whole_watcher_is_refused(model):
+    class Half:
+        start = step = commit = end = lambda *args: None
+
+    with pytest.raises(ValueError, match="`watcher` is .*Half.*expected a `generation.watch.watcher.Watcher`"):
+        model.generate(prompts(1, 9)[0], watcher=Half(), **{**SETTINGS, "seed": 0})
 
 
 def test_a_watcher_may_finish_rows(model):

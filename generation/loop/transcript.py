@@ -106,8 +106,7 @@ class Transcript:
         # By name of what is collected: the rows' places, the first token's, and the values (b, n, ...) themselves.
         self._values: dict[str, list[tuple[torch.Tensor, int, torch.Tensor]]] = {}
         for watcher in watchers:
-            if isinstance(watcher, Watcher):
-                watcher.begin(plan.rules.schedule)
+            watcher.begin(plan.rules.schedule)
             watcher.start(prompt)
 
     @property

@@ -130,7 +130,7 @@ class Trace(Watcher):
     could stand at a position. Without a trace nothing of it exists.
 
     `alternatives`: how many ids beside the best are kept of each position and step, with their probabilities, 6 bytes each; a step then
-    looks for them among all ids. Not together with a `constraint`.
+    looks for them among all ids. Under a constraint on the text they are of what can stand there; not with one that sees predictions.
 
     `prompt` int32 (B, P), empty where it was given as embeddings; `canvases`: a `CanvasTrace` for each; `finish_reasons`: as in
     `DiffusionGenerationOutput`.

@@ -16,13 +16,13 @@ class Watcher:
 
     `wants_logits`: whether `step` reads whole logits (`Prediction.shaped`), which costs the walk over the vocabulary.
     `candidates`: how many of the most probable ids of a position it reads (`Prediction.candidates`, which may hold more); not together with
-    a `constraint`.
+    a `constraint` that sees predictions.
     """
 
     wants_logits, candidates = False, 0
 
     def begin(self, schedule: TemperatureSchedule) -> None:
-        """Generation begins, before `start`; `schedule` has the temperature of every denoising step. Told to watchers of this class."""
+        """Generation begins, before `start`; `schedule` has the temperature of every denoising step."""
 
     def start(self, prompt: torch.Tensor) -> None:
         """`prompt` int64 (B, P)."""
@@ -47,7 +47,8 @@ class Watcher:
 class WholeCanvas(Watcher):
     """A watcher that is shown the state of all rows the canvas began with, those that have left it as they were, by `show`."""
 
-    canvas_index = -1
+    def begin(self, schedule: TemperatureSchedule) -> None:
+        self.canvas_index = -1  # what is shown is never of a call before
 
     def step(self, canvas_index, step, places, state, prediction) -> None:
         if canvas_index != self.canvas_index:
@@ -87,7 +88,7 @@ class StreamerWatcher(WholeCanvas):
 
 def candidates_of(watchers: Sequence[Watcher]) -> int:
     """How many of a position's most probable ids predictions must hold for them."""
-    return max((getattr(watcher, "candidates", 0) for watcher in watchers), default=0)
+    return max((watcher.candidates for watcher in watchers), default=0)
 
 
 def watch(watchers: Sequence[Watcher], canvas_index: int, step: int, places: torch.Tensor, state: CanvasState, prediction: Prediction):
