@@ -335,6 +335,32 @@ def test_cache_of_a_kind_that_cannot_be_is_refused(model):
         model.generate(ids, cache_config={"backend": "fp8"}, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("decoding", ["autoregressive", "verified"])
+def test_other_decodings_refuse_caches_that_they_do_not_make(model, decoding):
+    """They made a dynamic one, whatever was asked for, silently."""
+    settings = {"max_new_tokens": 5, "decoding": decoding, "do_sample": False}
+    for kind in ("static", "quantized", "offloaded"):
+        with pytest.raises(ValueError, match=f"`cache_implementation` is '{kind}'; expected 'dynamic' with `decoding='{decoding}'"):
+            model.generate(prompts(1, 6)[0], cache_implementation=kind, **settings)
+    model.generate(prompts(1, 6)[0], cache_implementation="dynamic", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"confidence": 0.5}, "confidence"), ({"sampler": "fixed_steps", "entropy_bound": 0.3}, "entropy_bound"),
+        ({"sampler": "confidence", "corrector_steps": 2}, "corrector_steps"), ({"mask_token_id": 4}, "mask_token_id"),
+        ({"sampler": "fixed_steps", "sampler_config": {"entropy_bound": 0.3}}, "sampler_config"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_nothing_of_the_call_reads_is_refused(model, settings, name):
+    """Each was ignored, silently; a config may hold them for calls with another sampler."""
+    with pytest.raises(ValueError, match=f"`{name}` is .*, and `(sampler|noise)` is .*; expected .*, which alone reads it"):
+        model.generate(prompts(1, 6)[0], max_new_tokens=5, **settings)
+    config = DiffusionGenerationConfig(**settings, max_denoising_steps=2, max_new_tokens=5)
+    model.generate(prompts(1, 6)[0], generation_config=config)
+
+
 def test_several_prompts_verified_are_each_as_alone(model):
     """Rows keep different numbers of tokens a round. There were no scores, silently."""
     ids, mask = prompts(3, 9, padded=4)

@@ -19,10 +19,13 @@ FOREIGN_ARGUMENTS = (
     "prefix_allowed_tokens_fn", "use_model_defaults",
 )  # fmt: skip
 
-
 THRESHOLDS = ("stability_threshold", "confidence_threshold")
 FURTHER_STOPS = ("joint_threshold", "patience")
-SAMPLER_FIELDS = ("entropy_bound", "sampler_config", "confidence", "corrector_steps", "corrector_positions")
+# Arguments that only one value of another reads.
+READ_BY = {
+    **dict.fromkeys(("entropy_bound", "sampler_config"), ("sampler", "entropy_bound")), "confidence": ("sampler", "confidence"),
+    **dict.fromkeys(("corrector_steps", "corrector_positions"), ("sampler", "predictor_corrector")), "mask_token_id": ("noise", "mask"),
+}  # fmt: skip
 
 
 def resolve_config(
@@ -52,8 +55,6 @@ def resolve_config(
         expected = "model inputs or fields of DiffusionGenerationConfig"
         raise ValueError(f"`generate` got the unknown arguments {unknown(others, [*FIELDS, *ARGUMENTS])}; expected {expected}")
     _refuse(refusals({name: value for name, value in kwargs.items() if name != "sampler_config"}))
-    if not isinstance(kwargs.get("sampler", ""), str) and (beside := [name for name in SAMPLER_FIELDS if name in kwargs]):
-        raise ValueError(f"`sampler` is {shown(kwargs['sampler'])}, and {beside} are given, too; expected none: it says them itself")
     both = "max_length" in kwargs and "max_new_tokens" in kwargs
     if both:  # a pipeline hands the tokenizer's `max_length` on to here
         logger.warning_once("`max_new_tokens` and `max_length` are both set; `max_new_tokens` counts, as elsewhere in transformers.")
@@ -65,6 +66,10 @@ def resolve_config(
     use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)
     config.update(defaults_only=True, **RELEASED_DEFAULTS)
     _refuse(config.refused())
+    for name, (reader, value) in READ_BY.items():
+        if name in kwargs and getattr(config, reader) != value:
+            got = f"`{name}` is {shown(kwargs[name])}, and `{reader}` is {shown(getattr(config, reader))}"
+            raise ValueError(f"{got}; expected {value!r}, which alone reads it, or `{name}` unset")
     check_fields(config, whole=True)
     return config, use_max_length
 

@@ -28,6 +28,9 @@ def check_fields(config, whole: bool = False) -> None:
         raise ValueError(f"`do_sample` is {config.do_sample!r}; expected False with `decoding='verified'`, which verifies greedy tokens")
     if config.decoding != "diffusion" and config.backend == "reference":
         raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with the reference backend")
+    if config.decoding != "diffusion" and config.cache_implementation not in (None, "dynamic"):
+        got = f"`cache_implementation` is {config.cache_implementation!r}"
+        raise ValueError(f"{got}; expected 'dynamic' with `decoding={config.decoding!r}`, which makes no other cache")
     if config.noise == "mask" and config.mask_token_id is None:
         raise ValueError("`mask_token_id` is None; expected a token id, since `noise` is 'mask'")
     corrects = isinstance(config.sampler, PredictorCorrectorSampler) or config.sampler == "predictor_corrector"
