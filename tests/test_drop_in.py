@@ -14,6 +14,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import tiny
@@ -315,6 +316,16 @@ def test_finished_rows_stay_where_hooks_look_on_or_the_cache_is_handed_out():
                     lambda module, inputs, output: output[0])  # fmt: skip
     assert {len(each) for each in rows} == {2} and output.cache.get_seq_length() >= 13
     assert torch.equal(model.generate(PROMPT, **settings, return_dict_in_generate=False), output.sequences)
+
+
+def test_a_default_device_and_any_mapping_of_settings_are_taken():
+    """The cache of the call was made on torch's default device, and a mapping that is no dict raised a TypeError."""
+    model, ids = fresh_pair()[1], tokens(2, 9)
+    settings = {"max_new_tokens": 12, "max_denoising_steps": 2, "backend": "auto"}
+    expected = model.generate(ids, seed=0, **settings).sequences
+    assert torch.equal(model.generate(ids, seed=0, generation_config=MappingProxyType(settings)).sequences, expected)
+    with torch.device("meta"):
+        assert torch.equal(model.generate(ids, seed=0, **settings).sequences, expected)
 
 
 def test_a_hook_keeps_steps_out_of_cuda_graphs():

@@ -12,7 +12,7 @@ import torch
 from tiny import CANVAS, close, pair, same_weights, tokens
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
-from modeling_diffusiongemma.layers.experts import DENSE_LIMIT, Experts, choose_experts, dense_experts, experts_by
+from modeling_diffusiongemma.layers.experts import DENSE_LIMIT, Experts, choose_experts, dense_experts, eager_experts, experts_by
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +74,20 @@ def test_gradients_equal_those_of_grouped_mm(way):
         module(inputs[0], chosen, inputs[1]).square().sum().backward()
         gradients.append([tensor.grad for tensor in (*inputs, *module.parameters())])
     for got, expected in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "linear"])
+def test_activations_that_keep_what_they_gave_train(activation):
+    """Their output was multiplied in place, which autograd refused."""
+    module = experts(torch.float32, hidden_activation=activation)
+    hidden, chosen, weights = routed(module)
+    gradients = []
+    for way in (eager_experts, dense_experts):
+        module.zero_grad()
+        way(module, hidden, chosen, weights).square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 

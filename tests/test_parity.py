@@ -211,7 +211,7 @@ def test_images_equal_the_oracles_generate_path(kind):
     types, canvas = (ids == tiny.IMAGE).long(), tokens(ids.shape[0], CANVAS, 1)
     states, denoised, _ = tiny.oracle_generate_path(oracle, ids, canvas, mask, mm_token_type_ids=types, **images)
     causal = model.prefill(ids, mask, **images, mm_token_type_ids=torch.zeros_like(ids)).last_hidden_state
-    for given in (types, None):
+    for given in (types, 2 * types, None):  # 2, a video's, was refused as a mask of other numbers than 0 and 1
         got = model(ids, mask, decoder_input_ids=canvas, mm_token_type_ids=given, **images)
         close(got.logits, denoised.logits)
         close(got.encoder_last_hidden_state[mask.bool()], states.last_hidden_state[mask.bool()])

@@ -7,14 +7,15 @@ can be called. This file is also what a repository with remote code loads, so it
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel  # noqa: F401  by the last, Diffusers loads a saved pipeline's model
+from transformers import PreTrainedModel  # noqa: F401  by which Diffusers loads a saved pipeline's model
 
 from generation.cache_names import takes_cache
+from generation.call.caches import dynamic_cache
 from generation.checks import check_shape
 
 from ..layers.outputs import PassOutput
@@ -202,7 +203,7 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
         check_unpatched(self.model.encoder, self.model.decoder)
         sources = [
             kwargs,
-            *(each if isinstance(each, dict) else vars(each) for each in (generation_config, self.generation_config) if each),
+            *(each if isinstance(each, Mapping) else vars(each) for each in (generation_config, self.generation_config) if each),
         ]
 
         def stated(name: str, default):
@@ -212,7 +213,7 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
         plain = stated("cache_implementation", None) is None and stated("decoding", "diffusion") == "diffusion"
         looked_at = whole or looked_into(self)
         if looked_at and plain and cache is None and kwargs.get("past_key_values") is None and stated("num_return_sequences", 1) == 1:
-            cache = DynamicCache(config=self.config.get_text_config())  # in which finished rows stay: hooks see all, and it is handed out
+            cache = dynamic_cache(self.config.get_text_config())  # in which finished rows stay: hooks see all, and it is handed out
         streamer = streamer if streamer is None else BatchStreamer(streamer)
         result = super().generate(
             generation_config=generation_config, logits_processor=logits_processor, stopping_criteria=stopping_criteria, streamer=streamer,

@@ -167,7 +167,7 @@ def eager_experts(
         rows, end = token[end : end + count], end + count
         gate_up = project(gate_up_proj, deltas.get("gate_up_proj"), hidden_states.index_select(0, rows), expert)
         gate, up = gate_up.chunk(2, dim=-1)
-        partial = project(down_proj, deltas.get("down_proj"), self.act_fn(gate).mul_(up), expert)
+        partial = project(down_proj, deltas.get("down_proj"), self.act_fn(gate) * up, expert)
         output.index_add_(0, rows, partial.to(dtype).mul_(weight[end - count : end]))
     return output.to(hidden_states.dtype)
 

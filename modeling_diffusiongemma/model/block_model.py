@@ -184,8 +184,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             position_ids (`int64 (B or 1, P)`, *optional*): default: each row's real tokens counted from 0.
             cache (*optional*): any cache of transformers, appended to. Default: a new `DynamicCache`.
             pixel_values, image_position_ids (*optional*): patches and their coordinates, from the image processor.
-            mm_token_type_ids (`(B, P)`, *optional*): 1 where a token belongs to an image, which is attended to
-                bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
+            mm_token_type_ids (`(B, P)`, *optional*): 1, or 2 as of a video's frame, where a token belongs to an image, which is attended
+                to bidirectionally inside itself. Default: where `input_ids` is `image_token_id`.
             chunk_length (*optional*): without gradients, a longer prompt goes through in chunks of at most so many tokens, which
                 bounds the memory and gives the same; an image is never cut. Default: 2,048, and everything at once with gradients or
                 where states, attentions or router logits are asked for, hooks look on, or weights are gathered from other ranks.
@@ -239,7 +239,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 mm_token_type_ids = input_ids == self.config.image_token_id
         images = None  # which image of its row each token belongs to, int64 (B, P)
         if config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
-            check_mask("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
+            check_shape("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
             images = image_numbers(mm_token_type_ids.to((new if inputs_embeds is None else inputs_embeds).device))
         if position_ids is None:
             position_ids = positions(real, seen, length, new.device)
