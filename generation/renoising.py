@@ -9,11 +9,16 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from .arguments import shown
+from .call.caches import dynamic_cache
 from .constraints.automaton import Automaton, make_automaton
 from .constraints.compiled import compile_constraint
 from .constraints.languages import Pins
-from .rules.draws import RowDraws
-from .watch.watcher import Watcher
+from .contract import check_contract, passes_in_step
+from .loop.rows import Rows
+from .rules.draws import BatchDraws, RowDraws
+from .rules.prediction import check_finite, dense_prediction
+from .vocabulary.filters import Filters
+from .vocabulary.walk import streamed_prediction
 
 Positions: TypeAlias = torch.Tensor | Sequence[int] | Sequence[bool] | Sequence[tuple[int, int]] | Sequence[str]
 NOISE = 0.3  # share of the positions that become noise, where nothing is said
@@ -105,25 +110,36 @@ def read_positions(name: str, given: Positions, text: str, offsets: Sequence[tup
     return found
 
 
-class Likelihood(Watcher):
-    """Keeps the log-probability of each token of the canvas, float32 (C,) nats, under the step's prediction."""
-
-    def step(self, canvas_index, step, places, state, prediction) -> None:
-        self.found = prediction.current_log_probs[0].cpu()
-
-
-def likelihood(model, before: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities, float32 (C,) nats, of the tokens of a clean canvas int64 (1, C) behind the ids `before` int64 (1, P): one canvas
-    pass, at a temperature of 1.
+@torch.no_grad()
+def likelihood(model, before: torch.Tensor, canvases: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities, float32 (canvases, C) nats, of the tokens of clean canvases int64 (canvases, C), each behind the ids `before`
+    int64 (1, P) and the canvases before it: one canvas pass each, at a temperature of 1 and without any filter, whatever the model's
+    settings.
 
     A token sees itself there. Taking that out by Bayes' rule (`PredictorCorrectorSampler`) orders the positions of a canvas alike.
+
+    Raises:
+        ValueError: as `check_contract`, and `check_prompt` of the model; logits that are NaN.
     """
-    watcher, length = Likelihood(), canvas.shape[1]
-    model.generate(
-        before, attention_mask=torch.ones_like(before), decoder_input_ids=canvas, canvas_length=length, max_new_tokens=length,
-        max_denoising_steps=1, sampler="predictor_corrector", noise="uniform", t_min=1.0, t_max=1.0, seed=0, watcher=watcher,
-    )  # fmt: skip
-    return watcher.found
+    check_contract(model)
+    real, place, found = torch.ones_like(before, dtype=torch.bool), before.new_zeros(1), []
+    if hasattr(model, "check_prompt"):
+        model.check_prompt(input_ids=before, attention_mask=real, cache=None)
+    rows, new = Rows(place, dynamic_cache(model.config.get_text_config()), real, before, 0, BatchDraws(), Filters()), before
+    with passes_in_step(model):
+        for canvas in canvases[:, None]:
+            hidden = rows.prefill(model, {"input_ids": new}, new.shape[1], False, last_states=1)
+            soft_embeds = hidden.new_zeros((*canvas.shape, hidden.shape[-1]))
+            states = model.denoise(canvas, soft_embeds=soft_embeds, view=rows.view(model, canvas.shape[1], False, 0)).last_hidden_state
+            if not hasattr(model, "vocabulary_head") or model.why_dense(states.device) is not None:
+                prediction = dense_prediction(model.compute_logits(states), rows.draws, True, canvas)
+            else:
+                with model.vocabulary_head() as head:
+                    prediction = streamed_prediction(states, head, 1.0, rows.draws, True, canvas)
+            check_finite(prediction.bad)
+            found.append(prediction.current_log_probs.cpu())
+            rows, new = rows.commit(canvas), canvas
+    return torch.cat(found)
 
 
 def choose(draws: RowDraws, free: torch.Tensor, noise: float, log_probs: torch.Tensor | None) -> torch.Tensor:

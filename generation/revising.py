@@ -123,11 +123,7 @@ def revise(
     canvases = lay_out(ids, call, tokenizer, length)
     renoised = choice.told
     if renoised is None:
-        log_probs = None
-        if where == "uncertain":
-            behind = [torch.cat((call.before, canvases[:place].view(1, -1)), dim=1) for place in range(len(canvases))]
-            pairs = zip(behind, canvases[:, None], strict=True)
-            log_probs = torch.cat([likelihood(model, before, canvas) for before, canvas in pairs])[: len(ids)]
+        log_probs = likelihood(model, call.before, canvases).flatten()[: len(ids)] if where == "uncertain" else None
         renoised = choose(draws, ~choice.kept, choice.noise, log_probs)
     kept = ~renoised if choice.alone else choice.kept
     source = make_noise(call.config.noise, size, call.config.mask_token_id)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generation import Choice, Regex, Template, Trace
+from generation import Choice, DiffusionGenerationConfig, Regex, Template, Trace
 from generation.constraints.automaton import closed
 from generation.constraints.compiled import compile_constraint
 from generation.renoising import any_text, begun, choose, hold, read_choice
@@ -92,6 +92,15 @@ def test_uncertain_are_those_least_likely_in_a_pass_over_the_text(trained, token
         log_probs = trained(prompt, decoder_input_ids=canvas).logits.log_softmax(dim=-1)[0, torch.arange(len(ids)), torch.tensor(ids)]
     assert int(revised.renoised.sum()) == round(0.3 * len(ids))
     assert float(log_probs[revised.renoised].max()) <= float(log_probs[~revised.renoised].min()) + 1e-4
+
+
+@pytest.mark.parametrize("own", [{"top_k": 1}, {"temperature": 0.01}, {"decoding": "autoregressive"}, {"backend": "reference"}], ids=str)
+def test_what_is_uncertain_does_not_hang_on_the_models_settings(trained, tokenizer, monkeypatch, own):
+    """The pass over the text was one of `generate`, with the model's filters and temperature, whatever the call said."""
+    call = {"where": "uncertain", "noise": 0.3, "decoding": "diffusion", "backend": "auto", **SHORT}
+    expected = trained.revise(TEXT, tokenizer, CHAT, **call).renoised
+    monkeypatch.setattr(trained, "generation_config", DiffusionGenerationConfig(**{**trained.generation_config.to_dict(), **own}))
+    assert torch.equal(trained.revise(TEXT, tokenizer, CHAT, **call).renoised, expected)
 
 
 @pytest.mark.parametrize(("noise", "first"), [(1.0, 0), (0.5, 6), (1e-3, 11)])

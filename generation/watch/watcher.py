@@ -47,6 +47,8 @@ class Watcher:
 class WholeCanvas(Watcher):
     """A watcher that is shown the state of all rows the canvas began with, those that have left it as they were, by `show`."""
 
+    canvas_index = -1
+
     def begin(self, schedule: TemperatureSchedule) -> None:
         self.canvas_index = -1  # what is shown is never of a call before
 
