@@ -1,4 +1,4 @@
-"""A prompt as a caller has it, a text or a chat, as ids."""
+"""A prompt as a caller has it, a text or a chat, as ids; and the id that ends an answer to it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -57,4 +57,16 @@ def prompt_ids(prompt: str | Sequence[Mapping[str, Any]] | None, tokenizer: PreT
     return torch.tensor([ids], dtype=torch.int64, device=device)
 
 
-__all__ = ["check_text", "prompt_ids"]
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
+    """Of the ids that end a text the one that ends the assistant's turn in the chat template; without a template the tokenizer's end of
+    sequence, where it is among them, and else the first."""
+    if tokenizer.chat_template is not None:
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        answered = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"][len(asked) :]
+        if found := [token for token in answered if token in stops]:
+            return found[0]
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
+
+
+__all__ = ["check_text", "end_of_turn", "prompt_ids"]

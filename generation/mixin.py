@@ -39,8 +39,8 @@ from .revising import Revised, revise
 from .rules.constraint import Constraint, is_constraint
 from .rules.draws import BatchDraws, row_draws
 from .rules.stopping import StoppingRule
-from .watch.callback import StepCallback
-from .watch.watcher import StreamerWatcher, Watcher
+from .watch.callback import gather_watchers
+from .watch.watcher import Watcher
 
 # Each takes the model, the plan, the prompt, the rows, the transcript and the watchers, and returns the cache if it is whole.
 DECODERS = {"diffusion": decode_canvases, "autoregressive": decode_autoregressively, "verified": decode_verified}
@@ -57,8 +57,7 @@ def start_rows(
     if config.backend == "reference":
         draws = BatchDraws(generator)
     else:
-        fixed = plan.rules.greedy and seed is None and generator is None
-        draws = row_draws(0 if fixed else seed, generator, len(prompt.ids) // copies, copies)
+        draws = row_draws(seed, generator, len(prompt.ids) // copies, copies, fixed=plan.rules.greedy)
     places = torch.arange(len(prompt.ids), device=device)
     return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint, progress)
 
@@ -229,11 +228,8 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         check_arguments(self, config, given)
         prompt = read_prompt(self, config, given)
         criteria = Criteria.of(stopping_criteria, config, len(prompt.ids))
-        watchers: list[Watcher] = []  # who is told of a step by one sees what those before made of it
-        if callback_on_step_end is not None:
-            watchers.append(StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs, self, config.max_denoising_steps))
-        watchers += [] if streamer is None else [StreamerWatcher(streamer)]
-        watchers += watcher or []  # read as a list
+        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, streamer, watcher)
+        watchers = gather_watchers(self, config.max_denoising_steps, *told)
         # 2. Plan.
         automata, copies = [None], config.num_return_sequences or 1
         if constraint is not None and not is_constraint(constraint):

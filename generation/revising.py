@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import ARGUMENTS, read, shown
-from .asking import check_text, prompt_ids
+from .asking import check_text, end_of_turn, prompt_ids
 from .call.configuration import DiffusionGenerationConfig
 from .call.constrained import compile_languages
-from .call.settings import resolve_config, resolve_stopping, stop_ids
-from .call.together import allowed_tokens
+from .call.settings import pad_id, resolve_config, resolve_stopping, stop_ids
+from .call.together import allowed_tokens, is_greedy
 from .constraints.automaton import Automaton
 from .loop.transcript import AfterCanvas
 from .renoising import Positions, any_text, begun, choose, hold, likelihood, read_choice
-from .rules.constraint import Constraint, is_constraint
+from .rules.constraint import is_constraint
 from .rules.draws import row_draws
 from .rules.noise import make_noise
 from .rules.stopping import StoppingRule
-from .watch.callback import StepCallback
+from .watch.callback import gather_watchers
 from .watch.watcher import StreamerWatcher, Watcher, candidates_of, watch
 
 # What `generate` takes, and a revised text says itself or has no place for.
@@ -47,7 +47,7 @@ class Revised(NamedTuple):
 
 class Call(NamedTuple):
     """What every call of `generate` for one text has. `before` int64 (1, P): the prompt; `new_tokens`: how many the text may have behind
-    it; `stops`: ids that end it; `others`: arguments that are no fields; `seed`, `stopping`, `constraint`: as `generate` takes them."""
+    it; `stops`: ids that end it; `stopping`: as `generate` takes it; `others`: arguments that are no fields."""
 
     config: DiffusionGenerationConfig
     before: torch.Tensor
@@ -55,7 +55,6 @@ class Call(NamedTuple):
     stops: list[int]
     stopping: StoppingRule | None
     watchers: list[Watcher]
-    constraint: Constraint | None
     others: dict[str, Any]
 
 
@@ -106,7 +105,7 @@ def revise(
     # 1. Read.
     language, seed, generator = take(settings, "constraint", "seed", "generator")
     sees_predictions = is_constraint(language)
-    call = read_call(model, tokenizer, prompt, language if sees_predictions else None, settings)
+    call = read_call(model, tokenizer, prompt, settings)
     ids, offsets = read_text(tokenizer, text, call.new_tokens)
     choice = read_choice(text, offsets, len(ids), noise, keep, where)
     size = model.config.get_text_config().vocab_size
@@ -117,8 +116,7 @@ def revise(
     if keep is not None:
         hold(automaton, ids, choice.kept, exact=choice.alone)  # refused now, not behind a pass
     # 2. Renoise.
-    greedy = call.config.do_sample is False or call.config.temperature == 0
-    draws = row_draws(0 if greedy and seed is None and generator is None else seed, generator, 1, 1)
+    draws = row_draws(seed, generator, 1, 1, fixed=is_greedy(call.config))
     length = call.config.canvas_length or model.config.canvas_length
     canvases = lay_out(ids, call, tokenizer, length)
     renoised = choice.told
@@ -154,8 +152,7 @@ def revise(
                 torch.cat((call.before, call.before.new_tensor([written])), dim=1), generation_config=call.config,
                 decoder_input_ids=noisy[place : place + 1], first_step=first_step, max_new_tokens=call.new_tokens - start,
                 min_new_tokens=least, canvas_length=length, return_dict_in_generate=True, tokenizer=tokenizer,
-                watcher=told if call.watchers else None,
-                seed=seeds[place], constraint=call.constraint if ahead is None else ahead,
+                watcher=told if call.watchers else None, seed=seeds[place], constraint=language if sees_predictions else ahead,
                 stopping=call.stopping, **ends, **call.others,
             )  # fmt: skip
             tokens = output.sequences[0, call.before.shape[1] + len(written) :][: int(output.lengths[0])].tolist()
@@ -179,7 +176,7 @@ def take(settings: dict[str, Any], *names: str) -> list[Any]:
     return [read(name, settings.pop(name, None), ARGUMENTS[name]) for name in names]
 
 
-def read_call(model, tokenizer, prompt, constraint: Constraint | None, settings: dict[str, Any]) -> Call:
+def read_call(model, tokenizer, prompt, settings: dict[str, Any]) -> Call:
     """From the arguments of `generate` among those of `revise`.
 
     Raises:
@@ -188,8 +185,8 @@ def read_call(model, tokenizer, prompt, constraint: Constraint | None, settings:
     if given := [name for name in REFUSED if settings.get(name) is not None]:
         raise ValueError(f"`{given[0]}` is given to `revise`; expected None: `generate` takes it")
     others = {name: settings.pop(name) for name in ("logits_processor",) if name in settings}
-    streamer, watcher, stopping, asked = take(settings, "streamer", "watcher", "stopping", "generation_config")
-    callback, names = take(settings, "callback_on_step_end", "callback_on_step_end_tensor_inputs")
+    stopping, asked = take(settings, "stopping", "generation_config")
+    told = take(settings, "callback_on_step_end", "callback_on_step_end_tensor_inputs", "streamer", "watcher")
     stopping = resolve_stopping(stopping, settings)
     config, use_max_length = resolve_config(asked, model.generation_config, settings)
     for name, fits, expected in (
@@ -201,17 +198,13 @@ def read_call(model, tokenizer, prompt, constraint: Constraint | None, settings:
     ):  # fmt: skip
         if not fits:
             raise ValueError(f"`{name}` is {getattr(config, name)!r}; expected {expected}")
-    if names is not None and callback is None:
-        raise ValueError("`callback_on_step_end_tensor_inputs` is given; expected `callback_on_step_end` with it, which gets them")
     before = prompt_ids(prompt, tokenizer, model.device)
     stops = stop_ids(config, model.config.get_text_config().vocab_size)
     if not stops:
         raise ValueError("`eos_token_id` holds no id of the vocabulary; expected at least one, with which a text ends")
-    watchers = [] if callback is None else [StepCallback(callback, names, model, config.max_denoising_steps)]
-    watchers += [] if streamer is None else [StreamerWatcher(streamer)]
-    watchers += watcher or []  # read as a list
+    watchers = gather_watchers(model, config.max_denoising_steps, *told)
     new_tokens = allowed_tokens(config, use_max_length, before.shape[1])
-    return Call(config, before, new_tokens, stops, stopping, watchers, constraint, others)
+    return Call(config, before, new_tokens, stops, stopping, watchers, others)
 
 
 def read_text(tokenizer, text: str, most: int) -> tuple[torch.Tensor, list[tuple[int, int]] | None]:
@@ -237,10 +230,8 @@ def read_text(tokenizer, text: str, most: int) -> tuple[torch.Tensor, list[tuple
 
 def lay_out(ids: torch.Tensor, call: Call, tokenizer, length: int) -> torch.Tensor:
     """Int64 (canvases, C), as `generate` would have committed them: the text, the token that ends it where one may stand behind it, and
-    padding. It is the one that ends a turn of the prompt, or the tokenizer's."""
-    turns = [token for token in call.before[0].tolist() if token in call.stops]
-    end = (turns or [token for token in (tokenizer.eos_token_id,) if token in call.stops] or call.stops)[-1]
-    pad = call.config.pad_token_id if call.config.pad_token_id is not None else call.stops[0]
+    padding."""
+    end, pad = end_of_turn(tokenizer, call.stops), pad_id(call.config, call.stops)
     flat = torch.cat((ids, ids.new_tensor([end] * (len(ids) < call.new_tokens))))
     return torch.nn.functional.pad(flat, (0, -len(flat) % length), value=pad).view(-1, length).to(call.before.device)
 

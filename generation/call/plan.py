@@ -23,6 +23,8 @@ from ..watch.watcher import Watcher, candidates_of
 from .configuration import DiffusionGenerationConfig
 from .processors import Shaping, build_shaping
 from .prompt import Prompt
+from .settings import pad_id, stop_ids
+from .together import is_greedy
 
 logger = logging.get_logger(__name__)
 
@@ -164,8 +166,8 @@ def make_rules(
     Raises:
         ValueError: a token id outside the vocabulary, a processor that has no meaning here, a sampler of another vocabulary.
     """
-    eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.int64, device="cpu").flatten()
-    eos = eos[eos < vocab_size].to(device)  # the released ids, on a small vocabulary: others are never predicted
+    stops = stop_ids(config, vocab_size)
+    eos = torch.tensor(stops, dtype=torch.int64, device=device)
     scale = 1.0 if config.temperature in (None, 0) else config.temperature
     if stopping is None:
         # As many steps as there are equal none: a longer memory would only take space.
@@ -187,8 +189,8 @@ def make_rules(
         noise=make_noise(config.noise, vocab_size, config.mask_token_id),
         shaping=build_shaping(config, given, eos, prompt_length, vocab_size),
         eos=eos,
-        pad=config.pad_token_id if config.pad_token_id is not None else int(eos[0]) if len(eos) else 0,
-        greedy=config.do_sample is False or config.temperature == 0,
+        pad=pad_id(config, stops),
+        greedy=is_greedy(config),
     )
 
 

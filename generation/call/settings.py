@@ -1,6 +1,6 @@
 """From what a caller of `generate` says in several places to the one configuration of the call."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
@@ -96,9 +96,14 @@ def _refuse(refused: list[str]) -> None:
 
 
 def stop_ids(config: DiffusionGenerationConfig, vocab_size: int) -> list[int]:
-    """The ids of the vocabulary that end a text."""
+    """The ids that end a text: those of the vocabulary, since on a small one others of the released ids are never predicted."""
     given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return [token for token in given if token is not None and token < vocab_size]
 
 
-__all__ = ["resolve_config", "resolve_stopping", "stop_ids"]
+def pad_id(config: DiffusionGenerationConfig, stops: Sequence[int]) -> int:
+    """What stands behind the end of a text, which one of `stops` ends."""
+    return config.pad_token_id if config.pad_token_id is not None else stops[0] if stops else 0
+
+
+__all__ = ["pad_id", "resolve_config", "resolve_stopping", "stop_ids"]

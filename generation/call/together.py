@@ -11,6 +11,11 @@ from ..rules.samplers import PredictorCorrectorSampler
 from ..watch.watcher import candidates_of
 
 
+def is_greedy(config) -> bool:
+    """Whether the most probable tokens are taken, and no sample."""
+    return config.do_sample is False or config.temperature == 0
+
+
 def check_fields(config, whole: bool = False) -> None:
     """Fields of a `DiffusionGenerationConfig` with one another. `whole`: of one call, in which what is None is said nowhere else.
 
@@ -23,8 +28,7 @@ def check_fields(config, whole: bool = False) -> None:
         raise ValueError(f"`num_return_sequences` is {config.num_return_sequences}; expected 1 with `do_sample=False`")
     if not whole:
         return
-    greedy = config.do_sample is False or config.temperature == 0
-    if config.decoding == "verified" and not greedy:
+    if config.decoding == "verified" and not is_greedy(config):
         raise ValueError(f"`do_sample` is {config.do_sample!r}; expected False with `decoding='verified'`, which verifies greedy tokens")
     if config.decoding != "diffusion" and config.backend == "reference":
         raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with the reference backend")
@@ -67,8 +71,6 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     of_steps = [name for name in ("callback_on_step_end", "stopping") if given[name] is not None]
     if config.decoding == "autoregressive" and of_steps:
         raise ValueError(f"`decoding` is 'autoregressive', which has no steps; expected another with `{of_steps[0]}`")
-    if given["callback_on_step_end_tensor_inputs"] is not None and given["callback_on_step_end"] is None:
-        raise ValueError("`callback_on_step_end_tensor_inputs` is given; expected `callback_on_step_end` with it, which gets them")
     if copies > 1 and (cache is not None or given["pixel_values"] is not None):
         raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `cache` or images")
     if config.compile_config is not None and not hasattr(model, "compiling"):
@@ -118,4 +120,4 @@ def allowed_tokens(config, use_max_length: bool, prompt_length: int) -> int:
     return config.max_length - prompt_length
 
 
-__all__ = ["allowed_tokens", "check_arguments", "check_fields"]
+__all__ = ["allowed_tokens", "check_arguments", "check_fields", "is_greedy"]

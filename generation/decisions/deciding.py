@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import shown
-from ..asking import prompt_ids
+from ..asking import end_of_turn, prompt_ids
 from .calibration import Calibration
 from .layout import Ends, lay_out
 from .questions import Asked, Decisions, make_decision, read_questions
@@ -52,16 +52,4 @@ def score_questions(
     return [found[place] for place in range(len(asked))], len(layouts)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
-    """Of the ids that end a text the one that ends the assistant's turn in the chat template; without a template the tokenizer's end of
-    sequence, where it is among them, and else the first."""
-    if tokenizer.chat_template is not None:
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-        answered = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"][len(asked) :]
-        if found := [token for token in answered if token in stops]:
-            return found[0]
-    return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
-
-
-__all__ = ["decide", "end_of_turn", "score_questions"]
+__all__ = ["decide", "score_questions"]

@@ -14,7 +14,7 @@ from ..arguments import shown
 from ..call.caches import dynamic_cache
 from ..call.configuration import DiffusionGenerationConfig
 from ..call.prompt import IMAGES
-from ..call.settings import resolve_config, stop_ids
+from ..call.settings import pad_id, resolve_config, stop_ids
 from ..checks import check_ids, check_images
 from ..contract import check_contract, passes_in_step
 from ..loop.rows import select_cache
@@ -79,15 +79,8 @@ def settle(model, how: How) -> Prepared:
     stops = tuple(stop_ids(config, vocab_size))
     if not stops:
         raise ValueError(f"`eos_token_id` of the model's generation config is {config.eos_token_id}; expected an id that ends an answer")
-    pad = config.pad_token_id if config.pad_token_id is not None else stops[0]
-    return Prepared(
-        model,
-        how.canvas_length or model.config.canvas_length,
-        stops,
-        pad,
-        make_noise(config.noise, vocab_size, config.mask_token_id),
-        vocab_size,
-    )
+    noise = make_noise(config.noise, vocab_size, config.mask_token_id)
+    return Prepared(model, how.canvas_length or model.config.canvas_length, stops, pad_id(config, stops), noise, vocab_size)
 
 
 @torch.no_grad()

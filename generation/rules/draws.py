@@ -119,16 +119,20 @@ def row_draws(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     prompts: int,
     copies: int,
+    fixed: bool = False,
 ) -> RowDraws:
     """A seed for each of `prompts * copies` rows, the copies of a prompt lying side by side.
 
     Args:
         seed: one for every row, or one a prompt; copies of a prompt get seeds of their own, derived from it.
         generator: one, from which the rows' seeds are drawn, or one a row, from which its seed is. Default: torch's global one.
+        fixed: where neither is given the seed is 0.
 
     Raises:
         ValueError: the wrong number of either, or a seed that is no integer.
     """
+    if fixed and seed is None and generator is None:
+        seed = 0
     if seed is not None:
         seeds = [seed] * prompts if isinstance(seed, int) else list(seed)
         if len(seeds) != prompts or not all(isinstance(value, int) and not isinstance(value, bool) for value in seeds):

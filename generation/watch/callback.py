@@ -15,7 +15,7 @@ from ..arguments import floats, integers, read, shown
 from ..checks import check_ids, check_shape, embed_conditioning
 from ..rules.prediction import Prediction
 from ..rules.state import CanvasState
-from .watcher import Watcher
+from .watcher import StreamerWatcher, Watcher
 
 OF_STATE = ("canvas", "argmax", "soft_embeds", "accepted", "entropy", "log_probs", "changed_at", "revisions", "passes", "finished")
 OF_PREDICTION = {"sample": "sample", "logits": "shaped"}  # by the names they have here
@@ -126,9 +126,23 @@ class StepCallback(Watcher):
         return fields
 
 
+def gather_watchers(
+    model, max_denoising_steps: int, callback: Callable | None, names: Sequence[str] | None, streamer: Any, watchers: list[Watcher] | None
+) -> list[Watcher]:
+    """Who is told of a step, one after the other: each sees what those before made of it. Args: as `generate` has read them.
+
+    Raises:
+        ValueError: `names` without a `callback`, or as `StepCallback`.
+    """
+    if names is not None and callback is None:
+        raise ValueError("`callback_on_step_end_tensor_inputs` is given; expected `callback_on_step_end` with it, which gets them")
+    first = [] if callback is None else [StepCallback(callback, names, model, max_denoising_steps)]
+    return [*first, *([] if streamer is None else [StreamerWatcher(streamer)]), *(watchers or [])]
+
+
 def changes_of(value: Any) -> int | None:
     """How often a tensor was changed in place."""
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
-__all__ = ["MAY_CHANGE", "NAMES", "StepCallback"]
+__all__ = ["MAY_CHANGE", "NAMES", "StepCallback", "gather_watchers"]
