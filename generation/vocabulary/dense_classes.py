@@ -10,7 +10,8 @@ import torch
 
 from ..rules.prediction import NOTHING_MORE, Prediction, Wanted
 from .classes import Chosen, ClassSums
-from .segments import Order, Orders, pick
+from .segments import Order, Orders
+from .sums import pick
 
 
 def dense_sums(shaped: torch.Tensor, orders: Orders, count: int) -> ClassSums:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from .filters import Filters, Threshold, find_threshold, listed
-from .segments import BySegment, Order, Piece, pick, pieces
-from .sums import MASKED, counts_rows
+from .segments import BySegment, Order, Piece, pieces
+from .sums import MASKED, counts_rows, pick
 from .walk import leading
 
 LEAST = 2.0**-34  # of a segment's share of a position: a thousand that are left out have together no last bit of float32

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 MASKED = -1e30  # the logit of an id that cannot be: exp gives 0 beside any real logit, and 0 * MASKED is 0, where -inf gives NaN
-TINY = torch.finfo(torch.float32).tiny  # of what is above 0 also where denormal numbers are flushed
 
 
 class Running(NamedTuple):
@@ -180,13 +179,17 @@ def _draw(
     exponentials: torch.Tensor, mass: torch.Tensor, piece_mass: torch.Tensor, chance: torch.Tensor, start: int, sample: torch.Tensor
 ) -> torch.Tensor:
     """The sample (N,) after a piece: drawn from it with the probability `piece_mass / mass`, else the one before."""
-
-    def pick(rows: torch.Tensor | slice) -> torch.Tensor:
-        cumulative = exponentials[rows].cumsum(dim=-1)
-        wanted = ((1 - chance[rows, 1:]) * cumulative[:, -1:]).clamp(min=TINY)  # above 0, so that an id of no mass is never hit
-        return torch.searchsorted(cumulative, torch.minimum(wanted, cumulative[:, -1:])).squeeze(-1) + start
-
-    return _update(sample, chance[:, 0] * mass < piece_mass, pick)
+    return _update(sample, chance[:, 0] * mass < piece_mass, lambda rows: pick(exponentials[rows], chance[rows, 1]) + start)
 
 
-__all__ = ["MASKED", "Running", "Shape", "Workspace", "absorb", "counts_rows", "make_workspace", "start_running"]
+def pick(weights: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """A place int64 (N,), drawn in proportion to `weights` (N, W) with uniform numbers `chance` (N,); never one of no weight, unless all
+    have none."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    wanted = ((1 - chance.to(weights.dtype))[:, None] * total).clamp_(min=torch.finfo(weights.dtype).tiny)  # above 0, no denormal
+    found = torch.searchsorted(cumulative, torch.minimum(wanted, total)).squeeze(1)
+    return found.clamp_(max=weights.shape[1] - 1)  # NaN is sorted behind all
+
+
+__all__ = ["MASKED", "Running", "Shape", "Workspace", "absorb", "counts_rows", "make_workspace", "pick", "start_running"]

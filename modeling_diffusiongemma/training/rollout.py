@@ -109,10 +109,8 @@ class Rollout:
         state, draws = self.state, BatchDraws()
         temperatures = self.temperatures.to(logits.device)[state.passes]
         shaped = logits.detach().float() / temperatures[:, None, None]
-        soft_embeds = self.model.soft_embed(narrowed(shaped, self.model.dtype)).to(
-            self.model.dtype
-        )  # under autocast it comes in other bits
-        prediction = dense_prediction(shaped, draws)._replace(soft_embeds=soft_embeds)
+        soft_embeds = self.model.soft_embed(narrowed(shaped, self.model.dtype))
+        prediction = dense_prediction(shaped, draws)._replace(soft_embeds=soft_embeds.to(self.model.dtype))  # other bits under autocast
         noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
         self.state = advance(state, prediction, 0, len(self.temperatures), noise, self.sampler, self.stopping)
 
