@@ -45,10 +45,10 @@ def join(walk, lattice, state, left, chance, pad, wanted=NOTHING_MORE, possible=
     sums = walk.sums()
     first = None if chance is None else chance[:, : walk.count, 0]
     solution = lattice.solve(sums.log_mass, sums.best, state, left, first)
-    if sums.loose is not None:
-        lost = ~(solution.log_partition > -math.inf)
-        solution = solution.where(lost, lattice.solve(sums.loose.log_mass, sums.loose.best, state, left, first))
-        sums = walk.lift(sums, lost)
+    if walk.needs_thresholds:
+        lost, loose = ~(solution.log_partition > -math.inf), walk.loose_sums()
+        solution = solution.where(lost, lattice.solve(loose.log_mass, loose.best, state, left, first))
+        sums = walk.lift(sums, loose, lost)
     return walk.draw(sums, chosen_of(solution, sums, possible), chance, pad, wanted), solution
 
 

@@ -15,6 +15,7 @@ from ..rules.draws import DrawnStep, Draws
 from ..rules.prediction import Prediction
 from ..vocabulary.classes import CHANCES, CHANCES_WITH_CURRENT, Chosen, ClassSums, ClassWalk, possible_shares
 from ..vocabulary.dense_classes import dense_draw, dense_sums
+from ..vocabulary.sums import counts_rows
 
 
 def solve(progress: Progress, sums: ClassSums, chance: torch.Tensor | None) -> Solution:
@@ -58,9 +59,10 @@ def constrained_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch
         walk = ClassWalk(hidden, head, inputs.temperature, *given)
         sums = walk.sums()
         solution = solve(progress, sums, chance)
-        if sums.loose is not None:  # thresholds have left some rows nothing: the constraint outranks them
-            rows = lost(solution)
-            sums, solution = walk.lift(sums, rows), solution.where(rows, solve(progress, sums.loose, chance))
+        rows = lost(solution) if walk.needs_thresholds else None  # those that thresholds have left nothing: the constraint outranks them
+        if rows is not None and (not counts_rows(rows.device) or bool(rows.any())):
+            loose = walk.loose_sums()
+            sums, solution = walk.lift(sums, loose, rows), solution.where(rows, solve(progress, loose, chance))
         return walk.draw(sums, chosen(sums, solution, progress.reach.possible), chance, plan.rules.pad, plan.execution.wanted)
 
 

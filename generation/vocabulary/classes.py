@@ -44,15 +44,13 @@ class ClassSums(NamedTuple):
     """Of B rows, n positions and K classes, float64 (B, n, K), nats, all classes together having the mass 1: `log_mass`; `best`, of a
     class's most probable id; `entropy` of an id inside its class. -inf where a class has no id that may be predicted.
 
-    `loose`: the same without `top_k`, `top_p` and `min_p`, where those are in use; they may leave a canvas no string of the language. Of
-    the rows `lifted` bool (B,) they have been taken back.
+    `lifted` bool (B,): rows of which `top_k`, `top_p` and `min_p` have been taken back (`ClassWalk.lift`); None: of none.
     """
 
     log_mass: torch.Tensor
     best: torch.Tensor
     entropy: torch.Tensor
     groups: tuple[Group, ...] = ()
-    loose: "ClassSums | None" = None
     lifted: torch.Tensor | None = None
 
 
@@ -83,7 +81,7 @@ class ClassWalk:
         orders: the vocabulary as each row's constraint sees it.
         count: positions that count, the first ones of a canvas; those behind are padding.
         filters (*optional*): what narrows the distribution first. The constraint outranks `top_k`, `top_p` and `min_p`: rows of which they
-            leave no accepted canvas are predicted without them (`ClassSums.loose`). What `allowed`, `allowed_ids` and `hidden` take
+            leave no accepted canvas are predicted without them (`loose_sums`, `lift`). What `allowed`, `allowed_ids` and `hidden` take
             away is never given back.
         current (`int64 (B, C)`, *optional*): the canvas's tokens; with them, `current_log_probs` and `other` are given.
         possible (`bool (B, n, K)`, *optional*): the classes of which the soft embedding is, where `Chosen.summed`; lets the first walk mix.
@@ -120,13 +118,14 @@ class ClassWalk:
         self.thresholds: list[Threshold | None] = [None] * len(orders.groups)
 
     def sums(self) -> ClassSums:
-        """The first walk; with `top_k`, `top_p` or `min_p` those that find the threshold before it, and one without them."""
-        if not self.needs_thresholds:
-            return self._sums()
-        for index, (rows, order) in enumerate(self.orders.groups):
+        """The first walk; with `top_k`, `top_p` or `min_p` those that find the threshold before it."""
+        for index, (rows, order) in enumerate(self.orders.groups if self.needs_thresholds else ()):
             self.thresholds[index] = GroupWalk(self, rows, order, None).find_threshold()
-        loose, strict = self._sums(), self._sums(self.thresholds)
-        return strict._replace(loose=loose)
+        return self._sums(self.thresholds)
+
+    def loose_sums(self) -> ClassSums:
+        """What `sums` gives without `top_k`, `top_p` and `min_p`, which may leave a canvas no string of the language: one more walk."""
+        return self._sums([None] * len(self.thresholds))
 
     def embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Of the ids of a piece whose bits were computed last, (W, D)."""
@@ -134,10 +133,10 @@ class ClassWalk:
             return self.weights[: len(ids)]
         return torch.index_select(self.table, 0, ids, out=self.embedded[: len(ids)])
 
-    def _sums(self, thresholds: list[Threshold | None] | None = None) -> ClassSums:
+    def _sums(self, thresholds: list[Threshold | None]) -> ClassSums:
         groups, found = [], None
         for index, (rows, order) in enumerate(self.orders.groups):
-            walk = GroupWalk(self, rows, order, None if thresholds is None else thresholds[index])
+            walk = GroupWalk(self, rows, order, thresholds[index])
             sums, group = walk.first()
             summed = by_class(sums, order)
             groups.append(group._replace(share=summed.share, offset=summed.offset))
@@ -147,16 +146,16 @@ class ClassWalk:
                 whole[rows] = value.view(-1, self.count, self.orders.kinds)
         return ClassSums(*found, tuple(groups))
 
-    def lift(self, sums: ClassSums, rows: torch.Tensor) -> ClassSums:
-        """The sums, without thresholds for `rows` bool (B,)."""
+    def lift(self, sums: ClassSums, loose: ClassSums, rows: torch.Tensor) -> ClassSums:
+        """The sums, and the `loose_sums` in `rows` bool (B,)."""
         groups = []
-        for (where, _), strict, loose in zip(self.orders.groups, sums.groups, sums.loose.groups, strict=True):
+        for (where, _), *both in zip(self.orders.groups, sums.groups, loose.groups, strict=True):
             chosen = rows[where].repeat_interleave(self.count)  # (N,)
-            pairs = zip(strict, loose, strict=True)
+            pairs = zip(*both, strict=True)
             groups.append(
                 Group(*(None if one is None else torch.where(chosen.view(-1, *(1,) * (one.dim() - 1)), other, one) for one, other in pairs))
             )
-        mixed = (torch.where(rows[:, None, None], other, one) for one, other in zip(sums[:3], sums.loose[:3], strict=True))
+        mixed = (torch.where(rows[:, None, None], other, one) for one, other in zip(sums[:3], loose[:3], strict=True))
         return ClassSums(*mixed, tuple(groups), lifted=rows)
 
     def draw(
