@@ -31,7 +31,7 @@ def test_autoregressive_score_is_the_sum_over_single_tokens(model):
 @pytest.mark.parametrize("piece", [1, 4, 256])
 def test_response_is_greedy_where_greedy_decoding_writes_it(model, monkeypatch, piece):
     """In pieces of the vocabulary head, across rows; one other token anywhere makes it no longer greedy."""
-    monkeypatch.setattr("modeling_diffusiongemma.training.score.TOKENS", piece)
+    monkeypatch.setattr("modeling_diffusiongemma.training.pieces.NUMBERS", piece * model.config.text_config.vocab_size)
     prompt = [20, 21, 22, 23]
     settings = {"decoding": "autoregressive", "do_sample": False, "max_new_tokens": 7, "eos_token_id": []}
     written = model.generate(torch.tensor([prompt]), **settings)[0, 4:].tolist()

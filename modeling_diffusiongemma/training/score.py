@@ -11,11 +11,11 @@ from generation.rules.noise import UniformNoise
 
 from .canvases import IGNORED, check_labels, cut_canvases, training_view
 from .loss import corrupt, noise_proportions
+from .pieces import token_losses, turns
 from .ranks import gathering_groups, largest, same_draws
 
 MODES = ("diffusion", "autoregressive")
 SAMPLES = integer(2, 2**20)  # two at least, for a standard error
-TOKENS = 256  # of responses, whose logits are held at a time: 268 MB at 262,144 ids
 
 
 class Score(NamedTuple):
@@ -73,11 +73,11 @@ def score_responses(
         rows, places = target[:, 1:].nonzero(as_tuple=True)  # of the response tokens, as they are predicted
         total = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=device)
         greedy = torch.ones_like(tokens, dtype=torch.bool)
-        turns = largest(-(-len(rows) // TOKENS), groups, device)
-        for row, place in zip(rows.tensor_split(turns), places.tensor_split(turns), strict=True):
+        count = turns(model, len(rows), groups, device)
+        for row, place in zip(rows.tensor_split(count), places.tensor_split(count), strict=True):
             logits = model.compute_logits(prefilled.last_hidden_state[row, place])  # (tokens of a turn, V)
             ids = input_ids[row, place + 1]
-            total = total.index_add(0, row, _log_probs(logits, ids))
+            total = total.index_add(0, row, -torch.nn.functional.cross_entropy(logits, ids, reduction="none"))
             greedy[row[logits.argmax(dim=-1) != ids]] = False
         return Score(total / tokens, torch.zeros_like(total), tokens, greedy)
 
@@ -95,15 +95,11 @@ def score_responses(
         ids = clean.ids.squeeze(1)
         for sample in range(samples):
             noised = corrupt(ids, proportions[sample], noise)
-            logits = model.compute_logits(model.denoise(noised, view=view).last_hidden_state)
-            sums[sample] += _log_probs(logits, ids).masked_fill(~counted, 0).sum(dim=1)
+            states = model.denoise(noised, view=view).last_hidden_state
+            losses = token_losses(model, states.flatten(0, 1), ids.flatten(), groups).view_as(ids)
+            sums[sample] -= losses.masked_fill(~counted, 0).sum(dim=1)
     means = sums / tokens
     return Score(means.mean(dim=0), means.std(dim=0) / samples**0.5, tokens)
-
-
-def _log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits) (..., V) at `ids` (...)."""
-    return logits.log_softmax(dim=-1).gather(-1, ids[..., None]).squeeze(-1)
 
 
 __all__ = ["Score", "score_responses"]
