@@ -32,7 +32,7 @@ class DiffusionGenerationOutput(CacheOutput):
         tokens_per_forward (`float32 (B,)`): new tokens, padding excluded, per canvas pass of that row.
         denoising_steps (`int64 (B,)`): canvas passes of that row, over all its canvases.
         cache: the cache, for another turn. It holds the prompt and every canvas but the last. None where rows of a
-            batch left it early; pass a cache of your own, or a batch of one, to keep it.
+            batch left it early (pass a cache of your own, or a batch of one, to keep it), and with another `decoding` than diffusion.
         scores: `TokenScores`, with `output_scores`.
         logits (`float32 (B, N, V)`): with `output_logits`, the model's logits, nothing applied to them, from the pass that committed
             each token; 0 behind the end of a row. As large as it says: 1 MB a token at 262,144 ids.

@@ -78,7 +78,9 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     if config.stop_strings is not None and given["tokenizer"] is None:
         raise ValueError("`tokenizer` is None; expected the tokenizer, since `stop_strings` are set")
     if config.backend == "reference" and (given["seed"] is not None or isinstance(given["generator"], Sequence)):
-        raise ValueError("the reference backend draws for the whole batch; expected one `generator`, or `torch.manual_seed`")
+        name = "generator" if given["seed"] is None else "seed"
+        why = "`backend` is 'reference', which draws for the whole batch"
+        raise ValueError(f"`{name}` is {given[name]!r}; expected one `generator`, or `torch.manual_seed`: {why}")
     if is_constraint(given["constraint"]) and candidates_of(given["watcher"] or ()):
         raise ValueError(
             "`constraint` sees predictions, and a `watcher` reads the most probable ids, such as a Trace with `alternatives`: behind that "

@@ -197,7 +197,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             ValueError: ids out of range, an empty prompt, a mask of the wrong shape, images that do not fit the tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("prefill takes exactly one of `input_ids` and `inputs_embeds`")
+            got = "are both None" if input_ids is None else "are both given"
+            raise ValueError(f"`input_ids` and `inputs_embeds` {got}; expected exactly one of them")
         if not torch.compiler.is_compiling():
             check_called("the prompt pass", self.containers())
             if self.prompt_stack is not self.decoder:
@@ -437,7 +438,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
         config, seen = self.config, cached_length(cache)
         if prompt is None and seen == 0:
-            raise ValueError("the model needs a prompt: pass `input_ids`, `inputs_embeds`, or a filled `cache`")
+            raise ValueError("`input_ids` and `inputs_embeds` are None, and no token is cached; expected a prompt, or a filled `cache`")
         if decoder_input_ids is None:
             if self.training and torch.is_grad_enabled():
                 raise ValueError(LEARNS_NOTHING)

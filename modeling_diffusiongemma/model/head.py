@@ -330,7 +330,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
                 f"`labels` without `decoder_input_ids` draws its own canvas; it does not go with {refused}.{hint if virtual else ''}"
             )
         if input_ids is None:
-            raise ValueError("`labels` needs `input_ids`: prompt and response in one row")
+            raise ValueError("`input_ids` is None, and `labels` are given; expected prompt and response in one row, to which they belong")
         attention_mask = plain_mask("attention_mask", attention_mask)
         objective = self.objective
         trained = block_diffusion_loss(

@@ -127,7 +127,7 @@ def check_nvfp4_files(model: nn.Module, files: list[str | os.PathLike], producer
         for suffix, (dtype, shape) in expected.items():
             entry = stored.get(f"{name}.{suffix}")
             if entry is None:
-                raise ValueError(f"{packed.file} holds {name}.{numbers} without {name}.{suffix}")
+                raise ValueError(f"{packed.file} holds {name}.{numbers} without {name}.{suffix}; expected both scales of each matrix")
             if entry.dtype != dtype or entry.shape not in ([(), (1,)] if shape is None else [shape]):
                 raise ValueError(f"{name}.{suffix} in {entry.file} is {entry.dtype} {entry.shape}; expected {dtype} {shape or '()'}")
         scales |= {f"{name}.{suffix}": stored[f"{name}.{suffix}"] for suffix in (matrix, block)}
