@@ -399,6 +399,14 @@ def test_labels_of_another_length_than_the_canvas_are_refused(model, size):
         model(input_ids=ids, decoder_input_ids=canvas, labels=torch.full((2, size), 6))
 
 
+@pytest.mark.parametrize(("value", "match"), [(IGNORED, "-100 everywhere"), (VOCAB, "holds ids from"), (-5, "holds ids from -5")])
+def test_labels_of_a_given_canvas_that_mean_nothing_are_refused(model, value, match):
+    """The loss was NaN without a word, or an IndexError; on a GPU an assertion that breaks the device."""
+    ids, canvas = torch.randint(3, VOCAB, (2, 5)), torch.randint(3, VOCAB, (2, CANVAS))
+    with pytest.raises(ValueError, match=f"`labels` .*{match}"):
+        model(input_ids=ids, decoder_input_ids=canvas, labels=torch.full((2, CANVAS), value))
+
+
 def test_model_without_a_pad_token_names_it():
     """It ended in a TypeError of `torch.where`; there is nothing to fill a canvas with."""
     own = small_model(pad_token_id=None)

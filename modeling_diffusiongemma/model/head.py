@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from generation.cache_names import FIELD, takes_cache
 from generation.call.configuration import FURTHER_FILE, DiffusionGenerationConfig
-from generation.checks import check_images, check_shape, check_tensors, plain_mask
+from generation.checks import check_ids, check_images, check_shape, check_tensors, plain_mask, readable
 from generation.mixin import DiffusionGenerationMixin
 from generation.vocabulary.walk import VocabularyHead
 
@@ -20,6 +20,7 @@ from ..layers.configuration import DiffusionGemmaConfig, routing_settings, softc
 from ..layers.layers import ScaledEmbedding
 from ..layers.outputs import BlockModelOutput, MaskedBlockOutput
 from ..layers.view import View
+from ..training.canvases import IGNORED
 from ..training.fused_head import refuse_fused_head
 from ..training.loss import balancing_loss, block_diffusion_loss
 from ..training.objective import Objective
@@ -363,8 +364,16 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
 
     @staticmethod
     def _learn_canvas(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """`labels` `(B, C)` of a given canvas: the mean cross-entropy over the positions that count."""
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())  # -100 left out
+        """`labels` `(B, C)` of a given canvas: the mean cross-entropy over the positions that count.
+
+        Raises:
+            ValueError: no position counts, whose mean would be NaN; or ids that there are not.
+        """
+        counted = labels != IGNORED
+        if readable(labels) and not bool(counted.any()):
+            raise ValueError(f"`labels` is {IGNORED} everywhere; expected at least one position that counts")
+        check_ids("labels", labels.masked_fill(~counted, 0), logits.shape[-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 # What a walk over the vocabulary does without calling them: as they are written here, before anybody overrides one.
