@@ -6,6 +6,7 @@ from small_models import CANVAS, prompts, small_model
 
 from generation import EntropyBoundSampler
 from generation.rules.samplers import ConfidenceSampler
+from generation.rules.stopping import AnyOf, Patience, Settled
 from modeling_diffusiongemma import Rollout, block_diffusion_loss
 
 PROMPT = 7
@@ -118,6 +119,19 @@ def test_learning_from_rollouts_lowers_their_loss():
         rollout.advance(trained.logits)
         losses.append(trained.diffusion.item())
     assert losses[0] > 4 and sum(losses[-10:]) / 10 < 2.2
+
+
+def test_all_that_the_config_says_of_temperature_and_end_counts():
+    """`temperature`, `joint_threshold` and `patience` of the model's generation config were ignored, silently."""
+    model = small_model()
+    plain = Rollout(model, rows=2)
+    model.generation_config.update(temperature=0.5, joint_threshold=0.1, patience=3)
+    rollout = Rollout(model, rows=2)
+    assert torch.allclose(rollout.temperatures, plain.temperatures / 2)
+    assert rollout.stopping == AnyOf((plain.stopping, Settled(0.1), Patience(3)))
+    rollout.batch(drawn)
+    rollout.advance(1e3 * torch.randn(2, CANVAS, model.config.text_config.vocab_size))
+    assert bool(rollout.state.finished.all()), "all positions are sure at the first step, before the argmax canvas has stood"
 
 
 def test_other_samplers_choose_the_positions(model):

@@ -157,6 +157,24 @@ def why_dense(model, config: DiffusionGenerationConfig, shaping: Shaping, watche
     return why
 
 
+def temperature_of(config: DiffusionGenerationConfig) -> float:
+    """What multiplies the schedule."""
+    return 1.0 if config.temperature in (None, 0) else config.temperature
+
+
+def schedule_of(config: DiffusionGenerationConfig) -> TemperatureSchedule:
+    scale = temperature_of(config)
+    return TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps)
+
+
+def stopping_of(config: DiffusionGenerationConfig) -> StoppingRule:
+    """As many steps as there are equal none: a longer memory would only take space."""
+    stopping = StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold)
+    further = {Settled: config.joint_threshold, Patience: config.patience}
+    further = [kind(value) for kind, value in further.items() if value is not None]
+    return AnyOf((stopping, *further)) if further else stopping
+
+
 def make_rules(
     config: DiffusionGenerationConfig, vocab_size: int, prompt_length: int, device: torch.device, given: Sequence[Callable] | None,
     stopping: StoppingRule | None = None,
@@ -168,23 +186,16 @@ def make_rules(
     """
     stops = stop_ids(config, vocab_size)
     eos = torch.tensor(stops, dtype=torch.int64, device=device)
-    scale = 1.0 if config.temperature in (None, 0) else config.temperature
-    if stopping is None:
-        # As many steps as there are equal none: a longer memory would only take space.
-        stopping = StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold)
-        further = {Settled: config.joint_threshold, Patience: config.patience}
-        further = [kind(value) for kind, value in further.items() if value is not None]
-        stopping = AnyOf((stopping, *further)) if further else stopping
     sampler = SAMPLERS[config.sampler].of(config, vocab_size) if isinstance(config.sampler, str) else config.sampler
     if isinstance(sampler, PredictorCorrectorSampler) and sampler.vocab_size != vocab_size:
         raise ValueError(f"`sampler` has a `vocab_size` of {sampler.vocab_size}; expected the model's, {vocab_size}")
     ignores = config.ignore_after_eos or (config.ignore_after_eos is None and config.backend != "reference")
     return Rules(
         max_denoising_steps=config.max_denoising_steps,
-        temperature=scale,
-        schedule=TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps),
+        temperature=temperature_of(config),
+        schedule=schedule_of(config),
         sampler=sampler,
-        stopping=stopping,
+        stopping=stopping_of(config) if stopping is None else stopping,
         sure_end=(eos, config.confidence_threshold) if ignores else None,
         noise=make_noise(config.noise, vocab_size, config.mask_token_id),
         shaping=build_shaping(config, given, eos, prompt_length, vocab_size),
@@ -230,4 +241,6 @@ def make_plan(
     )  # fmt: skip
 
 
-__all__ = ["Execution", "Lengths", "Plan", "Rules", "make_plan", "make_rules", "mixes_adapters", "why_dense"]
+__all__ = [
+    "Execution", "Lengths", "Plan", "Rules", "make_plan", "make_rules", "mixes_adapters", "schedule_of", "stopping_of", "why_dense",
+]  # fmt: skip

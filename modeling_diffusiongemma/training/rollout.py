@@ -13,13 +13,12 @@ from collections.abc import Callable
 
 import torch
 
+from generation.call.plan import schedule_of, stopping_of
 from generation.rules.draws import BatchDraws
 from generation.rules.noise import Noise, UniformNoise
 from generation.rules.prediction import dense_prediction, narrowed
 from generation.rules.samplers import EntropyBoundSampler, Sampler
-from generation.rules.schedule import TemperatureSchedule
 from generation.rules.state import CanvasState, advance, start_canvas
-from generation.rules.stopping import StableAndConfident
 
 from .canvases import cut_canvases, random_canvas
 
@@ -34,7 +33,7 @@ class Rollout:
         losses = block_diffusion_loss(model, **inputs, noised=noised, soft_embeds=soft_embeds)
         rollout.advance(losses.logits)
 
-    Canvases begin as noise and follow the released schedule: temperature, entropy bound and stopping rule of the model's
+    Canvases begin as noise and follow the released schedule: temperatures, entropy bound and stopping rules of the model's
     `generation_config`. Random numbers are torch's global ones.
 
     Args:
@@ -66,8 +65,7 @@ class Rollout:
         self.canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
         self.noise = UniformNoise(model.config.text_config.vocab_size) if noise is None else noise
         self.sampler = EntropyBoundSampler(config.entropy_bound) if sampler is None else sampler
-        self.stopping = StableAndConfident(config.stability_threshold, config.confidence_threshold)
-        self.temperatures = TemperatureSchedule(config.t_min, config.t_max, config.max_denoising_steps).temperatures()
+        self.stopping, self.temperatures = stopping_of(config), schedule_of(config).temperatures()
         self.inputs: Inputs | None = None
         self.state: CanvasState | None = None
 
