@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..rules.draws import pick
 from .filters import Filters, Threshold, find_threshold, listed
-from .segments import BySegment, Order, Piece, pick, pieces
+from .segments import BySegment, Order, Piece, pieces
 from .sums import MASKED, counts_rows
 from .walk import leading
 

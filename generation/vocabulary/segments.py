@@ -188,16 +188,6 @@ def by_class(sums: BySegment, order: Order) -> ByClass:
     return ByClass(log_mass - offset, best - offset, entropy, offset, share)
 
 
-def pick(weights: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """A place int64 (N,), drawn in proportion to `weights` (N, W) with uniform numbers `chance` (N,); never one of no weight, unless all
-    have none."""
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    wanted = ((1 - chance.to(weights.dtype))[:, None] * total).clamp_(min=torch.finfo(weights.dtype).tiny)
-    found = torch.searchsorted(cumulative, torch.minimum(wanted, total)).squeeze(1)
-    return found.clamp_(max=weights.shape[1] - 1)  # NaN is sorted behind all
-
-
 __all__ = [
     "LARGEST",
     "NOTHING",
@@ -209,6 +199,5 @@ __all__ = [
     "by_class",
     "make_order",
     "make_orders",
-    "pick",
     "pieces",
 ]

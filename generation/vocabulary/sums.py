@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..rules.draws import pick
+
 MASKED = -1e30  # the logit of an id that cannot be: exp gives 0 beside any real logit, and 0 * MASKED is 0, where -inf gives NaN
-TINY = torch.finfo(torch.float32).tiny  # of what is above 0 also where denormal numbers are flushed
 
 
 class Running(NamedTuple):
@@ -181,12 +182,10 @@ def _draw(
 ) -> torch.Tensor:
     """The sample (N,) after a piece: drawn from it with the probability `piece_mass / mass`, else the one before."""
 
-    def pick(rows: torch.Tensor | slice) -> torch.Tensor:
-        cumulative = exponentials[rows].cumsum(dim=-1)
-        wanted = ((1 - chance[rows, 1:]) * cumulative[:, -1:]).clamp(min=TINY)  # above 0, so that an id of no mass is never hit
-        return torch.searchsorted(cumulative, torch.minimum(wanted, cumulative[:, -1:])).squeeze(-1) + start
+    def drawn(rows: torch.Tensor | slice) -> torch.Tensor:
+        return pick(exponentials[rows], chance[rows, 1]) + start
 
-    return _update(sample, chance[:, 0] * mass < piece_mass, pick)
+    return _update(sample, chance[:, 0] * mass < piece_mass, drawn)
 
 
 __all__ = ["MASKED", "Running", "Shape", "Workspace", "absorb", "counts_rows", "make_workspace", "start_running"]
