@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import prompts, small_pair
 from test_peft import ADAPTERS, LORA, batch, logits, shake
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
 from jobs.dates import DATE
@@ -193,6 +194,63 @@ def test_key_without_a_place_is_refused_and_the_model_is_as_before(load, tmp_pat
     del weights[lost]
     save_file(weights, file)
     close(logits(load(model, tmp_path)), expected)
+
+
+def looks(model):
+    """What a model holds, by name: the modules, the weights with their places in memory, and adapters' settings."""
+    weights = {name: value.data_ptr() for name, value in model.state_dict(keep_vars=True).items()}
+    return [name for name, _ in nn.Module.named_modules(model)], weights, hasattr(model, "peft_config")
+
+
+WRONG = {
+    "without a place": ("layers.7.self_attn.q_proj.lora_A.weight", (3, 32), "expected keys of modules that it wraps"),
+    "of another shape": ("layers.0.self_attn.q_proj.lora_A.weight", (5, 32), r"of shape \(5, 32\), not \(3, 32\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("more", [{}, {"target_parameters": ["experts.down_proj"]}, {"trainable_token_indices": [3, 5]}])
+def test_refused_adapter_leaves_no_wrapper(more, load, wrong, tmp_path):
+    """peft's wrappers stayed around what they had wrapped: the state dict had other names, and one of another shape was still active."""
+    settings = {"target_modules": ["q_proj"]} | more
+    if more == {}:
+        settings |= {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
+    saved(adapted(ours(), **settings), tmp_path)
+    key, shape, said = WRONG[wrong]
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.model.decoder.{key}": torch.zeros(shape, dtype=torch.float32)}, file)
+    model = ours()
+    before = looks(model)
+    theirs = load is load_by_transformers and wrong == "of another shape"
+    with pytest.raises(RuntimeError if theirs else ValueError, match="ignore_mismatched_sizes" if theirs else said):
+        load(model, tmp_path)
+    assert looks(model) == before
+    if load is load_by_transformers:
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_second_adapter_that_is_refused_leaves_the_first(tmp_path):
+    saved(adapted(ours(), target_modules=["k_proj", "q_proj"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    lost = torch.zeros(3, 32, dtype=torch.float32)
+    save_file(weights | {"base_model.model.model.decoder.layers.7.self_attn.q_proj.lora_A.weight": lost}, file)
+    model = adapted(ours(), target_modules=["q_proj"])
+    before, expected = looks(model), logits(model)
+    with pytest.raises(ValueError, match="'second' holds .* The model is without it again"):
+        model.load_adapter(tmp_path, "second")
+    assert looks(model) == before and list(model.peft_config) == ["default"] and torch.equal(logits(model), expected)
+
+
+def test_adapter_in_divided_weights_is_refused_and_leaves_no_wrapper():
+    """As a plan for two processes leaves the model; it stayed wrapped."""
+    model = ours()
+    model._tp_size = 2
+    before = looks(model)
+    with pytest.raises(ValueError, match="a plan for tensor or expert parallelism divides; .* The model is without it again"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
+    assert looks(model) == before
 
 
 def test_reading_a_whole_state_dict_back_pulls_the_passes_apart_too():

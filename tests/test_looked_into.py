@@ -34,10 +34,6 @@ DOORS = {
 }
 
 
-def note(module, *call):
-    return None
-
-
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", ["model", "model.encoder", "model.encoder.language_model"])
 def test_hook_that_a_door_does_not_call_is_refused_there(name, door):
@@ -182,9 +178,7 @@ def controlled(monkeypatch):
 
 def test_model_wrapped_by_nnsight_generates_what_it_did(controlled):
     """It was refused, outside of traces, too: for a `forward` of the caller's on the model."""
-    whole = small_model()
-    whole.lm_head.register_forward_hook(note)  # whole logits here, too
-    assert torch.equal(generate(controlled), generate(whole))
+    assert torch.equal(generate(controlled), generate(small_model()))
     assert "has a `forward` of nnsight" in controlled.why_not_recorded()
     assert controlled.why_dense(torch.device("cpu")) == "`lm_head` is traced by nnsight"
 

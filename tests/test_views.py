@@ -4,6 +4,7 @@ Tolerances: `tiny.TOLERANCE` where two ways of computing the same are compared, 
 differ (values of about 2 through four layers), and 0 where the same kernel reads the same numbers.
 """
 
+import functools
 import re
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tiny import CANVAS, LAYERS, PAD, WINDOW, caches, close, ours, pad_rows, rows_of, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Cache, DynamicCache, StaticCache, cache_utils
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 from modeling_diffusiongemma.layers import attention as attention_module
 from modeling_diffusiongemma.layers import masks
@@ -337,6 +338,30 @@ def test_a_quantized_cache_is_read_as_a_whole():
         close(model.denoise(canvas, quantized).last_hidden_state, model.denoise(canvas, cache).last_hidden_state)
         views = [model.prepare_canvas(one, (2, CANVAS)) for one in (quantized, cache)]
         close(*(model.denoise(canvas, view=view).last_hidden_state for view in views))
+
+
+class Shrunk(DynamicCache):
+    """As caches in few bits are written: what is returned is not what was given."""
+
+    def update(self, *args, **kwargs):
+        return [states / 2 for states in super().update(*args, **kwargs)]
+
+
+class ShrunkLayer(DynamicLayer):
+    def update(self, *args, **kwargs):
+        return [states / 2 for states in super().update(*args, **kwargs)]
+
+
+@pytest.mark.parametrize("kind", ["cache", "layers", "instance"])
+def test_update_of_somebody_else_is_refused(kind):
+    """What it returned was not looked at, and what it kept elsewhere never read."""
+    cache = Shrunk() if kind == "cache" else Cache(layers=[ShrunkLayer() for _ in LAYERS]) if kind == "layers" else DynamicCache()
+    if kind == "instance":
+        whole = cache.update
+        cache.update = functools.wraps(whole)(lambda *args, **kwargs: [states / 2 for states in whole(*args, **kwargs)])
+    with pytest.raises(ValueError, match="`cache` is a .*, and .* has an `update` of .*: what it returns would not be seen"):
+        ours().prefill(tokens(2, 9), past_key_values=cache)
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")

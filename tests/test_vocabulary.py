@@ -140,6 +140,20 @@ def test_other_is_the_current_token_where_nothing_else_has_mass(greedy):
         assert torch.equal(got.other, current) and float(got.current_log_probs.abs().max()) == 0
 
 
+@pytest.mark.parametrize("piece", [2, 63, 100, 999, 4096])
+@pytest.mark.parametrize("informed", [False, True])
+def test_whole_logits_give_the_tokens_that_the_walk_draws(piece, informed):
+    """They drew others of the same distribution, so that a hook on the head that only looks changed the text. 0.99: sums run in another
+    order, and a number may fall on the edge between two ids."""
+    hidden, head = case(rows=(2, 500))
+    current = torch.arange(1000).view(2, 500) if informed else None
+    draws, size = RowDraws((3, 4)), (2, 500, -(-1000 // piece), 4 if informed else 2)
+    expected = streamed_prediction(hidden, head, 1.3, draws, current=current, piece=piece)
+    got = dense(hidden, head, 1.3, draws.of_walk(size, piece, hidden.device), current=current)
+    for name in ("sample", "other") if informed else ("sample",):
+        assert float((getattr(got, name) == getattr(expected, name)).float().mean()) > 0.99, name
+
+
 @pytest.mark.parametrize("piece", [5, 63, 1000])
 @pytest.mark.parametrize("filters", [None, Filters(top_k=3), Filters(allowed=torch.arange(1000) % 2 == 0)])
 def test_candidates_and_named_logits_equal_the_dense_ones(piece, filters):
@@ -174,6 +188,28 @@ def test_greedy_generation_is_the_same_by_either_way(wide, monkeypatch):
     dense_way = wide.generate(ids, **settings)
     assert len(calls) == 2 and torch.equal(streamed.sequences, dense_way.sequences)
     torch.testing.assert_close(streamed.scores.entropy, dense_way.scores.entropy, atol=1e-3, rtol=1e-3)
+
+
+def look_on(model):
+    return model.lm_head.register_forward_hook(lambda module, inputs, output: None)
+
+
+LOOKS = {"hook": {}, "output_logits": {"output_logits": True, "return_dict_in_generate": True}, "callback": {}}
+
+
+@pytest.mark.parametrize("sampler", ["entropy_bound", "predictor_corrector"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_who_only_looks_at_logits_gets_the_same_tokens(wide, look, sampler):
+    """Whole logits drew other numbers than the walk. On a vocabulary of two pieces; all samples are taken over into the second step."""
+    ids, settings = prompts(2, 9)[0], {"max_new_tokens": 10, "max_denoising_steps": 2, "seed": 3, "sampler": sampler}
+    settings |= {"entropy_bound": 1e6} if sampler == "entropy_bound" else {}
+    streamed, hook = wide.generate(ids, **settings), look_on(wide) if look == "hook" else None
+    if look == "callback":
+        settings |= {"callback_on_step_end": lambda *call: None, "callback_on_step_end_tensor_inputs": ["logits"]}
+    looked = wide.generate(ids, **settings, **LOOKS[look])
+    if hook is not None:
+        hook.remove()
+    assert torch.equal(getattr(looked, "sequences", looked), streamed)
 
 
 def test_logits_that_only_a_whole_distribution_shapes_take_the_dense_way(wide, monkeypatch):

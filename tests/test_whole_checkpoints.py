@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from accelerate import load_checkpoint_in_model
 from safetensors.torch import load_file, save_file
 from small_models import CANVAS, prompts, small_model
 from torch.nn.utils import prune
@@ -51,6 +52,13 @@ def adapt(model):
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
 
 
+def add_bias(model):
+    """Under a name of its own, which nothing reads when it is loaded."""
+    head = torch.nn.Linear(32, 100, dtype=torch.float32, device="cpu")
+    head.weight = model.lm_head.weight
+    model.set_output_embeddings(head)
+
+
 REWRITTEN = {
     "weight norm": (lambda model: weight_norm(model.get_submodule(QUERIES)), rf"{QUERIES}\.weight"),
     "spectral norm": (lambda model: spectral_norm(model.get_submodule(QUERIES)), rf"{QUERIES}\.weight"),
@@ -58,6 +66,11 @@ REWRITTEN = {
     "pruned experts": (lambda model: prune.l1_unstructured(model.model.decoder.layers[0].experts, "down_proj", 0.5), "experts.down_proj"),
     "wrapped": (wrap, rf"lacks {QUERIES}\.weight \(there is {QUERIES}\.base\.weight\)"),
     "compiled layer": (compile_layer, r"model\.decoder\.layers\.1\..* and 20 more"),
+    "bias": (add_bias, "lm_head.bias is to be saved, and a model of this config is loaded without it"),
+    "unscaled embedding": (
+        lambda model: model.set_input_embeddings(torch.nn.Embedding(100, 32)),
+        "is a torch.nn.*Embedding, and its weight",
+    ),
     "adapters by hand": (adapt, "is wrapped by peft"),
 }
 
@@ -99,6 +112,29 @@ def test_adapters_around_quantised_weights_are_not_saved_as_a_model(tmp_path):
     with pytest.raises(ValueError, match="is wrapped by peft"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_state_dict_of_two_weights_for_head_and_embedding_is_refused():
+    """The last of the two counted for both, as where the weights of models are averaged and only one of them is told."""
+    model, expected = small_model(), logits(small_model())
+    one = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    two = {**one, "lm_head.weight": 2 * one["lm_head.weight"]}
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not model\.decoder\.embed_tokens\.weight, and the model holds one weight"):
+        model.load_state_dict(two)
+    assert torch.equal(logits(model), expected)
+    model.load_state_dict(two, assign=True)
+    assert torch.equal(model.lm_head.weight, 2 * model.model.decoder.embed_tokens.weight)
+    other = small_model(1)
+    other.load_state_dict(one)
+    assert torch.equal(logits(other), expected)
+
+
+def test_checkpoint_that_accelerate_loads_fills_head_and_embedding(tmp_path):
+    """It adds the head that the file lacks from the model itself."""
+    small_model().save_pretrained(tmp_path)
+    model = small_model(1)
+    load_checkpoint_in_model(model, tmp_path)
+    assert torch.equal(logits(model), logits(small_model()))
 
 
 def test_state_dict_that_is_no_whole_model_is_not_saved(tmp_path):

@@ -81,12 +81,23 @@ def predict(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | Non
     return Prediction(*whole)
 
 
+def walk_numbers(plan: Plan, dtype: torch.dtype, canvas: torch.Tensor, filters: Filters) -> tuple[tuple[int, ...], int]:
+    """The shape of the numbers that a walk draws for hidden states of a `dtype` and a canvas (B, C), and how many ids share them."""
+    informed, vocab_size = plan.rules.sampler.informed, plan.lengths.vocab_size
+    way = choose_way(dtype, canvas.device, vocab_size, filters.narrow(), plan.rules.greedy, informed)
+    return way.chance_shape(*canvas.shape, vocab_size, informed), way.tile
+
+
 def predict_dense(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs: StepInputs) -> Prediction:
-    """By whole logits. Args: `hidden` `(B, C, D)`, what the canvas pass gave; `current` int64 (B, C), as `dense_prediction` takes it."""
+    """By whole logits; its tokens are those that `predict_streamed` draws, or transformers' (`Draws.of_walk`).
+
+    Args: `hidden` `(B, C, D)`, what the canvas pass gave; `current` int64 (B, C), as `dense_prediction` takes it."""
     raw = model.compute_logits(hidden)  # (B, C, V)
-    rules = plan.rules
+    rules, draws = plan.rules, inputs.draws
     shaped = rules.shaping(raw, inputs.filters, inputs.committed, inputs.guess, inputs.temperature, inputs.remaining)
-    prediction = dense_prediction(shaped, inputs.draws, rules.greedy, current, plan.execution.wanted)
+    if not rules.greedy:
+        draws = draws.of_walk(*walk_numbers(plan, hidden.dtype, inputs.state.canvas, inputs.filters), hidden.device)
+    prediction = dense_prediction(shaped, draws, rules.greedy, current, plan.execution.wanted)
     return prediction._replace(soft_embeds=model.soft_embed(narrowed(shaped, model.dtype)), raw=raw)
 
 
@@ -101,12 +112,11 @@ def predict_streamed(model, plan: Plan, hidden: torch.Tensor, current: torch.Ten
 def draw_step(plan: Plan, draws: Draws, state: CanvasState, filters: Filters, constrained: bool = False) -> DrawnStep:
     """The random numbers of a streamed step; `constrained`: of rows that all must write a text of a language."""
     rules, (batch_size, length), device = plan.rules, state.canvas.shape, state.canvas.device
-    vocab_size, walk = plan.lengths.vocab_size, None
+    walk = None
     if constrained:
         walk = draw_chance(plan, draws, state.canvas)
     elif not rules.greedy:
-        way = choose_way(state.soft_embeds.dtype, device, vocab_size, filters.narrow(), rules.greedy, rules.sampler.informed)
-        walk = draws.uniforms(way.chance_shape(batch_size, length, vocab_size, rules.sampler.informed), device)
+        walk = draws.uniforms(walk_numbers(plan, state.soft_embeds.dtype, state.canvas, filters)[0], device)
     acceptance = draws.uniforms((batch_size, length), device, "acceptance") if rules.sampler.informed else None
     return DrawnStep(walk, draws.noise(rules.noise, (batch_size, length), device), acceptance)
 

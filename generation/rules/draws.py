@@ -4,6 +4,9 @@
 from a seed of its own and the place in the generation: which canvas, which step, and what for. A row's tokens then depend on its own
 seed alone: not on its neighbours, its place, rows that left the batch before, or steps that were computed although the row had
 finished. `DrawnStep` holds the numbers of one step as tensors, drawn before it.
+
+From whole probabilities `BatchDraws` draws tokens as transformers does, `RowDraws` as a walk over the vocabulary would (`WalkDraws`): who
+looks at whole logits gets the tokens that he would have got without, but for rounding.
 """
 
 import hashlib
@@ -18,18 +21,62 @@ from .noise import Noise
 COPY_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the seeds of `num_return_sequences` copies
 
 
-class Draws(Protocol):
+def pick(weights: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """A place int64 (...), drawn in proportion to `weights` (..., W) with uniform numbers `chance` (...); never one of no weight, unless
+    all have none."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[..., -1:]
+    wanted = ((1 - chance.to(weights.dtype))[..., None] * total).clamp_(min=torch.finfo(weights.dtype).tiny)
+    found = torch.searchsorted(cumulative, torch.minimum(wanted, total)).squeeze(-1)
+    return found.clamp_(max=weights.shape[-1] - 1)  # NaN is sorted behind all
+
+
+class TokenDraws(Protocol):
+    """What draws tokens int64 (B, C) from whole probabilities `(B, C, V)`."""
+
+    def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor: ...
+
+
+class Draws(TokenDraws, Protocol):
     """Source of sampled tokens and of noise for the rows that are still computed.
 
     Each number is drawn for a purpose, and two purposes of a step never get the same ones: "tokens" and "other tokens" from whole
     probabilities, "uniforms" of a walk over the vocabulary, "acceptance" of an informed sampler, and the noise.
+
+    `of_walk` draws the tokens of a step from whole probabilities; `shape` is that of the numbers which a walk draws, `tile` the number of
+    ids that share them.
     """
 
     def at(self, canvas_index: int, step: int) -> "Draws": ...
-    def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor: ...
+    def of_walk(self, shape: tuple[int, ...], tile: int, device: torch.device) -> "TokenDraws": ...
     def uniforms(self, shape: tuple[int, ...], device: torch.device, purpose: str = "uniforms") -> torch.Tensor: ...
     def noise(self, noise: Noise, shape: tuple[int, int], device: torch.device) -> torch.Tensor: ...
     def select(self, rows: torch.Tensor) -> "Draws": ...
+
+
+@dataclass(frozen=True, eq=False)
+class WalkDraws:
+    """Tokens drawn from whole probabilities as a walk draws them: tile by tile, each of which takes over from those before it with the
+    probability of its share of the mass so far, and only then draws an id (`vocabulary.sums`).
+
+    `chance` float32 (B, C, tiles, 2 or 4): of each tile whether it takes over, and which id; the second pair of another token than the
+    current one. `tile`: ids of one.
+    """
+
+    chance: torch.Tensor
+    tile: int
+
+    def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor:
+        first = 0 if purpose == "tokens" else 2
+        takes_over, within = self.chance.to(probabilities.device)[..., first : first + 2].unbind(-1)  # (B, C, tiles)
+        vocab_size = probabilities.shape[-1]
+        tile = min(self.tile, vocab_size)
+        tiles = torch.nn.functional.pad(probabilities, (0, -vocab_size % tile)).unflatten(-1, (-1, tile))
+        mass = tiles.sum(dim=-1)
+        numbers = torch.arange(mass.shape[-1], dtype=torch.int64, device=mass.device)
+        last = torch.where(takes_over * mass.cumsum(dim=-1) < mass, numbers, 0).amax(dim=-1, keepdim=True)  # (B, C, 1)
+        weights = tiles.take_along_dim(last[..., None], dim=-2).squeeze(-2)
+        return pick(weights, within.gather(-1, last).squeeze(-1)) + last.squeeze(-1) * tile
 
 
 @dataclass(frozen=True)
@@ -39,6 +86,9 @@ class BatchDraws:
     generator: torch.Generator | None = None
 
     def at(self, canvas_index: int, step: int) -> "BatchDraws":
+        return self
+
+    def of_walk(self, shape: tuple[int, ...], tile: int, device: torch.device) -> "BatchDraws":
         return self
 
     def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor:
@@ -69,6 +119,9 @@ class RowDraws:
     def at(self, canvas_index: int, step: int) -> "RowDraws":
         """The numbers of another place."""
         return replace(self, canvas_index=canvas_index, step=step)
+
+    def of_walk(self, shape: tuple[int, ...], tile: int, device: torch.device) -> WalkDraws:
+        return WalkDraws(self.uniforms(shape, device), tile)
 
     def tokens(self, probabilities: torch.Tensor, purpose: str = "tokens") -> torch.Tensor:
         pairs = zip(probabilities, self._generators(purpose, probabilities.device), strict=True)
@@ -150,4 +203,4 @@ def _draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
     return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
 
 
-__all__ = ["BatchDraws", "DrawnStep", "Draws", "RowDraws", "row_draws"]
+__all__ = ["BatchDraws", "DrawnStep", "Draws", "RowDraws", "TokenDraws", "WalkDraws", "pick", "row_draws"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .draws import Draws
+from .draws import TokenDraws
 
 
 class Wanted(NamedTuple):
@@ -58,13 +58,12 @@ class Prediction(NamedTuple):
 
 
 def dense_prediction(
-    logits: torch.Tensor, draws: Draws, greedy: bool = False, current: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE
+    logits: torch.Tensor, draws: TokenDraws, greedy: bool = False, current: torch.Tensor | None = None, wanted: Wanted = NOTHING_MORE
 ) -> Prediction:
     """What softmax(logits) says, float32 `(B, C, V)`; without `soft_embeds` and `raw`.
 
-    Draws one number a position, as `torch.multinomial` does, and with `current` int64 `(B, C)` one more; `greedy` draws none and
-    takes the most probable tokens. The order and kind of the operations are transformers', so that
-    equal seeds give equal tokens.
+    Draws a token a position, and with `current` int64 `(B, C)` one more; `greedy` draws none and takes the most probable tokens. The order
+    and kind of the operations are transformers', so that with `BatchDraws` equal seeds give equal tokens.
     """
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     argmax = logits.argmax(dim=-1)

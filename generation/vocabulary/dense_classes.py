@@ -8,10 +8,10 @@ N: positions that count of one row, V ids, K classes.
 
 import torch
 
+from ..rules.draws import pick
 from ..rules.prediction import NOTHING_MORE, Prediction, Wanted
 from .classes import Chosen, ClassSums
 from .segments import Order, Orders
-from .sums import pick
 
 
 def dense_sums(shaped: torch.Tensor, orders: Orders, count: int) -> ClassSums:
@@ -52,10 +52,10 @@ def dense_draw(
         sample[row, :count] = argmax[row, :count]
         if chance is not None:
             inside = _of_class(logits, order, chosen.sample[row])
-            sample[row, :count] = pick((inside - inside.amax(dim=-1, keepdim=True)).exp(), chance[row, :count, 2])
+            sample[row, :count] = _drawn((inside - inside.amax(dim=-1, keepdim=True)).exp(), order, chance[row, :count, 1:3])
         if current is not None:
             rest = log_probs.scatter(1, current[row, :count, None], -float("inf"))
-            found = rest.argmax(dim=-1) if chance is None else pick(rest.exp(), chance[row, :count, 4])
+            found = rest.argmax(dim=-1) if chance is None else _drawn(rest.exp(), order, chance[row, :count, 3:5])
             other[row, :count] = torch.where(rest.exp().sum(dim=-1) > 0, found, current[row, :count])
     prediction = Prediction(
         sample=sample, argmax=argmax, log_probs=marginal.gather(-1, argmax[..., None]).squeeze(-1).float(),
@@ -74,6 +74,16 @@ def dense_draw(
 def _of_class(logits: torch.Tensor, order: Order, kinds: torch.Tensor) -> torch.Tensor:
     """Logits (N, V), -inf but for the ids of the classes `kinds` int64 (N,)."""
     return logits.masked_fill(order.classes != kinds[:, None], -float("inf"))
+
+
+def _drawn(weights: torch.Tensor, order: Order, chance: torch.Tensor) -> torch.Tensor:
+    """Ids int64 (N,) in proportion to `weights` (N, V), as the walk draws them by `chance` (N, 2): first a segment, then the id in it."""
+    weights = weights[:, order.ids[: order.alive]]
+    places = torch.arange(order.alive, dtype=torch.int64, device=weights.device)
+    segment = torch.searchsorted(order.begin, places, right=True) - 1
+    mass = weights.new_zeros((len(weights), len(order.begin))).index_add_(1, segment, weights)
+    inside = weights.masked_fill(segment != pick(mass, chance[:, 0])[:, None], 0.0)
+    return order.ids[pick(inside, chance[:, 1])]
 
 
 __all__ = ["dense_draw", "dense_sums"]

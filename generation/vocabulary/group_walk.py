@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..rules.draws import pick
 from .filters import Filters, Threshold, find_threshold, listed
 from .segments import BySegment, Order, Piece, pieces
-from .sums import MASKED, counts_rows, pick
+from .sums import MASKED, counts_rows
 from .walk import leading
 
 LEAST = 2.0**-34  # of a segment's share of a position: a thousand that are left out have together no last bit of float32

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..rules.draws import pick
+
 MASKED = -1e30  # the logit of an id that cannot be: exp gives 0 beside any real logit, and 0 * MASKED is 0, where -inf gives NaN
 
 
@@ -182,14 +184,4 @@ def _draw(
     return _update(sample, chance[:, 0] * mass < piece_mass, lambda rows: pick(exponentials[rows], chance[rows, 1]) + start)
 
 
-def pick(weights: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """A place int64 (N,), drawn in proportion to `weights` (N, W) with uniform numbers `chance` (N,); never one of no weight, unless all
-    have none."""
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    wanted = ((1 - chance.to(weights.dtype))[:, None] * total).clamp_(min=torch.finfo(weights.dtype).tiny)  # above 0, no denormal
-    found = torch.searchsorted(cumulative, torch.minimum(wanted, total)).squeeze(1)
-    return found.clamp_(max=weights.shape[1] - 1)  # NaN is sorted behind all
-
-
-__all__ = ["MASKED", "Running", "Shape", "Workspace", "absorb", "counts_rows", "make_workspace", "pick", "start_running"]
+__all__ = ["MASKED", "Running", "Shape", "Workspace", "absorb", "counts_rows", "make_workspace", "start_running"]

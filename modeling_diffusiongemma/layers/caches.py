@@ -83,6 +83,18 @@ def _check_stored(layer_idx: int, layer, length: int) -> None:
             raise ValueError(f"`cache` stores {stored} keys in layer {layer_idx}; expected {expected}")
 
 
+def check_update(cache: Cache) -> None:
+    """ValueError where somebody else's `update` takes keys and values in: a pass sees new ones as they are, beside those that the layers
+    hold, and not what `update` returns."""
+    for each in (cache, *cache.layers, getattr(cache, "layer_class_to_replicate", None)):
+        update = getattr(each, "update", None)
+        whose = getattr(getattr(update, "__func__", update), "__globals__", {}).get("__name__", "no module")
+        if update is not None and not whose.startswith("transformers."):
+            name = each.__name__ if isinstance(each, type) else type(each).__name__
+            held = "what it returns would not be seen; expected `update` of transformers, and layers that hold what they are given"
+            raise ValueError(f"`cache` is a {type(cache).__name__}, and {name} has an `update` of {whose}: {held}")
+
+
 @dataclass(frozen=True)
 class StoredLayers:
     """The layers of a cache, each read when it is its turn: what a pass appended to a layer before shows."""
@@ -188,4 +200,4 @@ def _dequantize(layer) -> tuple[torch.Tensor, torch.Tensor]:
     return stored[0], stored[1]
 
 
-__all__ = ["OFFLOADED_CACHE", "LayerCache", "StoredLayers", "cached_length", "join"]
+__all__ = ["OFFLOADED_CACHE", "LayerCache", "StoredLayers", "cached_length", "check_update", "join"]

@@ -11,6 +11,7 @@ Imports peft where there is an adapter.
 import os
 from collections.abc import Iterable, Iterator
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
@@ -38,7 +39,7 @@ from .adapter_names import (
 from .divided import is_planned, learns_apart
 
 logger = logging.get_logger(__name__)
-ANEW = ". The model has peft's wrappers now: load it anew"
+WITHOUT = ". The model is without it again; what peft froze stays frozen"
 
 
 def tell(adapter: str, made: str | None, passes: Passes) -> None:
@@ -74,7 +75,7 @@ def wrap(model: nn.Module, adapter: str, config, names: Iterable[str]) -> None:
 
 def wrapped(module: nn.Module, adapter: str) -> set[str]:
     """Names of the wrappers in `module` that hold an adapter."""
-    return {name for name, each in module.named_modules() if is_wrapper(each) and adapter in each._get_available_adapters()}
+    return {name for name, each in nn.Module.named_modules(module) if is_wrapper(each) and adapter in each._get_available_adapters()}
 
 
 def withdraw(module: nn.Module, adapter: str, names: Iterable[str]) -> None:
@@ -86,6 +87,27 @@ def withdraw(module: nn.Module, adapter: str, names: Iterable[str]) -> None:
         wrapper._active_adapter = active
 
 
+def unwrap(model: nn.Module, adapter: str) -> None:
+    """Takes an adapter out of the model, and peft's wrappers off what holds no other."""
+    withdraw(model, adapter, wrapped(model, adapter))
+    found = ((name, each) for name, each in nn.Module.named_modules(model) if is_wrapper(each))
+    empty = [(name, each) for name, each in found if not each._get_available_adapters()]
+    for name, wrapper in reversed(empty):  # of those around each other the inner ones first
+        outer, _, place = name.rpartition(".")
+        inside = filter(None, map(wrapper._modules.get, ("base_layer", "original_module", "token_adapter")))
+        setattr(model.get_submodule(outer), place, next(inside))
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter, None)
+    if "peft_config" in vars(model) and not configs:
+        del model.peft_config
+
+
+def parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter, bool]]:
+    """Where each parameter of a model stands, and whether it learns."""
+    found = ((module, key, each) for module in model.modules() for key, each in module._parameters.items() if each is not None)
+    return [(module, key, each, each.requires_grad) for module, key, each in found]
+
+
 def put_back(model: nn.Module, language_model: nn.Module) -> None:
     """Has the prompt pass enter as it did before an adapter that is refused."""
     block_of(model)[0].encoder.language_model = language_model
@@ -95,17 +117,16 @@ def put_back(model: nn.Module, language_model: nn.Module) -> None:
 
 
 def refuse(model: nn.Module, adapter: str, lost: Iterable[str]) -> None:
-    """Takes an adapter out of the model and raises: keys of it have no place."""
-    withdraw(model, adapter, wrapped(model, adapter))
-    model.peft_config.pop(adapter)
-    if not model.peft_config:
-        del model.peft_config
-    raise ValueError(f"adapter {adapter!r} holds {shown(lost)}; expected keys of modules that it wraps in this model")
+    """Takes an adapter out of the model and raises: keys of it have no place, or another shape than it."""
+    unwrap(model, adapter)
+    expected = "keys of modules that it wraps in this model, in their shapes"
+    raise ValueError(f"adapter {adapter!r} holds {shown(lost)}; expected {expected}{WITHOUT}")
 
 
-def held(model: nn.Module) -> set[str]:
-    """Names of everything that a state dict of `model` can load into."""
-    return {name for found in (model.named_parameters, model.named_buffers) for name, _ in found(remove_duplicate=False)}
+def held(model: nn.Module) -> dict[str, torch.Size]:
+    """Names of everything that a state dict of `model` can load into, and its shape."""
+    found = (model.named_parameters, model.named_buffers)
+    return {name: value.shape for each in found for name, value in each(remove_duplicate=False)}
 
 
 def take_in(model: nn.Module, state_dict: dict, prefix: str) -> None:
@@ -115,14 +136,14 @@ def take_in(model: nn.Module, state_dict: dict, prefix: str) -> None:
     passes are added for the prompt pass where it has modules of its own.
 
     Raises:
-        ValueError: a key that finds no place. The adapter is out of the model again.
+        ValueError: a key that finds no place, or one of another shape. The adapter is out of the model again.
     """
     keys, places = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}, None
     for adapter, config in reversed(list((getattr(model, "peft_config", None) or {}).items())):
         named = {key for key in keys if f".{adapter}." in f"{key}."}
         places = held(model) if places is None else places
         marks = (f".{config.peft_type.value.lower()}_", ".modules_to_save.", ".token_adapter.")
-        unnamed = {key for key in keys - places if any(mark in key for mark in marks) or key.startswith(block_of(model)[1] + PROMPT)}
+        unnamed = {key for key in keys - places.keys() if any(mark in key for mark in marks) or key.startswith(block_of(model)[1] + PROMPT)}
         if not named and not unnamed:
             continue
         passes = Passes(model, named | unnamed)
@@ -137,9 +158,12 @@ def take_in(model: nn.Module, state_dict: dict, prefix: str) -> None:
         for key in unnamed & by_saved_name.keys():
             state_dict[prefix + by_saved_name[key]] = state_dict.pop(prefix + key)
         if made == "one" and passes.is_apart:
-            moved = {passes.moved(key): state_dict[prefix + key] for key in named if passes.moved(key) in places - {key}}
+            moved = {passes.moved(key): state_dict[prefix + key] for key in named if passes.moved(key) in places.keys() - {key}}
             state_dict.update({prefix + key: value.clone() for key, value in moved.items()})
-        if lost := [key for key in named | unnamed if key not in places and key not in by_saved_name]:
+        lost = {key for key in named | unnamed if key not in places and key not in by_saved_name}
+        shapes = {key: tuple(state_dict[prefix + key].shape) for key in named if key in places}
+        lost |= {f"{key} of shape {shape}, not {tuple(places[key])}" for key, shape in shapes.items() if shape != places[key]}
+        if lost:
             put_back(model, entered)
             refuse(model, adapter, lost)
         keys -= named | unnamed
@@ -203,11 +227,14 @@ class AdapterMixin:
         for name, module in super().named_modules(*args, **kwargs):
             if is_wrapper(module):
                 if divided:
-                    refuse_divided(name, ANEW)
+                    for adapter in module._get_available_adapters():
+                        unwrap(self, adapter)
+                    refuse_divided(name, WITHOUT)
                 if trained and learns_apart(module):
+                    unwrap(self, [*configs][-1])
                     raise ValueError(
                         f"`{name}` puts an adapter to be trained into a model that is sharded already; expected one that was put in before "
-                        "`fully_shard` or `accelerator.prepare`, which shard it too: here every process would train its own" + ANEW
+                        "`fully_shard` or `accelerator.prepare`, which shard it too: here every process would train its own" + WITHOUT
                     )
                 fit(module, may_merge)
             yield name, module
@@ -216,13 +243,14 @@ class AdapterMixin:
         """As in transformers. An adapter with a delta for each pass pulls the passes apart, and a line says so.
 
         Raises:
-            ValueError: a key that finds no place; the adapter is not in the model then.
+            ValueError: a key that finds no place, or one of another shape. The model is as it was then.
         """
         if is_planned(self):
             refuse_divided("load_adapter")
         if peft_model_id is not None and os.path.isdir(peft_model_id):
             finish(peft_model_id)
         name = "default" if adapter_name is None else adapter_name
+        adapters, before = set(getattr(self, "peft_config", None) or ()), parameters(self)
         if hasattr(self, "pull_apart") or hasattr(getattr(self, "model", None), "pull_apart"):
             peft_config, adapter_state_dict = self._read_adapter(peft_model_id, peft_config, adapter_state_dict, kwargs)
         if not adapter_state_dict:
@@ -244,6 +272,10 @@ class AdapterMixin:
                 refuse(self, name, info.unexpected_keys)
         except BaseException:
             put_back(self, entered)
+            if name not in adapters:
+                unwrap(self, name)
+            for module, key, parameter, learns in before:
+                module._parameters[key] = parameter.requires_grad_(learns)
             self._hf_peft_config_loaded = bool(getattr(self, "peft_config", None))
             raise
         return info

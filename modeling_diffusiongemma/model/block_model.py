@@ -20,7 +20,7 @@ from generation.cache_names import FIELD, takes_cache
 from generation.call.caches import dynamic_cache
 from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask, readable
 
-from ..layers.caches import cached_length
+from ..layers.caches import cached_length, check_update
 from ..layers.checks import check_cached_shapes, check_patches, refuses_unknown
 from ..layers.configuration import DiffusionGemmaConfig, check_config, routing_settings
 from ..layers.masks import image_numbers
@@ -225,6 +225,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         seen = cached_length(cache, waits=True)
         if cache is not None:
             check_cache(cache, batch_size, seen, length)
+            if not torch.compiler.is_compiling():
+                check_update(cache)
         check_shape("documents", documents, (batch_size, length))
         if documents is not None and (seen or position_ids is None):
             raise ValueError("`documents` is given; expected `position_ids` beside it, and an empty `cache`")

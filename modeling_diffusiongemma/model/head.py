@@ -26,6 +26,7 @@ from ..training.loss import balancing_loss, block_diffusion_loss
 from ..training.objective import Objective
 from ..training.ranks import in_step
 from ..training.score import Score, score_responses
+from ..weights.stored import second_head_in
 from .adapters import take_in
 from .block_model import DiffusionGemmaBlockModel
 from .compiling import compiled_layers
@@ -75,9 +76,17 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """`DiffusionGemmaBlockModel.held_twice`."""
         return self.model.held_twice("model.")
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
+        """As in torch, adapters from elsewhere included (`take_in`).
+
+        Raises:
+            ValueError: head and embedding differ and are one weight here; with `assign=True` they are two from then on.
+        """
         take_in(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        weights = [vars(module)["_parameters"].get("weight") for module in (self.lm_head, self.model.decoder.embed_tokens)]
+        if weights[0] is weights[1] is not None and not local_metadata.get("assign_to_params_buffers"):
+            second_head_in(state_dict, f"{prefix}lm_head.weight", f"{prefix}model.decoder.embed_tokens.weight", weights[0])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def prefill(self, *args, **kwargs):
         """`DiffusionGemmaBlockModel.prefill`."""

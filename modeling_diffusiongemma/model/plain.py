@@ -68,19 +68,19 @@ def why_not_plain(module: nn.Module, kind: type[nn.Linear] | type[ScaledEmbeddin
 
 
 def has_hooks(module: nn.Module, gathering: bool = True) -> bool:
-    """Whether a hook is called when `module`, or one inside of it, is; those by which FSDP2 gathers weights count if `gathering`."""
+    """Whether a hook is called when `module` itself is; those by which FSDP2 gathers weights count if `gathering`."""
     if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks:
         return True
-    hooks = (hook for each in module.modules() for hook in (*each._forward_hooks.values(), *each._forward_pre_hooks.values()))
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(gathering or not str(getattr(hook, "__module__", None)).startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
 def looked_into(module: nn.Module) -> str | None:
     """What there is, inside of a module, that wants to be called as often as it is, and with whole inputs: hooks; or a `forward` that comes
     from no library of modules, which may keep or count what it sees. None where there is nothing."""
-    if has_hooks(module):
-        return "hooks look on"
     for name, each in module.named_modules():
+        if has_hooks(each):
+            return "hooks look on"
         given = vars(each).get("_old_forward", vars(each).get("forward", getattr_static(type(each), "forward", None)))
         if packages := made_by(getattr(given, COMPILED, given)) - PURE:
             return f"`{name or type(each).__name__}` has a `forward` of {', '.join(sorted(packages))}"

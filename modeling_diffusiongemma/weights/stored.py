@@ -37,15 +37,27 @@ def second_stack(names, equal: Callable[[str, str], bool]) -> None:
             )
 
 
+def equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors may be one; at once for one memory."""
+    without_numbers = first.is_meta or second.is_meta
+    return first.shape == second.shape if without_numbers else torch.equal(first, second)
+
+
 def second_stack_in(state_dict: Mapping[str, torch.Tensor]) -> None:
     """ValueError: see `second_stack`."""
+    second_stack(state_dict, lambda one, other: equal(state_dict[one], state_dict[other]))
 
-    def equal(one: str, other: str) -> bool:
-        first, second = state_dict[one], state_dict[other]
-        without_numbers = first.is_meta or second.is_meta
-        return first.shape == second.shape if without_numbers else torch.equal(first, second)  # at once for one memory
 
-    second_stack(state_dict, equal)
+def second_head_in(state_dict: Mapping[str, torch.Tensor], head: str, embedding: str, weight: torch.Tensor) -> None:
+    """ValueError where a state dict holds two weights for a model whose head and embedding are one, `weight`: the last would count for
+    both. What is that weight itself, as accelerate fills a state dict up, is no second one."""
+    given = [state_dict[name] for name in (head, embedding) if name in state_dict]
+    given = [each for each in given if each.data_ptr() != weight.data_ptr()]
+    if len(given) == 2 and not equal(*given):
+        raise ValueError(
+            f"{head} is not {embedding}, and the model holds one weight for both; expected two that are equal, or a model with "
+            "`tie_word_embeddings=False` in its config"
+        )
 
 
 def check_numbers(model: nn.Module, dtypes: Mapping[str, tuple[str, str]]) -> None:
@@ -101,4 +113,4 @@ def check_files(model: nn.Module, files: list[str], mapping: list, quantised: bo
         check_numbers(model, {name: (Path(entry.file).name, entry.dtype) for name, entry in stored.items()})
 
 
-__all__ = ["check_files", "check_pickled", "check_state_dict", "second_stack_in"]
+__all__ = ["check_files", "check_pickled", "check_state_dict", "second_head_in", "second_stack_in"]

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..layers.layers import ScaledEmbedding
+
 UNDO = (
     "`merge_and_unload` or `unload` of peft, `torch.nn.utils.parametrize.remove_parametrizations`, `torch.nn.utils.prune.remove`, and "
     "`module.compile()` instead of `torch.compile(module)`"
@@ -25,11 +27,10 @@ def saved_names(model: nn.Module) -> set[str]:
     return names
 
 
-def missing_names(model: nn.Module, built: type[nn.Module], names: Iterable[str]) -> list[str]:
-    """The weights that a `built`, which is a class, of the model's config has and `names` lack."""
+def expected_names(model: nn.Module, built: type[nn.Module]) -> set[str]:
+    """The weights that a `built`, which is a class, of the model's config has."""
     with torch.device("meta"):
-        expected = built(copy.deepcopy(model.config)).state_dict()
-    return sorted(expected.keys() - set(names))
+        return set(built(copy.deepcopy(model.config)).state_dict())
 
 
 def check_whole(model: nn.Module, built: type[nn.Module], given: Iterable[str] | None, left_out: set[str]) -> None:
@@ -50,14 +51,22 @@ def check_whole(model: nn.Module, built: type[nn.Module], given: Iterable[str] |
         if str(type(weight).__module__).startswith("torchao."):
             raise ValueError(f"{name} is a {type(weight).__name__} of torchao, made by `quantize_`, and no file of weights takes it; "
                              "expected plain weights, or `from_pretrained(..., quantization_config=TorchAoConfig(...))`")  # fmt: skip
-    names = saved_names(model) if given is None else set(given)
-    if missing := [name for name in missing_names(model, built, names) if name not in left_out]:
+    names, expected = saved_names(model) if given is None else set(given), expected_names(model, built)
+    if missing := sorted(expected - names - left_out):
         module = missing[0].rpartition(".")[0]
         found = sorted(name for name in names if name.startswith(f"{module}."))
         instead = f" (there is {found[0]})" if found else ""
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"what is to be saved lacks {missing[0]}{more}{instead}; expected a whole model of its config. What wraps or "
                          f"rewrites a module is taken back by {UNDO}")  # fmt: skip
+    modules = {name.rpartition(".")[0] for name in expected}
+    if more := sorted(name for name in names - expected - left_out if name.rpartition(".")[0] in modules):
+        raise ValueError(f"{more[0]} is to be saved, and a model of this config is loaded without it; expected the weights of its config, "
+                         "or a `state_dict` without what need not come back")  # fmt: skip
+    kind = next(type(each) for name, each in model.named_modules() if name.endswith("decoder.embed_tokens"))
+    if given is None and not issubclass(kind, ScaledEmbedding):
+        scaled = "its weight would be loaded into a ScaledEmbedding, which multiplies rows by the root of their size; expected one of these"
+        raise ValueError(f"`embed_tokens` is a {kind.__module__}.{kind.__qualname__}, and {scaled}")
 
 
 __all__ = ["check_whole"]
