@@ -16,8 +16,12 @@ at a time, a client may ask for as many tokens as it likes, may unload the model
 image from any address that the server reaches. While a model is loaded, or a prompt is cut into tokens, nobody else is answered.
 Put a proxy with authentication and time limits in front of it before you open it to others, or use vLLM.
 
-An answer ends by `stop` (an end of turn, a stop string) or `length` (its tokens are used up, or its `max_time`: OpenAI has no third word);
-`/v1/responses` says nothing of it, as transformers' server does.
+An answer ends by `stop` (an end of turn, a stop string, which is no part of its text) or `length` (its tokens are used up, or its
+`max_time`: OpenAI has no third word); a response is then `incomplete`. A request that nobody waits for any more is given up at its next
+denoising step. What is wrong with one is said with a status, streamed or not, unless its stream has begun.
+
+Sampling: OpenAI's fields, and vLLM's `top_k`, `min_p` and `repetition_penalty`; everything else in `generation_config`, JSON of generation
+settings in a string. Fields that only say who asks and why (`user`, `metadata`, `store`, `name` of a message and the like) change nothing.
 
 The form of an answer: `response_format` (chat completions and completions) and `text` (`/v1/responses`) as OpenAI has them, with
 a JSON schema or any JSON object, and vLLM's `structured_outputs`: one of `json`, `regex`, `choice`, `json_object`, and of our own
@@ -29,8 +33,7 @@ with `enable_thinking`.
 page or the picture as text, or the file in base64, for `generation.Trace.load`. An OpenAI client sends it in `extra_body`. Not with
 `stream`, nor to `/v1/responses`.
 
-`seed` of a request seeds torch for the whole process when the request arrives (transformers does it so): with several requests
-at once only `temperature=0` is reproducible.
+`seed` of a request is `generate`'s: its answer is its own, whatever else is asked at the same time.
 """
 
 import sys

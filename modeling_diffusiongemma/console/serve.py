@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
+import torch
 from transformers import AutoModelForMultimodalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import Modality
@@ -26,10 +27,12 @@ from ..checkpoints import shipped
 from ..model.head import DiffusionGemmaForMaskedBlockLM
 from .arguments import PROGRAM, UsageError, checkpoint_name, integer
 from .placement import add_placement, loading_arguments
+from .serve_answers import REFUSED, Answer, UpToStop, amend, begun, in_form
 from .serve_forms import CHAT, COMPLETION, RESPONSE, take_form
-from .serve_requests import MAX_CHARACTERS, Door, check_chat, error_body
+from .serve_requests import GONE, MAX_CHARACTERS, Door, check_chat, error_body
 
 NEEDED = ("fastapi", "jinja2", "openai", "pydantic", "rich", "uvicorn")
+SAMPLING = ("top_k", "min_p", "repetition_penalty")  # fields of vLLM's requests that are generation settings of the same name
 INSTALL = 'transformers\' server is not installed; expected: pip install -e ".[serve]" in a checkout of this project'
 OUR_OPTIONS = """
 Of this package: --allow NAME, a folder or Hub repository that may be asked for (repeatable; by default the shipped
@@ -43,25 +46,41 @@ For clients you trust: there is neither a key nor a quota.
 
 
 class Ending(Watcher):
-    """Writes into a request's settings why its answer has ended. transformers' server reads it from there: `length` where an answer has
-    `max_new_tokens` tokens, whether or not the last of them ends it, and `stop` where it has fewer, though its time was over."""
+    """Writes into a request's settings why its answer has ended, and ends it where nobody waits for it. transformers' server reads it from
+    there: `length` where an answer has `max_new_tokens` tokens, whether or not the last of them ends it, and `stop` where it has fewer,
+    though its time was over."""
 
-    def __init__(self, settings: GenerationConfig):
-        self.settings = settings
+    def __init__(self, settings: GenerationConfig, answer: Answer):
+        self.settings, self.answer = settings, answer
+
+    def step(self, canvas_index, step, places, state, prediction) -> None:
+        self.answer.go_on()
 
     def commit(self, tokens, lengths, finish_reasons) -> None:
+        self.answer.go_on()
+        self.answer.ended = finish_reasons[0]
         if finish_reasons[0] is not None:
             self.settings.max_new_tokens = None if finish_reasons[0] == "stop" else 0
 
 
 class Body(dict):
     """The body of a request, of which is taken out what transformers' server does not know: `trace`, how its answer brings along the
-    way it came about (`made`, where that has been made), and `constraint`, the language that the answer has. `names`: the fields that
-    were there."""
+    way it came about (`made`, where that has been made), `constraint`, the language that the answer has, and those of `SAMPLING`. `names`:
+    the fields that were there. What is null there is unset here."""
 
     def __init__(self, body: dict[str, Any], form_fields: Collection[str]):
-        super().__init__(body)
+        super().__init__((name, value) for name, value in body.items() if value is not None)
         self.setdefault("stream", False)  # transformers streams a response that does not say
+        if "max_completion_tokens" in self:
+            self["max_tokens"] = self["max_completion_tokens"]  # the one name that transformers 5.17 reads
+        if not self.get("logit_bias", True):
+            self.pop("logit_bias")
+        if "repetition_penalty" in self and "frequency_penalty" in self:
+            raise ValueError("`repetition_penalty` and `frequency_penalty` are both given; expected one of them")
+        self.sampling = {name: self.pop(name) for name in SAMPLING if name in self}
+        stop = self.get("stop", [])
+        self.answer = Answer([stop] if isinstance(stop, str) else stop, GONE.get())
+        self.seed = None
         if self.get("tool_choice") == "none":
             self.pop("tools", None)
         self.trace, self.made = self.pop("trace", None), None
@@ -82,11 +101,25 @@ class Body(dict):
 
 def settings_of(build: Callable, body: Body, model_settings: GenerationConfig, *args, **kwargs) -> GenerationConfig:
     """As a handler's reading of settings, `build`; they carry what else is asked for to where it is answered, in another thread."""
+    ours = isinstance(model_settings, DiffusionGenerationConfig)
+    if ours:  # transformers seeds torch with it, for whoever is answered next as well
+        body.seed = body.pop("seed", None)
     settings = build(body, model_settings, *args, **kwargs)
-    if isinstance(model_settings, DiffusionGenerationConfig):
+    for name, value in body.sampling.items():
+        setattr(settings, name, value)
+    if "logit_bias" in body:  # which transformers reads in chats alone
+        settings.sequence_bias = {(int(token),): bias for token, bias in body["logit_bias"].items()}
+    if (settings.num_return_sequences or 1) != 1 or settings.return_dict_in_generate:
+        raise ValueError(
+            f"`generation_config` has num_return_sequences={settings.num_return_sequences} and "
+            f"return_dict_in_generate={settings.return_dict_in_generate}; expected 1 and false: a request has one answer, its text"
+        )
+    if ours:
         settings.asked = body
     elif body.names:
         raise ValueError(f"`model` is {body['model']!r}, which denoises no canvas of ours; expected none of {body.names}")
+    else:
+        body.answer.stops = ()  # they stay in its text, streamed or not
     return settings
 
 
@@ -95,19 +128,32 @@ async def answer_asked(answer: Callable, form_fields: Collection[str], body: dic
     from fastapi.responses import JSONResponse
 
     response = await answer(asked := Body(body, form_fields), request_id)
-    if asked.trace is None:
+    if asked["stream"]:
+        pieces, announced = response.body_iterator, form_fields is not COMPLETION  # which begins with text
+        response.body_iterator = in_form(await begun(pieces, asked.answer, announced), pieces, asked.answer, form_fields is RESPONSE)
         return response
-    return JSONResponse({**json.loads(response.body), "trace": asked.made}, response.status_code)
+    found = amend(json.loads(response.body), asked.answer)
+    return JSONResponse(found if asked.trace is None else {**found, "trace": asked.made}, response.status_code)
 
 
 def generate_asked(model: DiffusionGemmaForMaskedBlockLM, generation_config: GenerationConfig, **kwargs):
     """`generate` for one request, in our manners: a tensor, and rows of single tokens for the streamer."""
-    asked, watchers = generation_config.__dict__.pop("asked"), [Ending(generation_config)]
+    asked = generation_config.__dict__.pop("asked")
+    watchers, draws = [Ending(generation_config, asked.answer)], {"seed": asked.seed}
     if asked.trace is not None:
         watchers.append(trace := Trace(alternatives=3 if asked.trace == "html" else 0))
-    output = DiffusionGemmaForMaskedBlockLM.generate(
-        model, generation_config=generation_config, watcher=watchers, constraint=asked.constraint, **kwargs
-    )
+    if asked.answer.stops and (streamer := kwargs.get("streamer")) is not None:
+        streamer._enqueue = UpToStop(streamer._enqueue, asked.answer.stops)
+    if asked.seed is not None and getattr(generation_config, "backend", None) == "reference":  # which has no seeds of rows
+        draws = {"generator": torch.Generator(model.device).manual_seed(asked.seed)}
+    try:
+        asked.answer.go_on()
+        output = DiffusionGemmaForMaskedBlockLM.generate(
+            model, generation_config=generation_config, watcher=watchers, constraint=asked.constraint, **draws, **kwargs
+        )
+    except Exception as error:
+        asked.answer.error = error
+        raise
     if asked.trace is not None:
         asked.make(trace, kwargs["tokenizer"])
     return output
@@ -172,7 +218,7 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
 
-    refused = (ValueError, KeyError, TypeError, OSError, TemplateError, RequestValidationError, HTTPException)
+    refused = (*REFUSED, TemplateError, RequestValidationError, HTTPException)
 
     async def refuse(_request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 400 if isinstance(error, refused) else 500)

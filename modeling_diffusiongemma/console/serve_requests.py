@@ -3,8 +3,11 @@
 It knows nothing of transformers: `Door` is an ASGI application around another, and `check_chat` reads plain JSON.
 """
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 MAX_BODY = 32 * 2**20  # bytes; a few photographs
@@ -19,18 +22,24 @@ IGNORED = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "presence_penalty": (0,),
     "tool_choice": ("auto", "none"), "functions": ([],), "function_call": ("auto",), "previous_response_id": (), "background": (False,),
     "modalities": (["text"],), "audio": (), "web_search_options": (), "reasoning_effort": ("none",), "verbosity": ("medium",),
-    "include": ([],), "max_tool_calls": (), "truncation": ("disabled",),
+    "include": ([],), "max_tool_calls": (), "truncation": ("disabled",), "reasoning": ({}, {"effort": "none"}), "conversation": (),
+    "context_management": ([],), "moderation": (), "background_options": (), "access_programs": (), "image": (),
 }  # fmt: skip
+RESPONSES = "/v1/responses"
+SET_HERE = ("add_generation_prompt", "conversation", "load_audio_from_video", "return_dict", "return_tensors", "tokenize", "tools")
 TRACES = ("html", "svg", "safetensors")  # what `trace` of a request may be: how its answer brings along how it came about
 TRACED = ("/v1/chat/completions", "/v1/completions")
 # Types that transformers' server takes for granted, or makes of whatever it gets.
 FORMS = {
     **dict.fromkeys(("chat_template_kwargs", "logit_bias", "stream_options"), (dict, "a JSON object")),
     "tools": (list, "a JSON array"),
-    "stream": (bool, "true or false"),
+    **dict.fromkeys(("stream", "parallel_tool_calls"), (bool, "true or false")),
+    **dict.fromkeys(("generation_config", "instructions"), (str, "a string")),
+    "stop": (str | list, "a string or a list of them"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens", "seed"), (int, "an integer")),
     **dict.fromkeys(("temperature", "top_p", "frequency_penalty"), (int | float, "a number")),
 }
+GONE: ContextVar[threading.Event] = ContextVar("gone")  # of the request that is answered: set when its client has left
 
 
 class Refused(Exception):
@@ -68,10 +77,26 @@ class Door:
                 body = await self.read(receive)
                 if scope["path"] != "/reset":  # the one path without a body
                     self.check(body, scope["path"])
-                receive = again(body, receive)
+                    check_type(dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
+                return await self.attend(body, scope, receive, send)
         except Refused as refusal:
             return await JSONResponse(error_body(*refusal.args), refusal.args[0])(scope, receive, send)
         await self.app(scope, receive, send)
+
+    async def attend(self, body: bytes, scope, receive, send) -> None:
+        """Hands on a request whose body has been read, and sets `GONE` when its client leaves."""
+        GONE.set(gone := threading.Event())
+
+        async def look() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        looking = asyncio.create_task(look())
+        try:
+            await self.app(scope, again(body, receive), send)
+        finally:
+            looking.cancel()
 
     async def read(self, receive) -> bytes:
         """The body. One that is too long is received and dropped, up to a limit: many clients look for no answer before they have
@@ -95,6 +120,10 @@ class Door:
             raise Refused(400, f"the request's body is {type(request).__name__}; expected a JSON object")
         if (length := sum(map(len, texts(request)))) > self.max_characters:
             raise Refused(413, f"the request holds {length:,} characters of text; expected at most {self.max_characters:,}")
+        try:
+            "".join(texts(request)).encode()
+        except UnicodeEncodeError as error:
+            raise Refused(400, f"the request holds {error.object[error.start]!r}, half of a surrogate pair; expected characters") from None
         model = request.get("model")
         if not (isinstance(model, str) or self.pinned and model is None):
             raise Refused(400, f"`model` is {model!r}; expected one of {list(self.models)}")
@@ -106,6 +135,8 @@ class Door:
             if request.get("stream"):
                 raise Refused(400, f"`trace` is {trace!r}, and `stream` is set; expected one of them: a trace is whole when its answer is")
         for name, value in request.items():
+            if isinstance(value, dict):
+                value = {key: item for key, item in value.items() if item is not None or name == "logit_bias"}
             if value is not None and name in IGNORED and value not in IGNORED[name]:
                 raise Refused(400, f"`{name}` is {value!r}, which this server does not honour; expected it unset")
             kind, expected = FORMS.get(name, (object, ""))
@@ -113,8 +144,44 @@ class Door:
                 raise Refused(400, f"`{name}` is {value!r}; expected {expected}")
         if request.get("parallel_tool_calls") is False and request.get("tools"):
             raise Refused(400, "`parallel_tool_calls` is false, which this server does not honour; expected it unset")
-        if "chat_template" in (request.get("chat_template_kwargs") or {}):
+        if "chat_template" in (template := request.get("chat_template_kwargs") or {}):
             raise Refused(400, "`chat_template_kwargs` holds a `chat_template`; expected none: a template is a program")
+        if taken := sorted(set(template) & set(SET_HERE)):
+            raise Refused(400, f"`chat_template_kwargs` holds {taken}; expected none of {SET_HERE}, which the server sets")
+        if wrong := [key for key in request.get("logit_bias") or {} if not key.isdecimal()]:
+            raise Refused(400, f"`logit_bias` has {wrong}; expected token ids")
+        check_settings(request.get("generation_config"))
+        if path == RESPONSES:
+            check_input(request)
+
+
+def check_type(header: str) -> None:
+    """Raises Refused for a body of another type than JSON, as `curl -d` sends it where it is not told."""
+    kind = header.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise Refused(415, f"the request's `Content-Type` is {header!r}; expected application/json")
+
+
+def check_settings(given: str | None) -> None:
+    """Raises Refused where a request's `generation_config` is not JSON of an object."""
+    try:
+        settings = json.loads(given) if given is not None else {}
+    except (RecursionError, ValueError) as error:
+        raise Refused(400, f"`generation_config` is {given[:60]!r}, no JSON ({error}); expected a JSON object in a string") from None
+    if not isinstance(settings, dict):
+        raise Refused(400, f"`generation_config` is {given[:60]!r}; expected a JSON object in a string")
+
+
+def check_input(request: dict[str, Any]) -> None:
+    """Raises Refused for a request to `RESPONSES` of which the server would drop a part, or on whose items it would fail."""
+    given = request.get("input", "")
+    items = given if isinstance(given, list) else []
+    if not isinstance(given, str | list) or not all(isinstance(item, dict) for item in items):
+        raise Refused(400, f"`input` is {str(given)[:60]}; expected a string, or a list of JSON objects")
+    if request.get("prompt") is not None:
+        raise Refused(400, f"`prompt` is {request['prompt']!r}, which this server does not honour; expected it unset")
+    if request.get("instructions") and items and items[0].get("role") == "system":  # which instructions would replace
+        raise Refused(400, "`instructions` and a system message at `input[0]` are both given; expected one of them")
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -180,4 +247,4 @@ def _check_part(part, where: str, images: bool) -> None:
             raise ValueError(f"{where} holds an image at {str(url)[:60]!r}; expected a URL that begins with one of {IMAGE_SOURCES}")
 
 
-__all__ = ["Door", "MAX_CHARACTERS", "check_chat", "error_body"]
+__all__ = ["Door", "GONE", "MAX_CHARACTERS", "Refused", "check_chat", "check_type", "error_body"]
