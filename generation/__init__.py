@@ -2,7 +2,8 @@
 
 from .call.configuration import DiffusionGenerationConfig
 from .constraints.automaton import Automaton
-from .constraints.languages import Choice, JsonSchema, Pins, Regex, Template
+from .constraints.calls import RESPONSE_TEMPLATE
+from .constraints.languages import Choice, JsonSchema, Pins, Regex, Template, ToolCalls
 from .decisions.calibration import Calibration, fit_calibration
 from .decisions.judging import judge
 from .decisions.questions import Decision, Decisions
@@ -27,7 +28,7 @@ __all__ = [
     "AfterCanvas", "AnyOf", "Automaton", "Calibration", "CanvasState", "CanvasStreamer", "Choice", "CommitEvent", "ConfidenceSampler",
     "Constraint", "Decision", "Decisions", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "DiffusionGenerationOutput",
     "EntropyBoundSampler", "Filled", "FixedStepsSampler", "JsonSchema", "MaskNoise", "Never", "Noise", "Pins", "Prediction",
-    "PredictorCorrectorSampler", "Proposal", "Regex", "Revised", "Sampler", "Settled", "StableAndConfident", "StepEvent", "StoppingRule",
-    "TemperatureSchedule", "Template", "TokenScores", "Trace", "UniformNoise", "Wanted", "Watcher", "fit_calibration", "judge",
-    "stream_events", "stream_text",
+    "PredictorCorrectorSampler", "Proposal", "RESPONSE_TEMPLATE", "Regex", "Revised", "Sampler", "Settled", "StableAndConfident",
+    "StepEvent", "StoppingRule", "TemperatureSchedule", "Template", "TokenScores", "ToolCalls", "Trace", "UniformNoise", "Wanted",
+    "Watcher", "fit_calibration", "judge", "stream_events", "stream_text",
 ]  # fmt: skip

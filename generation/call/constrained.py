@@ -13,7 +13,7 @@ from ..constraints.languages import Language
 from .plan import Plan
 from .progress import Progress, start_progress
 
-EXPECTED = "a `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins`, a list with one for each prompt, or a `Constraint`"
+EXPECTED = "a `Regex`, `JsonSchema`, `Choice`, `Template`, `ToolCalls` or `Pins`, a list with one for each prompt, or a `Constraint`"
 
 
 def compile_languages(given: Any, tokenizer, prompts: int, copies: int, vocab_size: int) -> list[Automaton | None]:

@@ -1,17 +1,19 @@
 """From a language over characters to the smallest deterministic automaton over the bytes of UTF-8.
 
 All code points that an expression does not tell apart are one letter, so the automaton over characters is made over some dozens of letters;
-then each of its states is given the states inside of a character that it needs. Knows nothing of tokens.
+then each of its states is given the states inside of a character that it needs. A mark is a letter of its own, written as one of the bytes
+that UTF-8 never holds. Knows nothing of tokens.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .expression import LAST, SURROGATES, Both, Chars, Either, Except, Expression, Join, Repeat
+from .expression import LAST, SURROGATES, Both, Chars, Either, Except, Expression, Join, Mark, Repeat
 from .states import Net, Table, combined, determined, too_large
 
 MOST_BYTE_STATES = 100_000  # those inside of characters included: a set like all letters has about 300 of them a state
+FIRST_MARK = 0xF8  # the byte of mark 0; that of mark 7 is the last
 LEADS = ((0x00, 0x80), (0xC0, 0xE0), (0xE0, 0xF0), (0xF0, 0xF5))  # the first bytes of characters of 1, 2, 3 and 4 bytes
 
 
@@ -42,24 +44,28 @@ def byte_automaton(expression: Expression) -> ByteAutomaton:
     Raises:
         ValueError: the language is empty, or needs too many states.
     """
-    letters, points = _letters(expression)
-    net = Net()
+    letters, points, marks = _letters(expression)
+    count, net = int(points.max()) + 1 + len(marks), Net()
     first = net.state()
-    last = _put(net, expression, letters, int(points.max()) + 1, first)
-    automaton = determined(net, first, last, int(points.max()) + 1)
+    last = _put(net, expression, letters, count, first)
+    automaton = determined(net, first, last, count)
     if not automaton.accepting.any():
         raise ValueError("the constraint accepts no text at all; expected one that does")
-    return _in_bytes(automaton, points)
+    return _in_bytes(automaton, points, marks)
 
 
-def _letters(expression: Expression) -> tuple[dict[Chars, int], np.ndarray]:
-    """The letters of every `Chars` in an expression as a set, and the letter of every code point, (LAST + 1,): 0 for those in none."""
+def _letters(expression: Expression) -> tuple[dict[Chars | Mark, int], np.ndarray, dict[int, int]]:
+    """The letters of every `Chars` and `Mark` in an expression as a set; the letter of every code point, (LAST + 1,): 0 for those in none;
+    and the letters of marks by their place."""
     found: dict[Chars, None] = {}
+    places: set[int] = set()
     waiting = [expression]
     while waiting:
         match waiting.pop():
             case Chars() as some:
                 found[some] = None
+            case Mark(place):
+                places.add(place)
             case Join(inside) | Either(inside):
                 waiting += inside
             case Repeat(body):
@@ -80,13 +86,14 @@ def _letters(expression: Expression) -> tuple[dict[Chars, int], np.ndarray]:
     names = {bytes(len(found)): 0}
     letter = np.array([names.setdefault(column.tobytes(), len(names)) for column in inside.T[:-1]])
     sets = {some: sum(1 << one for one in set(letter[row[:-1]].tolist())) for some, row in zip(found, inside, strict=True)}
-    return sets, np.repeat(letter, np.diff(starts))
+    marks = {place: int(letter.max()) + 1 + order for order, place in enumerate(sorted(places))}
+    return sets | {Mark(place): 1 << one for place, one in marks.items()}, np.repeat(letter, np.diff(starts)), marks
 
 
-def _put(net: Net, expression: Expression, letters: dict[Chars, int], count: int, first: int) -> int:
+def _put(net: Net, expression: Expression, letters: dict[Chars | Mark, int], count: int, first: int) -> int:
     """Adds what leads from the state `first` by the strings of `expression` to the state that is returned."""
     match expression:
-        case Chars():
+        case Chars() | Mark():
             last = net.state()
             if letters[expression]:
                 net.moves[first].append((letters[expression], last))
@@ -109,7 +116,7 @@ def _put(net: Net, expression: Expression, letters: dict[Chars, int], count: int
             last = net.state()
             net.put(both.moves(), both.accepting[1:].tolist(), first, last)
             return last
-    raise TypeError(f"`expression` holds a {type(expression).__name__}; expected Chars, Join, Either, Repeat, Both or Except")
+    raise TypeError(f"`expression` holds a {type(expression).__name__}; expected Chars, Mark, Join, Either, Repeat, Both or Except")
 
 
 def _put_repeat(net: Net, body: Table, least: int, most: int | None, first: int) -> int:
@@ -136,14 +143,14 @@ def _put_repeat(net: Net, body: Table, least: int, most: int | None, first: int)
     return last
 
 
-def _table(expression: Expression, letters: dict[Chars, int], count: int) -> Table:
+def _table(expression: Expression, letters: dict[Chars | Mark, int], count: int) -> Table:
     net = Net()
     first = net.state()
     return determined(net, first, _put(net, expression, letters, count, first), count)
 
 
-def _in_bytes(automaton: Table, points: np.ndarray) -> ByteAutomaton:
-    """An automaton over letters as one over the bytes of the code points with these letters.
+def _in_bytes(automaton: Table, points: np.ndarray, marks: dict[int, int]) -> ByteAutomaton:
+    """An automaton over letters as one over the bytes of the code points with these letters, and those of marks.
 
     Code points are cut as UTF-8 cuts them: blocks of 64 behind one byte before the last, and so on; equal blocks are one. A state inside of
     a character is a state and a block; equal ones are one, so the result is as small as it can be when `automaton` is.
@@ -160,6 +167,8 @@ def _in_bytes(automaton: Table, points: np.ndarray) -> ByteAutomaton:
     lead = np.zeros(256, dtype=np.int64)
     for offset, found, (begin, end) in zip(offsets, heads, LEADS, strict=False):
         lead[begin:end] = offset + found
+    for place, letter in marks.items():
+        lead[FIRST_MARK + place] = letter
     columns = np.zeros((1 + sum(map(len, contents)), 256), dtype=np.int64)
     columns[0] = lead
     columns[1:, 0x80:0xC0] = np.concatenate(contents)
@@ -194,4 +203,4 @@ def _in_bytes(automaton: Table, points: np.ndarray) -> ByteAutomaton:
     return ByteAutomaton(np.concatenate((border, middle)), byte_class.astype(np.uint8), accepting)
 
 
-__all__ = ["ByteAutomaton", "byte_automaton"]
+__all__ = ["FIRST_MARK", "ByteAutomaton", "byte_automaton"]

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .automaton import Automaton, make_automaton
 from .blanks import segments_automaton
 from .characters import byte_automaton
-from .languages import Choice, JsonSchema, Language, Pins, Regex, Template, described
+from .languages import Language, Pins, Template, ToolCalls, described
 from .states import too_large
 from .tokens import Vocabulary, make_vocabulary, token_automaton, token_bytes
 
@@ -51,20 +51,21 @@ def compile_constraint(language: Language, tokenizer: PreTrainedTokenizerBase, v
         ValueError: `language` is none; it accepts no text, or none that the tokens write, and which character is missing; it needs more
             than 200,000 edges; a pinned id is out of range; `tokenizer` decodes in a way that is not known.
     """
-    if not isinstance(language, Regex | JsonSchema | Choice | Template | Pins):
-        raise ValueError(f"`constraint` is {language!r}; expected a Regex, JsonSchema, Choice, Template or Pins")
+    if not isinstance(language, Language):
+        raise ValueError(f"`constraint` is {language!r}; expected a Regex, JsonSchema, Choice, Template, ToolCalls or Pins")
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise ValueError(f"`vocab_size` is {vocab_size!r}; expected a positive integer")
     known = _known(tokenizer, vocab_size)
+    vocabulary = _marked(known.vocabulary, language, tokenizer) if isinstance(language, ToolCalls) else known.vocabulary
     if not cache:
-        return _compile(language, known.vocabulary)
+        return _compile(language, vocabulary)
     versions = (FORMAT, unicodedata.unidata_version, str(sys.version_info[:2]))
-    name = sha256("\n".join((*versions, known.vocabulary.fingerprint, described(language))).encode()).hexdigest()
+    name = sha256("\n".join((*versions, vocabulary.fingerprint, described(language))).encode()).hexdigest()
     if name not in known.automata:
         path = cache_folder() / f"{name}.safetensors"
         found = _read(path, name, vocab_size)
         if found is None:
-            found = _compile(language, known.vocabulary)
+            found = _compile(language, vocabulary)
             _write(path, name, found)
         while len(known.automata) >= KEPT:
             known.automata.pop(next(iter(known.automata)), None)
@@ -99,6 +100,14 @@ def _known(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> _Known:
     if key not in of_tokenizer:
         of_tokenizer[key] = _Known(make_vocabulary(token_bytes(tokenizer)).of_size(vocab_size))
     return of_tokenizer[key]
+
+
+def _marked(vocabulary: Vocabulary, language: ToolCalls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """The vocabulary with the marks of a language, as far as the tokenizer has them."""
+    ids = {mark: tokenizer.backend_tokenizer.token_to_id(mark) for mark in language.marks}
+    if missing := [mark for mark in language.demanded_marks if ids[mark] is None or ids[mark] >= len(vocabulary.starts) - 1]:
+        raise ValueError(f"`tokenizer` has no tokens {missing}; expected those that a call of a tool is written with")
+    return vocabulary.marked({token: place for place, token in enumerate(ids.values()) if token is not None})
 
 
 def _compile(language: Language, vocabulary: Vocabulary) -> Automaton:

@@ -19,6 +19,13 @@ class Chars:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """One special token, by its place among the `marks` of its language; it writes no character."""
+
+    place: int
+
+
+@dataclass(frozen=True)
 class Join:
     """One of each, in this order; of none: the empty string."""
 
@@ -57,7 +64,7 @@ class Except:
     right: "Expression"
 
 
-Expression: TypeAlias = Chars | Join | Either | Repeat | Both | Except
+Expression: TypeAlias = Chars | Mark | Join | Either | Repeat | Both | Except
 
 EMPTY, NOTHING = Join(()), Either(())
 
@@ -94,6 +101,6 @@ def text(string: str) -> Join:
 
 
 __all__ = [
-    "ANY", "EMPTY", "LAST", "NOTHING", "SURROGATES", "Both", "Chars", "Either", "Except", "Expression", "Join", "Repeat", "chars",
-    "outside", "text",
+    "ANY", "EMPTY", "LAST", "NOTHING", "SURROGATES", "Both", "Chars", "Either", "Except", "Expression", "Join", "Mark", "Repeat",
+    "chars", "outside", "text",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .blanks import Blank
+from .calls import AUTO, MARKS, calls_expression, read_tools
 from .characters import byte_automaton
 from .expression import Either, Expression
 from .expression import text as just
@@ -283,7 +284,50 @@ class Pins:
         return ["pins", torch.where(self.mask, self.ids, -1).tolist()]
 
 
-Language: TypeAlias = Regex | JsonSchema | Choice | Template | Pins
+@dataclass(frozen=True)
+class ToolCalls:
+    """The answers that call tools as the released model does, with arguments that fit their schemas: text, and then calls.
+
+    Args:
+        tools: as chat templates take them: mappings like `{"type": "function", "function": {"name", "parameters"}}`, or functions with
+            type hints and a docstring.
+        choice: "auto": an answer may call some, or none; "required": it is at least one call, without text; or the name of one that is
+            called so.
+        parallel: whether there may be several calls in an answer.
+        thought: whether a thought may come first, if the tokenizer has the marks around one.
+        depth: as that of `JsonSchema`.
+
+    Raises:
+        ValueError: something else; parameters that are no schema, or hold what a `JsonSchema` refuses; the name of an argument that cannot
+            stand bare.
+    """
+
+    tools: Any = field(hash=False)
+    choice: str = AUTO
+    parallel: bool = True
+    thought: bool = True
+    depth: int = 3
+
+    marks = MARKS
+    demanded_marks = MARKS[:3]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tools", read_tools(self.tools))
+        for name in ("parallel", "thought"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected True or False")
+        self.expression()
+
+    def expression(self) -> Expression:
+        """As a language over characters and marks."""
+        return calls_expression(self.tools, self.choice, self.parallel, self.thought, self.depth)
+
+    def description(self) -> list:
+        """All that makes it what it is, as JSON."""
+        return ["calls", self.tools, self.choice, self.parallel, self.thought, self.depth]
+
+
+Language: TypeAlias = Regex | JsonSchema | Choice | Template | ToolCalls | Pins
 
 
 def described(language: Language) -> str:
@@ -291,4 +335,4 @@ def described(language: Language) -> str:
     return json.dumps(language.description(), ensure_ascii=True, separators=(",", ":"))
 
 
-__all__ = ["Choice", "JsonSchema", "Language", "Pins", "Regex", "Template", "described"]
+__all__ = ["Choice", "JsonSchema", "Language", "Pins", "Regex", "Template", "ToolCalls", "described"]

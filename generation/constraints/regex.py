@@ -17,7 +17,24 @@ from itertools import chain
 from re import _constants as codes
 from re import _parser as parser
 
-from .expression import ANY, EMPTY, LAST, NOTHING, SURROGATES, Both, Chars, Either, Except, Expression, Join, Repeat, chars, outside, text
+from .expression import (
+    ANY,
+    EMPTY,
+    LAST,
+    NOTHING,
+    SURROGATES,
+    Both,
+    Chars,
+    Either,
+    Except,
+    Expression,
+    Join,
+    Mark,
+    Repeat,
+    chars,
+    outside,
+    text,
+)
 
 LARGEST = 10_000  # characters that a pattern may stand for, repetitions written out: beyond, its automaton is larger than any canvas needs
 
@@ -252,7 +269,7 @@ def either(options: Iterable[Expression]) -> Expression:
 def nullable(expression: Expression) -> bool:
     """Whether the empty string is of the language."""
     match expression:
-        case Chars():
+        case Chars() | Mark():
             return False
         case Join(inner):
             return all(map(nullable, inner))
@@ -272,7 +289,7 @@ def expanded(expression: Expression, known: dict[int, int] | None = None) -> int
     if id(expression) in known:
         return known[id(expression)]
     match expression:
-        case Chars():
+        case Chars() | Mark():
             size = 1
         case Join(inner) | Either(inner):
             size = sum(expanded(each, known) for each in inner)

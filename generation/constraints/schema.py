@@ -31,7 +31,7 @@ GAPS = {
     "spaced": (text(", "), text(": "), EMPTY),
     "any": (joined(SPACES, text(","), SPACES), joined(SPACES, text(":"), SPACES), SPACES),
 }
-ANY_STRING = json_string(Repeat(ANY, 0, None))
+ANY_TEXT = Repeat(ANY, 0, None)
 
 
 def schema_expression(schema: Any, *, whitespace: str | None = None, depth: int = 3) -> Expression:
@@ -55,12 +55,17 @@ def schema_expression(schema: Any, *, whitespace: str | None = None, depth: int 
     """
     if whitespace not in GAPS:
         raise ValueError(f"`whitespace` is {whitespace!r}; expected None, 'compact', 'spaced' or 'any'")
+    return written(schema, Writer, whitespace, depth)
+
+
+def written(schema: Any, writer: type["Writer"], whitespace: str | None, depth: int) -> Expression:
+    """The texts in which a kind of writer writes a schema's values; as `schema_expression`, which is one for JSON."""
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 0:
         raise ValueError(f"`depth` is {depth!r}; expected an integer of at least 0")
     root = read_schema(schema)
     reading = Reading(root, depth)
     try:
-        found = _Writer(reading, *GAPS[whitespace]).value((Placed(root, "$"),), ("#",))
+        found = writer(reading, *GAPS[whitespace]).value((Placed(root, "$"),), ("#",))
     except RecursionError as error:
         raise ValueError(f"`schema` is nested deeper than Python calls functions, with `depth` {depth}; expected less") from error
     if found == NOTHING:
@@ -76,11 +81,27 @@ def schema_expression(schema: Any, *, whitespace: str | None = None, depth: int 
 
 
 @dataclass(frozen=True)
-class _Writer:
+class Writer:
+    """How JSON writes values; another form says otherwise what a string is, what a name, and in which order these come."""
+
     reading: Reading
     comma: Expression
     colon: Expression
     inside: Expression
+
+    def quoted(self, decoded: Expression) -> Expression:
+        """How the strings of a language are written."""
+        return json_string(decoded)
+
+    def name(self, name: str) -> Expression:
+        return self.quoted(text(name))
+
+    def other_name(self, known: Expression) -> Expression:
+        """Any name but these."""
+        return self.quoted(ANY_TEXT if known == NOTHING else Except(ANY_TEXT, known))
+
+    def ordered(self, properties: dict[str, Any]) -> dict[str, Any]:
+        return properties
 
     def value(self, given: tuple[Placed, ...], entered: tuple[str, ...]) -> Expression:
         """The texts of the values that all these schemas allow; nothing where there are none within the depth."""
@@ -100,14 +121,16 @@ class _Writer:
         if isinstance(value, list):
             return self.listed("[", "]", [self.literal(each, path) for each in value])
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return self.listed("{", "}", [self.pair(key, self.literal(each, path)) for key, each in value.items()])
+            return self.listed("{", "}", [self.pair(key, self.literal(each, path)) for key, each in self.ordered(value).items()])
+        if isinstance(value, str):
+            return self.quoted(text(value))
         try:
             return text(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`schema` holds {value!r} at {path}, which JSON cannot write: {error}") from error
 
     def pair(self, key: str, value: Expression) -> Expression:
-        return joined(text(json.dumps(key, ensure_ascii=False)), self.colon, value)
+        return joined(self.name(key), self.colon, value)
 
     def listed(self, begin: str, end: str, items: list[Expression]) -> Expression:
         row = [piece for item in items for piece in (self.comma, item)][1:]
@@ -117,10 +140,10 @@ class _Writer:
         return joined(text(begin), self.inside, row, self.inside, text(end))
 
     def any_value(self, simple: Simple) -> Expression:
-        scalar = either([ANY_STRING, NUMBER, text("true"), text("false"), text("null")])
+        scalar = either([self.quoted(ANY_TEXT), NUMBER, text("true"), text("false"), text("null")])
         found = scalar
         for _ in range(self.reading.depth):
-            row, pairs = (self.repeated(each) for each in (found, joined(ANY_STRING, self.colon, found)))
+            row, pairs = (self.repeated(each) for each in (found, joined(self.other_name(NOTHING), self.colon, found)))
             lists = [self.enclosed("[", row, "]"), self.listed("[", "]", [])]
             found = either([scalar, *lists, self.enclosed("{", pairs, "}"), self.listed("{", "}", [])])
         return found
@@ -138,7 +161,7 @@ class _Writer:
         decoded = found[0]
         for language in found[1:]:
             decoded = Both(decoded, language)
-        return json_string(decoded)
+        return self.quoted(decoded)
 
     def integer(self, simple: Simple) -> Expression:
         (least, above), (most, below) = _bounds(simple)
@@ -189,7 +212,7 @@ class _Writer:
         return either([empty, self.enclosed("[", found, "]")])
 
     def object(self, simple: Simple) -> Expression:
-        properties, required = simple.get("properties", {}), simple.get("required", [])
+        properties, required = self.ordered(simple.get("properties", {})), simple.get("required", [])
         if "properties" not in simple.keywords and "additionalProperties" not in simple.keywords:
             raise ValueError(f"`schema` names no properties at {simple.path}; expected them, or `additionalProperties`: true for any")
         for name in required:
@@ -197,9 +220,7 @@ class _Writer:
                 raise ValueError(f"`schema` demands {name!r} at {simple.path}.required, which is none of its `properties`")
         items = [(self.pair(name, self.value(given, simple.entered)), name in required) for name, given in properties.items()]
         if (others := simple.get("additionalProperties")) is not None:
-            known = either(map(text, properties))
-            name = ANY_STRING if known == NOTHING else json_string(Except(Repeat(ANY, 0, None), known))
-            other = joined(name, self.colon, self.value(others, simple.entered))
+            other = joined(self.other_name(either(map(text, properties))), self.colon, self.value(others, simple.entered))
             items.append((NOTHING if other == NOTHING else self.repeated(other), False))
         items = [(item, demanded) for item, demanded in items if demanded or item != NOTHING]
         if (first := next((place for place, (_, demanded) in enumerate(items) if demanded), None)) is None:
@@ -224,12 +245,12 @@ class _Writer:
 
 
 WRITERS = {
-    None: _Writer.any_value,
-    "string": _Writer.string,
-    "integer": _Writer.integer,
-    "number": _Writer.number,
-    "array": _Writer.array,
-    "object": _Writer.object,
+    None: Writer.any_value,
+    "string": Writer.string,
+    "integer": Writer.integer,
+    "number": Writer.number,
+    "array": Writer.array,
+    "object": Writer.object,
     "boolean": lambda writer, simple: either([text("true"), text("false")]),
     "null": lambda writer, simple: text("null"),
 }
@@ -251,4 +272,4 @@ def _bounds(simple: Simple) -> tuple[tuple[Decimal | None, bool], tuple[Decimal 
     return least, most
 
 
-__all__ = ["GAPS", "LARGEST", "schema_expression"]
+__all__ = ["ANY_TEXT", "GAPS", "LARGEST", "Writer", "schema_expression", "written"]

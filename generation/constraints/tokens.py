@@ -7,7 +7,7 @@ of 20 fields has some hundred functions for 262,144 ids, and the table of states
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .automaton import Automaton, make_automaton
-from .characters import ByteAutomaton
+from .characters import FIRST_MARK, ByteAutomaton
 from .states import merged, spans, too_large
 
 MOST_PLACES = 20_000_000  # states that functions lead from, all together: a third of a GB
@@ -44,6 +44,22 @@ class Vocabulary:
         starts = self.starts[: vocab_size + 1]
         starts = np.concatenate((starts, np.full(vocab_size + 1 - len(starts), starts[-1], dtype=np.int64)))
         return Vocabulary(self.data[: starts[-1]], starts)
+
+    def marked(self, marks: Mapping[int, int]) -> "Vocabulary":
+        """With some ids, whose places among a language's marks are given, written as the bytes of these; no other id is."""
+        held = np.concatenate(([0], (self.data >= FIRST_MARK).cumsum()))
+        stripped = held[self.starts[1:]] > held[self.starts[:-1]]  # ids that write no text by themselves, in any way
+        stripped[list(marks)] = True
+        lengths = np.where(stripped, 0, self.starts[1:] - self.starts[:-1])
+        kept = np.repeat(~stripped, self.starts[1:] - self.starts[:-1])
+        lengths[list(marks)] = 1
+        starts = np.concatenate(([0], lengths.cumsum()))
+        data = np.zeros(starts[-1], dtype=np.uint8)
+        of_mark = starts[list(marks)]
+        text = np.ones(len(data), dtype=bool)
+        text[of_mark] = False
+        data[text], data[of_mark] = self.data[kept], FIRST_MARK + np.array([*marks.values()])
+        return Vocabulary(data, starts)
 
 
 def make_vocabulary(tokens: Iterable[bytes | None]) -> Vocabulary:
