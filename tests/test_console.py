@@ -230,7 +230,7 @@ def folders(tmp_path_factory):
 WRONG = {  # command line, with {} for the folders above: what standard error must say
     "": "COMMAND",
     "paint": "'paint'",
-    "generate hello --model nothing": "'nothing' is no checkpoint; expected one of ['decisions', 'sudoku', 'text'], a folder, or a Hub",
+    "generate hello --model nothing": "'nothing' is no checkpoint; expected one of ['decisions', 'sudoku', 'text', 'tools'], a folder",
     "generate hello --model {}/no_config": "has no config.json",
     "generate hello --model {}/other_model": "`model_type` 'llama'; expected 'diffusion_gemma'",
     "info --model {}/broken_config": "is not a JSON object",

@@ -27,7 +27,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from generation import Trace
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.console.main import main as console
-from modeling_diffusiongemma.console.serve import loading_as
+from modeling_diffusiongemma.console.serve import loading_as, read_checked
 from modeling_diffusiongemma.console.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
 from modeling_diffusiongemma.serve import main
 from modeling_diffusiongemma.weights.fp8 import FP8Experts
@@ -176,13 +176,20 @@ BAD = {
     "unknown argument": ({"messages": CHAT, "generation_config": '{"canvas": 4}'}, "unknown generation arguments"),
     "calls that are no list": ({"messages": [*CHAT, {"role": "assistant", "tool_calls": "abc"}]}, "`tool_calls` of `messages[1]` is 'abc'"),
     "call without arguments": ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "`tool_calls`"),
+    "call of no JSON": ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "an object"),
     "tokens as text": ({"messages": CHAT, "max_tokens": "64"}, "`max_tokens` is '64'; expected an integer"),
     "words for a number": ({"messages": CHAT, "temperature": "hot"}, "`temperature` is 'hot'; expected a number"),
     "a flag for a number": ({"messages": CHAT, "seed": True}, "`seed` is True; expected an integer"),
     "sound": ({"messages": CHAT, "modalities": ["audio"]}, "`modalities` is ['audio']"),
     "effort": ({"messages": CHAT, "reasoning_effort": "high"}, "`reasoning_effort` is 'high'"),
-    "a call that must be": ({"messages": CHAT, "tools": [TOOL], "tool_choice": "required"}, "`tool_choice` is 'required'"),
-    "one call alone": ({"messages": CHAT, "tools": [TOOL], "parallel_tool_calls": False}, "`parallel_tool_calls` is false"),
+    "a call that must be": (
+        {"messages": CHAT, "tools": [TOOL], "tool_choice": "required"},
+        "`tools` are given, and the chat template of this model",
+    ),
+    "one call alone": (
+        {"messages": CHAT, "tools": [TOOL], "parallel_tool_calls": False},
+        "`tools` are given, and the chat template of this model",
+    ),
     "two answers": ({"messages": CHAT, "n": 2}, "`n` is 2"),
     "probabilities": ({"messages": CHAT, "logprobs": True}, "`logprobs` is True"),
     "list of biases": ({"messages": CHAT, "logit_bias": [1]}, "`logit_bias` is [1]"),
@@ -274,7 +281,7 @@ def test_body_longer_than_it_says_is_cut_off(address):
 def test_models_are_those_that_may_be_asked_for(client):
     """Without a cache folder the list was an internal error."""
     shipped = [default_checkpoint(name) for name in ("decisions", "sudoku")]
-    assert [model.id for model in client.models.list()] == [*shipped, MODEL]
+    assert [model.id for model in client.models.list()] == [*shipped, MODEL, default_checkpoint("tools")]
 
 
 def test_tools_that_may_not_be_called_are_not_shown(client):
@@ -313,6 +320,18 @@ def test_chat_in_a_terminal(address):
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "2052-10-02" in ended.stdout and "11 tokens in" in ended.stdout
+
+
+def test_what_is_said_beside_a_call_stays_in_the_history():
+    """transformers drops it."""
+    pytest.importorskip("fastapi", reason=NEEDS)
+    from transformers.cli.serving.utils import BaseHandler, Modality
+
+    calls = [{"function": {"name": "f", "arguments": '{"a": 1}'}}]
+    history = [*CHAT, {"role": "assistant", "content": "So I call.", "tool_calls": calls}, {"role": "assistant", "tool_calls": calls}]
+    _, said, silent = read_checked(BaseHandler.get_processor_inputs_from_messages, history, Modality.LLM)
+    assert said["content"] == "So I call." and said["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    assert silent["content"] == "" and "tool_calls" in silent
 
 
 GOOD_CHATS = [
@@ -387,7 +406,7 @@ def test_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path):
         main([str(tmp_path)])
 
 
-@pytest.mark.parametrize("name", ["text", "sudoku", "decisions"])
+@pytest.mark.parametrize("name", ["text", "sudoku", "decisions", "tools"])
 def test_shipped_tokenizer_is_its_processor(name):
     """The server loads AutoProcessor, which looked for Gemma 4's image processor."""
     path = default_checkpoint(name)

@@ -13,6 +13,7 @@ import pytest
 from servers import CHAT, MODEL, client_of, served
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.console.serve_forms import CHAT as CHAT_FIELDS
 from modeling_diffusiongemma.console.serve_forms import COMPLETION, RESPONSE, take_form
 
@@ -141,6 +142,66 @@ def test_model_of_another_kind_is_asked_for_no_form(tmp_path):
             asked(response_format={"type": "json_object"})
 
 
+TOOLS_MODEL, REMIND = default_checkpoint("tools"), [{"role": "user", "content": "Remind me in 25 minutes."}]
+
+
+def tool(name, strict=False, **properties):
+    parameters = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": strict}}
+
+
+TIMER = {"minutes": {"type": "integer", "minimum": 10, "maximum": 99}, "sound": {"enum": ["bell", "horn"]}}
+CALLABLE = [tool("set_timer", **TIMER), tool("stop")]
+BELLS = {"minutes", "sound"}
+HOT = {"max_tokens": 64, "temperature": 3.0, "seed": 1}  # so that nothing fits by itself
+
+
+def fits(name, arguments):
+    arguments = json.loads(arguments)
+    return name == "set_timer" and arguments.keys() == BELLS and 10 <= arguments["minutes"] <= 99 or name == "stop" and not arguments
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "set_timer"}}])
+def test_demanded_call_is_made(client, choice):
+    asked = {"model": TOOLS_MODEL, "messages": REMIND, "tools": CALLABLE, "tool_choice": choice, **HOT}
+    answer = client.chat.completions.create(**asked).choices[0]
+    calls = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls]
+    assert answer.finish_reason == "tool_calls" and not answer.message.content and all(fits(*call) for call in calls)
+    assert choice == "required" or {name for name, _ in calls} == {"set_timer"}
+    pieces = [piece.choices[0] for piece in client.chat.completions.create(stream=True, **asked)]
+    streamed = [call.function for piece in pieces for call in piece.delta.tool_calls or ()]
+    assert [(call.name, call.arguments) for call in streamed] == calls and pieces[-1].finish_reason == "tool_calls"
+    flat = [{"type": "function", **each["function"]} for each in CALLABLE]
+    chosen = choice if choice == "required" else {"type": "function", "name": "set_timer"}
+    response = client.responses.create(model=TOOLS_MODEL, input=REMIND[0]["content"], tools=flat, tool_choice=chosen, max_output_tokens=64)
+    made = [part for part in response.output if part.type == "function_call"]
+    assert made and all(fits(call.name, call.arguments) for call in made)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strict_function_is_called_as_its_schema_says_or_not_at_all(client, seed):
+    given = {"model": TOOLS_MODEL, "messages": REMIND, **HOT, "seed": seed}
+    answer = client.chat.completions.create(tools=[tool("set_timer", strict=True, **TIMER)], **given).choices[0].message
+    assert all(fits(call.function.name, call.function.arguments) for call in answer.tool_calls or ())
+    alone = client.chat.completions.create(tools=CALLABLE, tool_choice="required", parallel_tool_calls=False, **given)
+    assert len(alone.choices[0].message.tool_calls) == 1
+
+
+def test_conversation_goes_on_behind_a_call(client):
+    call = {"id": "one", "type": "function", "function": {"name": "set_timer", "arguments": '{"minutes": 25, "sound": "bell"}'}}
+    history = [*REMIND, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "one", "content": "blue mugs 12"}]
+    answer = client.chat.completions.create(model=TOOLS_MODEL, messages=history, tools=CALLABLE, max_tokens=32, temperature=0)
+    assert answer.choices[0].message.content == "blue mugs 12" and answer.choices[0].finish_reason == "stop"
+
+
+def test_snippet_of_the_page_of_calls_runs(client, capsys):
+    page = (Path(__file__).parents[1] / "docs/tool_calls.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    exec(snippet.replace("http://127.0.0.1:8001/v1", str(client.base_url)), {"path": TOOLS_MODEL, "TOOLS": CALLABLE})
+    name, arguments = capsys.readouterr().out.split(" ", 1)
+    assert fits(name, arguments)
+
+
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "day", "schema": Day.model_json_schema(), "strict": True}}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 BAD = {
@@ -164,6 +225,16 @@ BAD = {
     "brace": ({"structured_outputs": {"template": "{a"}}, "single '{'"),
     "two forms": ({"response_format": SCHEMA, "structured_outputs": {"regex": "a"}}, "both given"),
     "tools": ({"response_format": SCHEMA, "tools": TOOLS}, "`tools` and `response_format` are both given"),
+    "tool choice of no kind": ({"tools": TOOLS, "tool_choice": "any"}, "`tool_choice` is 'any'; expected"),
+    "allowed tools": ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "`tool_choice` is {'type': 'allowed_tools'}"),
+    "choice of none": ({"tool_choice": "required"}, "`tool_choice` demands a call ('required'), and there are no `tools`"),
+    "choice of another": (
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "`choice` is 'g'; expected 'auto', 'required' or",
+    ),
+    "strict without an end": (
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}}}]},
+        "`tools` has 'f', whose parameters make no language",
+    ),
     "a thought": ({"response_format": SCHEMA, "chat_template_kwargs": {"enable_thinking": True}}, "`enable_thinking` and"),
 }  # fmt: skip
 
@@ -184,6 +255,7 @@ def test_wrong_form_is_refused_with_its_field(name):
         ({"suffix": "", "structured_outputs": None}, COMPLETION, None),
         ({"text": {"format": {"type": "text"}}}, RESPONSE, None),
         ({"text": {}}, RESPONSE, None),
+        ({"tool_choice": "auto"}, CHAT_FIELDS, None),
     ],
 )
 def test_fields_of_a_form_are_taken_out(body, fields, field):

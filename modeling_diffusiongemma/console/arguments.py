@@ -107,7 +107,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """What every command takes."""
     parser.add_argument(
         "--model", type=checkpoint_name, default="text", metavar="NAME",
-        help="'text', 'sudoku' or 'decisions' (shipped), a folder, or a Hub repository owner/name (default: text)",
+        help="'text', 'sudoku', 'decisions' or 'tools' (shipped), a folder, or a Hub repository owner/name (default: text)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
 

@@ -20,12 +20,18 @@ def named(given: str) -> tuple[str, str]:
     return name, value
 
 
-def add_constraint(parser: argparse.ArgumentParser) -> None:
-    """Of an answer: one of three."""
+def add_constraint(parser: argparse.ArgumentParser, tools: bool = False) -> None:
+    """Of an answer: one of three, or the `tools` that it may call."""
+    parser.set_defaults(tools=None, tool_choice=None)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--regex", type=words, metavar="PATTERN", help="the whole answer matches this regular expression")
     group.add_argument("--choices", type=words, nargs="+", metavar="TEXT", help="the answer is one of these; write prompts before them")
     group.add_argument("--schema", metavar="FILE", help="the answer is JSON that fits this JSON schema")
+    if not tools:
+        return
+    group.add_argument("--tools", metavar="FILE", help="the answer may call these functions, a JSON list as chat templates take them")
+    choice = "'auto' (default): calls or none; 'required': at least one; or the name of the one to call"
+    parser.add_argument("--tool-choice", type=words, metavar="NAME", help=f"with --tools: {choice}")
 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +47,12 @@ def hint_at_choices(args: argparse.Namespace) -> str:
     return "" if args.choices is None else WORDS_TAKEN
 
 
-def read_schema_file(name: str) -> Any:
+def read_json_file(name: str, what: str = "a JSON schema") -> Any:
     try:
         with open(name, encoding="utf-8-sig") as file:
             return json.load(file)
     except (OSError, RecursionError, ValueError) as error:
-        raise UsageError(f"it is {name!r}: {error}; expected a file with a JSON schema") from error
+        raise UsageError(f"it is {name!r}: {error}; expected a file with {what}") from error
 
 
 def make(argument: str, language: Callable, *given: Any, **fields: Any):
@@ -59,13 +65,18 @@ def make(argument: str, language: Callable, *given: Any, **fields: Any):
 
 def constraint_of(args: argparse.Namespace):
     """The language that `add_constraint`'s arguments ask for; None where they ask for none."""
-    from generation.constraints.languages import Choice, JsonSchema, Regex
+    from generation.constraints.languages import Choice, JsonSchema, Regex, ToolCalls
 
+    if args.tool_choice is not None and args.tools is None:
+        raise UsageError(f"`--tool-choice` is {args.tool_choice!r} without `--tools`; expected the tools that may be called")
+    if args.tools is not None:
+        choice = args.tool_choice or "auto"
+        return make("`--tools`", lambda name: ToolCalls(read_json_file(name, "a JSON list of functions"), choice), args.tools)
     if args.regex is not None:
         return make("`--regex`", Regex, args.regex)
     if args.choices is not None:
         return make("`--choices`", Choice, args.choices)
-    return None if args.schema is None else make("`--schema`", lambda name: JsonSchema(read_schema_file(name)), args.schema)
+    return None if args.schema is None else make("`--schema`", lambda name: JsonSchema(read_json_file(name)), args.schema)
 
 
 def template_of(args: argparse.Namespace):
@@ -75,7 +86,7 @@ def template_of(args: argparse.Namespace):
     fields = {}
     for kind, given, language in (
         ("regex", args.regex, Regex), ("choices", args.choices, lambda value: Choice(value.split("|"))),
-        ("schema", args.schema, lambda name: JsonSchema(read_schema_file(name))),
+        ("schema", args.schema, lambda name: JsonSchema(read_json_file(name))),
     ):  # fmt: skip
         for name, value in given:
             if name in fields:

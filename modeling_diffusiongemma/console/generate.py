@@ -33,6 +33,12 @@ def read_prompts(args: argparse.Namespace) -> tuple[Iterator[str], int | None]:
     return itertools.chain([first], prompts), 1 if args.whole else total
 
 
+def shown(answer: dict) -> str:
+    """An answer's text, and a line of JSON for each of its calls."""
+    lines = [answer["text"]] if answer["text"] or not answer.get("tool_calls") else []
+    return "\n".join([*lines, *map(json_line, answer.get("tool_calls", ()))])
+
+
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm  # which transformers requires
 
@@ -52,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             copies = len(answers) // len(batch)
             for place, answer in enumerate(answers):
                 bar.clear()
-                print(json_line({"prompt": batch[place // copies], **answer}) if args.json else answer["text"], flush=True)
+                print(json_line({"prompt": batch[place // copies], **answer}) if args.json else shown(answer), flush=True)
             bar.update(len(batch))
     return 0
 

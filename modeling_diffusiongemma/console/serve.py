@@ -30,6 +30,7 @@ from .placement import add_placement, loading_arguments
 from .serve_answers import REFUSED, Answer, UpToStop, amend, begun, in_form
 from .serve_forms import CHAT, COMPLETION, RESPONSE, take_form
 from .serve_requests import GONE, MAX_CHARACTERS, Door, check_chat, error_body
+from .tools import check_told, take_apart
 
 NEEDED = ("fastapi", "jinja2", "openai", "pydantic", "rich", "uvicorn")
 SAMPLING = ("top_k", "min_p", "repetition_penalty")  # fields of vLLM's requests that are generation settings of the same name
@@ -82,7 +83,7 @@ class Body(dict):
         self.answer = Answer([stop] if isinstance(stop, str) else stop, GONE.get())
         self.seed = None
         if self.get("tool_choice") == "none":
-            self.pop("tools", None)
+            self.pop("tools", None), self.pop("tool_choice")
         self.trace, self.made = self.pop("trace", None), None
         field, self.constraint = take_form(self, form_fields) or (None, None)
         self.names = [name for name, value in (("trace", self.trace), (field, self.constraint)) if value is not None]
@@ -148,6 +149,8 @@ def generate_asked(model: DiffusionGemmaForMaskedBlockLM, generation_config: Gen
         draws = {"generator": torch.Generator(model.device).manual_seed(asked.seed)}
     try:
         asked.answer.go_on()
+        if asked.get("tools"):
+            check_told(kwargs["tokenizer"])
         output = DiffusionGemmaForMaskedBlockLM.generate(
             model, generation_config=generation_config, watcher=watchers, constraint=asked.constraint, **draws, **kwargs
         )
@@ -163,6 +166,7 @@ def modality_of(theirs: Callable, model, processor=None) -> Modality:
     """As the model manager's, which is asked before every answer; a model of ours gets to tell why that answer has ended."""
     if isinstance(model, DiffusionGemmaForMaskedBlockLM):
         model.generate = MethodType(generate_asked, model)
+        take_apart(getattr(processor, "tokenizer", processor))
         if not isinstance(processor, PreTrainedTokenizerBase):
             return Modality.VLM
     return theirs(model, processor=processor)
@@ -171,8 +175,13 @@ def modality_of(theirs: Callable, model, processor=None) -> Modality:
 def read_checked(read: Callable, messages, modality: Modality):
     """As a handler's reading of a chat, `read`, behind our check of it."""
     check_chat(messages, images=modality != Modality.LLM)
-    # transformers before 5.24 iterates over `tool_calls: null`, and drops the content beside an empty list.
-    return read([{k: v for k, v in message.items() if k != "tool_calls" or v} for message in messages], modality)
+    # transformers before 5.24 iterates over `tool_calls: null`, and drops the content beside an empty list; all of them, beside any list.
+    found = read([{k: v for k, v in message.items() if k != "tool_calls" or v} for message in messages], modality)
+    for message, parsed in zip(messages, found, strict=True):
+        if message.get("tool_calls") and message.get("content"):
+            (said,) = read([{k: v for k, v in message.items() if k != "tool_calls"}], modality)
+            parsed["content"] = said["content"]
+    return found
 
 
 def placed(manager, ours: argparse.Namespace) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What form a request wants its answer to have: fields of OpenAI's and vLLM's requests as languages of `generation.constraints`.
 
-Sources: OpenAI's `response_format` and `text` ("Structured model outputs", platform.openai.com/docs/guides/structured-outputs) and `suffix`
-(platform.openai.com/docs/api-reference/completions); vLLM's `structured_outputs` (docs.vllm.ai, "Structured Outputs").
+Sources: OpenAI's `response_format` and `text` ("Structured model outputs", platform.openai.com/docs/guides/structured-outputs), `suffix`
+(platform.openai.com/docs/api-reference/completions), `tool_choice`, `parallel_tool_calls` and `strict` ("Function calling",
+platform.openai.com/docs/guides/function-calling); vLLM's `structured_outputs` (docs.vllm.ai, "Structured Outputs").
 """
 
 from collections.abc import Collection
 from typing import Any
 
-from generation.constraints.languages import Choice, JsonSchema, Language, Regex, Template
+from generation.constraints.languages import Choice, JsonSchema, Language, Regex, Template, ToolCalls
 
 ANY_OBJECT = {"type": "object", "additionalProperties": True}
 KINDS = ("text", "json_object", "json_schema")
@@ -21,6 +22,9 @@ def take_form(body: dict[str, Any], fields: Collection[str]) -> tuple[str, Langu
     Raises:
         ValueError: a field is not as its source describes it; two say a form; the answer may be a call of `tools`, or begins with a
             thought, for neither of which a form leaves room; whatever is wrong with a schema or a pattern.
+
+    Of `tools`, which stay in the body, `tool_choice` is taken out. Where a call is demanded, one function is `strict` or there may be but
+    one call, the language is of text and calls; otherwise they are as free as text.
     """
     found = {}
     for field in fields:
@@ -29,7 +33,7 @@ def take_form(body: dict[str, Any], fields: Collection[str]) -> tuple[str, Langu
         if language is not None:
             found[field] = language
     if not found:
-        return None
+        return _take_calls(body)
     field, *others = found
     if others:
         raise ValueError(f"`{field}` and `{others[0]}` are both given; expected one of them")
@@ -38,6 +42,28 @@ def take_form(body: dict[str, Any], fields: Collection[str]) -> tuple[str, Langu
     if (body.get("chat_template_kwargs") or {}).get("enable_thinking"):
         raise ValueError(f"`enable_thinking` and `{field}` are both given; expected one of them: all of the answer has that form")
     return field, found[field]
+
+
+def _take_calls(body: dict[str, Any]) -> tuple[str, Language] | None:
+    tools, choice = body.get("tools") or [], body.pop("tool_choice", None) or "auto"
+    if isinstance(choice, dict):
+        named = choice.get("function", choice)
+        if choice.get("type") != "function" or not isinstance(named, dict) or not isinstance(named.get("name"), str):
+            raise ValueError(f"`tool_choice` is {choice!r}; expected 'none', 'auto', 'required' or a function of `tools`")
+        choice, called = named["name"], True
+    elif choice in ("auto", "required"):
+        called = choice == "required"
+    else:
+        raise ValueError(f"`tool_choice` is {choice!r}; expected 'none', 'auto', 'required' or a function of `tools`")
+    if not tools:
+        if called:
+            raise ValueError(f"`tool_choice` demands a call ({choice!r}), and there are no `tools`; expected some")
+        return None
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    several = body.get("parallel_tool_calls") is not False
+    if called or not several or any(isinstance(function, dict) and function.get("strict") for function in functions):
+        return "tools", ToolCalls(tools, choice, several)
+    return None
 
 
 def _read(field: str, given: Any) -> Language | None:

@@ -4,6 +4,7 @@ It knows nothing of transformers: `Door` is an ASGI application around another, 
 """
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,10 @@ CONTENT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image_url", "input_image")
 IMAGE_SOURCES = ("data:image/", "http://", "https://")
 NOT_SERVED = {"/v1/audio/transcriptions": "this model reads no audio; expected /v1/chat/completions, /v1/completions or /v1/responses"}
-# Fields that transformers' server passes over, some with a line in its log: the values that ask for what happens anyway. "none" of
-# `tool_choice` is honoured, where the request is answered.
+# Fields that transformers' server passes over, some with a line in its log: the values that ask for what happens anyway.
 IGNORED = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "presence_penalty": (0,),
-    "tool_choice": ("auto", "none"), "functions": ([],), "function_call": ("auto",), "previous_response_id": (), "background": (False,),
+    "functions": ([],), "function_call": ("auto",), "previous_response_id": (), "background": (False,),
     "modalities": (["text"],), "audio": (), "web_search_options": (), "reasoning_effort": ("none",), "verbosity": ("medium",),
     "include": ([],), "max_tool_calls": (), "truncation": ("disabled",), "reasoning": ({}, {"effort": "none"}), "conversation": (),
     "context_management": ([],), "moderation": (), "background_options": (), "access_programs": (), "image": (),
@@ -36,6 +36,7 @@ FORMS = {
     **dict.fromkeys(("stream", "parallel_tool_calls"), (bool, "true or false")),
     **dict.fromkeys(("generation_config", "instructions"), (str, "a string")),
     "stop": (str | list, "a string or a list of them"),
+    "tool_choice": (str | dict, "a string or a JSON object"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens", "seed"), (int, "an integer")),
     **dict.fromkeys(("temperature", "top_p", "frequency_penalty"), (int | float, "a number")),
 }
@@ -142,8 +143,6 @@ class Door:
             kind, expected = FORMS.get(name, (object, ""))
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind not in (bool, object)):
                 raise Refused(400, f"`{name}` is {value!r}; expected {expected}")
-        if request.get("parallel_tool_calls") is False and request.get("tools"):
-            raise Refused(400, "`parallel_tool_calls` is false, which this server does not honour; expected it unset")
         if "chat_template" in (template := request.get("chat_template_kwargs") or {}):
             raise Refused(400, "`chat_template_kwargs` holds a `chat_template`; expected none: a template is a program")
         if taken := sorted(set(template) & set(SET_HERE)):
@@ -219,7 +218,7 @@ def check_chat(messages, images: bool) -> None:
             raise ValueError(f"{where} is {message!r}; expected a mapping with `role` and `content`")
         content, calls = message.get("content"), message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(isinstance(call, dict) and _has_arguments(call) for call in calls):
-            raise ValueError(f"`tool_calls` of {where} is {calls!r}; expected a list of calls, each with a `function`")
+            raise ValueError(f"`tool_calls` of {where} is {calls!r}; expected calls, each of a `function` with `arguments`, an object")
         if not isinstance(content, str | list) and (content is not None or "tool_calls" not in message):
             raise ValueError(f"`content` of {where} is {content!r}; expected a string or a list of parts")
         for part in content if isinstance(content, list) else ():
@@ -228,7 +227,10 @@ def check_chat(messages, images: bool) -> None:
 
 def _has_arguments(call: dict) -> bool:
     function = call.get("function") or call
-    return isinstance(function, dict) and isinstance(function.get("arguments"), str | dict)
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    with contextlib.suppress(ValueError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return isinstance(arguments, dict)
 
 
 def _check_part(part, where: str, images: bool) -> None:

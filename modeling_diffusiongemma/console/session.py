@@ -14,10 +14,12 @@ from transformers.utils import logging
 from generation.arguments import ARGUMENTS
 from generation.call.configuration import DIFFUSION_FIELDS, PRESETS, DiffusionGenerationConfig
 from generation.call.settings import resolve_config
+from generation.constraints.languages import ToolCalls
 from generation.watch.watcher import Watcher
 
 from .arguments import MODEL_TYPE, UsageError
 from .placement import loading_arguments
+from .tools import answer_parts, check_told
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,16 +97,20 @@ class Session:
         ends = [ends] if isinstance(ends, int) else ends or []
         self.hidden_ids = {*ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}
 
-    def encode(self, prompts: Sequence[str | list[dict[str, str]]]) -> dict[str, torch.Tensor]:
-        """Chats by the checkpoint's chat template, strings as they are: ids and mask (B, P), padded on the left."""
+    def encode(self, prompts: Sequence[str | list[dict[str, str]]], tools: Sequence[dict] | None = None) -> dict[str, torch.Tensor]:
+        """Chats by the checkpoint's chat template, with `tools` where there are any, strings as they are: ids and mask (B, P), padded on
+        the left."""
         form = {"return_tensors": "pt", "padding": True}
         if isinstance(prompts[0], str):
             batch = self.tokenizer(list(prompts), **form)
         elif self.tokenizer.chat_template is None:
             raise UsageError("the checkpoint has no chat template; expected one, or `generate --raw`")
         else:
+            if tools is not None:
+                check_told(self.tokenizer)
             try:
-                batch = self.tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True, **form)
+                asked = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
+                batch = self.tokenizer.apply_chat_template(list(prompts), **asked, **form)
             except Exception as error:  # jinja2's errors have no base class that is a ValueError
                 raise ValueError(f"the checkpoint's chat template refuses the chat: {error}") from error
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
@@ -113,9 +119,10 @@ class Session:
         self, prompts: Sequence[str | list[dict[str, str]]], streamer: BaseStreamer | None = None, constraint=None,
         watcher: Watcher | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Generates; `num_return_sequences` answers a prompt, those of the first prompt first. `constraint`: of every one; `watcher`: is
-        told of every step."""
-        inputs = self.encode(prompts)
+        """Generates; `num_return_sequences` answers a prompt, those of the first prompt first. `constraint`: of every one, and prompts tell
+        of the tools that it is of; `watcher`: is told of every step."""
+        tools = constraint.tools if isinstance(constraint, ToolCalls) else None
+        inputs = self.encode(prompts, tools)
         asked = {**inputs, **self.settings, "streamer": streamer, "watcher": watcher, "tokenizer": self.tokenizer}
         asked |= {"return_dict_in_generate": True} | ({} if constraint is None else {"constraint": constraint})
         if self.settings.get("backend") == "reference":  # it draws from torch's global generator, as transformers does
@@ -127,7 +134,8 @@ class Session:
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         return [
             {
-                "text": self.tokenizer.decode(ids[:count], skip_special_tokens=True),
+                **({"text": self.tokenizer.decode(ids[:count], skip_special_tokens=True)} if tools is None
+                   else answer_parts(self.tokenizer, ids[:count])),
                 "prompt_tokens": int(inputs["attention_mask"][index // copies].sum()), "tokens": count,
                 "denoising_steps": int(output.denoising_steps[index]), "tokens_per_forward": float(output.tokens_per_forward[index]),
                 "finish_reason": output.finish_reasons[index], "seed": self.seed,

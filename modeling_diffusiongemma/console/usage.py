@@ -63,7 +63,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", type=words, metavar="TEXT", help="a system message before each prompt")
     parser.add_argument("--batch-size", type=integer(1), default=1, metavar="N", help="prompts at a time (default: 1)")
     parser.add_argument("--watch", action="store_true", help="show the canvas being denoised, on standard error")
-    add_constraint(parser)
+    add_constraint(parser, tools=True)
     add_loading(parser)
     add_generation(parser)
 
@@ -73,6 +73,8 @@ def generate_check(args: argparse.Namespace) -> None:
         raise UsageError(f"`--watch` is given, and `--batch-size` is {args.batch_size}; expected 1: one canvas is drawn at a time")
     if args.raw and args.system is not None:
         raise UsageError("`--raw` and `--system` are both given; expected one: a system message needs the chat template")
+    if args.raw and args.tools is not None:
+        raise UsageError("`--raw` and `--tools` are both given; expected one: the chat template tells the model of its tools")
     if args.prompts and (args.file is not None or args.whole):
         raise UsageError("prompts are given, and `--file` or `--whole`; expected one or the other")
     if not args.prompts and args.file is None and (sys.stdin is None or sys.stdin.isatty()):
@@ -303,6 +305,7 @@ COMMANDS: tuple[Command, ...] = (
   cat letter.txt | diffusiongemma generate --whole          # all of it, one prompt
   diffusiongemma generate "Write 3 March 1998 as an ISO date." --regex "\\d{4}-\\d\\d-\\d\\d"
   diffusiongemma generate "..." --schema order.json         # JSON that fits a schema; or --choices yes no
+  diffusiongemma generate "Remind me in 25 minutes." --model tools --tools examples/tools.json
   diffusiongemma generate "..." --preset fast --set max_time=2.5
   diffusiongemma generate "..." --model google/diffusiongemma-26B-A4B-it --quantize 4bit --max-memory 0=20GB,cpu=12GB
   diffusiongemma generate "..." --model ./my-checkpoint --max-memory 12GB --offload-folder ./offload     # the rest from the disk

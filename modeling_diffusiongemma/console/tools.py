@@ -1,0 +1,33 @@
+"""What console and server know of calls of tools: whether a model is told of any, and how its answers are taken apart."""
+
+from typing import Any
+
+from generation.constraints.calls import MARKS, RESPONSE_TEMPLATE
+
+
+def check_told(tokenizer) -> None:
+    """Raises ValueError where a chat template tells the model of no tools: it would answer as if there were none."""
+    templates = tokenizer.chat_template or ""
+    if not any("tools" in template for template in (templates.values() if isinstance(templates, dict) else [templates])):
+        raise ValueError(
+            "`tools` are given, and the chat template of this model tells it of none; expected a model that was taught to call"
+        )
+
+
+def take_apart(tokenizer) -> None:
+    """Lets answers be taken apart into text, thought and calls, where the tokenizer has marks for these and does not say how itself:
+    transformers' server knows how for other models' types."""
+    if getattr(tokenizer, "response_template", None) is None:
+        if all(tokenizer.convert_tokens_to_ids(mark) not in (None, tokenizer.unk_token_id) for mark in MARKS):
+            tokenizer.response_template = RESPONSE_TEMPLATE
+
+
+def answer_parts(tokenizer, ids: list[int]) -> dict[str, Any]:
+    """An answer's `text`, its `tool_calls` (each a `name` with its `arguments`), and `reasoning_content` where there is a thought."""
+    message = tokenizer.parse_response(tokenizer.decode(ids), RESPONSE_TEMPLATE, prefix="")
+    thought = {name: message[name] for name in ("reasoning_content",) if name in message}
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return {"text": message.get("content", ""), "tool_calls": calls, **thought}
+
+
+__all__ = ["answer_parts", "check_told", "take_apart"]
