@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-CARDS = ("text", "sudoku", "decisions")  # of the checkpoints that are shipped
+CARDS = ("text", "sudoku", "decisions", "tools")  # of the checkpoints that are shipped
 
 
 def package_page(text: str) -> str:

@@ -4,8 +4,10 @@ A recipe knows its data; `train.py` knows how to train. Sources: FACTS of the pu
 `modeling_diffusiongemma/training/loss.py`; sizes chosen for two CPU cores and a file below 20 MB.
 """
 
+import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +17,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import DiffusionGemmaConfig, PreTrainedTokenizerFast
 
-from generation import Template
-from jobs import DECISION_JOBS, TEXT_JOBS, sudoku
+from generation import Template, ToolCalls
+from jobs import CALLS, DECISION_JOBS, TEXT_JOBS, sudoku
+from jobs.calls import JOIN, call_for
 from jobs.days import draw_over_short_month
 from jobs.note_variety import draw_varied
 from jobs.tokenizer import SPECIAL_IDS, build_tokenizer
@@ -66,6 +69,7 @@ class TextRecipe:
     jobs = TEXT_JOBS
     canvas = 256
     start = None  # the checkpoint to begin with; None: random weights
+    overrides = {}  # of its config
     rollouts = None  # of notes they changed nothing: what is wrong there is the copy of a word never seen
     defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
     # canvas, padded length of prompt and response, share of the batches: few shapes, so that each compiles once
@@ -86,7 +90,7 @@ class TextRecipe:
 
     def config(self, hidden_size: int, layers: int) -> DiffusionGemmaConfig:
         return small_config(
-            640, hidden_size, layers, self.canvas, 10_000.0, eos_token_id=[1, 106],
+            len(self.tokenizer), hidden_size, layers, self.canvas, 10_000.0, eos_token_id=[1, 106],
             image_token_id=SPECIAL_IDS["<|image|>"], boi_token_id=SPECIAL_IDS["<|image>"], eoi_token_id=SPECIAL_IDS["<image|>"],
         )  # fmt: skip
 
@@ -97,6 +101,11 @@ class TextRecipe:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def encode_answers(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
+        """The answers of some pairs, with their ends."""
+        answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+        return [[*answer, self.end] for answer in answers]
 
     def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
         """Model inputs of `size` training examples, and how the loss is to take them."""
@@ -115,8 +124,8 @@ class TextRecipe:
         """Inputs of those pairs whose answer fits a canvas, and which fit into `length` tokens, to which all are padded; answers begin
         behind `head` tokens, where it is given."""
         prompts = self.encode([prompt for prompt, _ in pairs])
-        answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
-        fitting = [(p, [*a, self.end]) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) < length and len(a) < canvas]
+        answers = self.encode_answers(pairs)
+        fitting = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) <= length and len(a) <= canvas]
         if head is None:
             return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting)
         fitting = [(p, a) for p, a in fitting if len(p) <= head and len(a) <= length - head]
@@ -126,34 +135,40 @@ class TextRecipe:
             inputs["attention_mask"][row, : head - len(p)] = 0
         return inputs
 
+    def decode(self, sequences: torch.Tensor) -> list[str]:
+        """Generated ids `(n, T)` as answers."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+    def groups(self, drawn: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list, list | None, Callable | None]]:
+        """What is evaluated, by name: pairs, the constraint of each, and what judges an answer, which otherwise must be the pair's."""
+        found = {name: (pairs, None, self.jobs[name].check) for name, pairs in drawn.items()}
+        for side in ("words", "digits") if "number_pair" in drawn else ():
+            found[f"{side} filled in"] = (drawn["number_pair"], [given_side(pair, side) for _, pair in drawn["number_pair"]], None)
+        return found
+
     def evaluate(
         self, model, count: int, seed: int = 0, split: str = "test", batch_size: int = 50, **settings
     ) -> dict[str, dict[str, float]]:
-        """Exact answers by each job's checker on `count` unseen inputs a job, and of pairs with one side given, whose other side is filled
-        in; input i is generated with the seed `seed + i`, so that a result does not depend on the batch size."""
+        """Exact answers by each job's checker on `count` unseen inputs a job, some under constraints (`groups`); input i is generated with
+        the seed `seed + i`, so that a result does not depend on the batch size."""
         rng, results = random.Random(seed), {}
         drawn = {name: [job.sample(rng, split) for _ in range(count)] for name, job in self.jobs.items()}
-        groups = {name: ([None] * count, self.jobs[name].check) for name in drawn}
-        for side in ("words", "digits") if "number_pair" in drawn else ():
-            drawn[name := f"{side} filled in"] = drawn["number_pair"]
-            groups[name] = ([given_side(pair, side) for _, pair in drawn["number_pair"]], None)
+        groups = self.groups(drawn)
         bar = progress(count * len(groups), "case", "evaluating")
-        for name, (constraints, check) in groups.items():
+        for name, (cases, constraints, check) in groups.items():
             answers, steps, passes = [], [], []
             for first in range(0, count, batch_size):
                 some = slice(first, first + batch_size)
-                part = self.tokenizer.pad({"input_ids": self.encode([prompt for prompt, _ in drawn[name][some]])}, return_tensors="pt")
+                part = self.tokenizer.pad({"input_ids": self.encode([prompt for prompt, _ in cases[some]])}, return_tensors="pt")
                 seeds = [seed + first + place for place in range(part["input_ids"].shape[0])]
-                filled = {} if check else {"constraint": constraints[some], "tokenizer": self.tokenizer}
-                output = model.generate(**part, seed=seeds, return_dict_in_generate=True, **filled, **settings)
-                new = output.sequences[:, part["input_ids"].shape[1] :]
-                answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+                demanded = {"constraint": constraints[some], "tokenizer": self.tokenizer} if constraints else {}
+                output = model.generate(**part, seed=seeds, return_dict_in_generate=True, **demanded, **settings)
+                answers += self.decode(output.sequences[:, part["input_ids"].shape[1] :])
                 steps += output.denoising_steps.tolist()
                 passes += output.tokens_per_forward.tolist()
                 bar.update(len(seeds))
             verdicts = [
-                check(prompt, answer) if check else answer == response
-                for (prompt, response), answer in zip(drawn[name], answers, strict=True)
+                check(prompt, answer) if check else answer == response for (prompt, response), answer in zip(cases, answers, strict=True)
             ]
             results[name] = {
                 "exact": sum(verdicts) / count,
@@ -221,11 +236,105 @@ class DecisionsRecipe(TextRecipe):
         return self.collate(pairs, self.canvas, self.LENGTH), {"canvas_length": self.canvas, "causal": True}
 
 
+class ToolsRecipe(TextRecipe):
+    """Calls of the functions that a prompt declares, from the text checkpoint on, which can copy words and write dates."""
+
+    name = "tools"
+    start = "text"
+    overrides = {"canvas_length": 96}
+    jobs = {"calls": CALLS}
+    canvas = 96
+    SHAPES = ((0.6, 160, 1.3), (0.4, 256, 0.8))  # share of the batches, tokens of the longest prompt, rows as a share of the batch size
+    defaults = {"hidden_size": 192, "layers": 6, "batch_size": 24}
+    CAUSAL = 0.25  # in what share of the batches the causal loss is learned too
+
+    def __init__(self, data: str | None = None):
+        self.tokenizer = build_tokenizer(640, tools=True)
+
+    def draw(self, rng: random.Random) -> tuple[str, str]:
+        """One training example."""
+        return CALLS.sample(rng, "train")
+
+    def chat(self, prompt: str, response: str | None = None) -> tuple[list[dict], list[dict]]:
+        """Messages and tools of an example, with the response as the last message where it is given."""
+        given = json.loads(prompt)
+        chat = [{"role": "user", "content": given["request"]}]
+        if "result" in given:
+            chat.append({"role": "assistant", "tool_calls": [{"function": call_for(given["request"], given["tools"])}]})
+            chat.append({"role": "tool", "content": given["result"]})
+        if response is not None:
+            said = json.loads(response)
+            answer = {"content": said} if isinstance(said, str) else {"tool_calls": [{"function": call} for call in said]}
+            chat.append({"role": "assistant", **answer})
+        return chat, given["tools"]
+
+    def render(self, prompt: str, response: str | None = None) -> str:
+        chat, tools = self.chat(prompt, response)
+        return self.tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=response is None, tokenize=False)
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        return self.tokenizer([self.render(prompt) for prompt in prompts], add_special_tokens=False)["input_ids"]
+
+    def encode_answers(self, pairs: list[tuple[str, str]]) -> list[list[int]]:
+        """What the template writes behind a prompt, and behind calls the id that waits for their results."""
+        texts = [self.render(*pair)[len(self.render(pair[0])) :].rstrip("\n") for pair in pairs]
+        texts = [text if text.endswith("<turn|>") else text + "<|tool_response>" for text in texts]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def batch(self, rng: random.Random, size: int, progress: float) -> tuple[dict[str, torch.Tensor], dict]:
+        ((_, head, rows),) = rng.choices(self.SHAPES, weights=[share for share, _, _ in self.SHAPES])
+        pairs = []
+        while len(pairs) < int(rows * size):  # always as many, so that each shape is compiled once
+            pair = self.draw(rng)
+            if len(self.encode([pair[0]])[0]) <= head and len(self.encode_answers([pair])[0]) <= self.canvas:
+                pairs.append(pair)
+        inputs = self.collate(pairs, self.canvas, head + self.canvas, head)
+        return inputs, {"canvas_length": self.canvas, "causal": rng.random() < self.CAUSAL}
+
+    def decode(self, sequences: torch.Tensor) -> list[str]:
+        """The calls of an answer, or its text, as JSON; of what cannot be read the reason."""
+        found = []
+        for row in sequences:
+            try:
+                answer = self.tokenizer.parse_response(row.tolist(), prefix="")
+            except ValueError as error:
+                found.append(f"not read: {error}")
+            else:
+                calls = [call["function"] for call in answer.get("tool_calls", ())]
+                found.append(json.dumps(calls or answer.get("content", "")))
+        return found
+
+    def groups(self, drawn: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list, list | None, Callable | None]]:
+        """As drawn, and again with nothing but text and calls that fit."""
+        pairs = drawn["calls"]
+        constraints = [ToolCalls(json.loads(prompt)["tools"]) for prompt, _ in pairs]
+        return super().groups(drawn) | {"calls under a constraint": (pairs, constraints, CALLS.check)}
+
+
+class ToolsFurtherRecipe(ToolsRecipe):
+    """What the tools checkpoint learned after its first recipe, from which it goes on: two things at once more often, and canvases it wrote
+    itself, on which letters and whole tokens had been lost or doubled."""
+
+    name = "tools-further"
+    start = "tools"
+    rollouts = (0.0, 0.5)
+    SHAPES = ((1.0, 256, 1.0),)  # rows of a rollout come and go one by one
+    TWO_SHARE = 0.4
+
+    def draw(self, rng: random.Random) -> tuple[str, str]:
+        two = rng.random() < self.TWO_SHARE
+        while True:
+            prompt, response = CALLS.sample(rng, "train")
+            if (JOIN in prompt) == two:
+                return prompt, response
+
+
 class SudokuRecipe:
     """Sudoku 9x9: 81 cells in the prompt, the solution on a canvas of 81."""
 
     name = "sudoku"
     start = None
+    overrides = {}
     rollouts = (0.5, 0.75)  # from half of the steps on, three batches in four are canvases that the model wrote itself
     defaults = {"hidden_size": 128, "layers": 6, "batch_size": 64}
     CELLS = 81
@@ -332,7 +441,10 @@ class SudokuFurtherRecipe(SudokuRecipe):
         return tuple(np.concatenate(boards) for boards in zip(*drawn, strict=True))
 
 
-RECIPES = {recipe.name: recipe for recipe in (TextRecipe, TextFurtherRecipe, DecisionsRecipe, SudokuRecipe, SudokuFurtherRecipe)}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (TextRecipe, TextFurtherRecipe, DecisionsRecipe, ToolsRecipe, ToolsFurtherRecipe, SudokuRecipe, SudokuFurtherRecipe)
+}
 
 __all__ = [
     "RECIPES",
@@ -341,6 +453,8 @@ __all__ = [
     "SudokuRecipe",
     "TextFurtherRecipe",
     "TextRecipe",
+    "ToolsFurtherRecipe",
+    "ToolsRecipe",
     "progress",
     "small_config",
 ]

@@ -119,7 +119,9 @@ def train(args: argparse.Namespace) -> None:
     else:
         start = args.init or (recipe.start and default_checkpoint(recipe.start))
         if start:
-            model = DiffusionGemmaForMaskedBlockLM.from_pretrained(start, dtype=torch.float32)
+            model = DiffusionGemmaForMaskedBlockLM.from_pretrained(start, dtype=torch.float32, **recipe.overrides)
+            if len(recipe.tokenizer) > model.config.text_config.vocab_size:
+                model.resize_token_embeddings(len(recipe.tokenizer))
         else:
             model = DiffusionGemmaForMaskedBlockLM(recipe.config(**sizes))
             model.generation_config.update(**recipe.generation_config())

@@ -59,7 +59,7 @@ def test_config_is_transformers_own(oracle_checkpoint):
     assert type(AutoConfig.for_model("diffusion_gemma")) is DiffusionGemmaConfig
 
 
-@pytest.mark.parametrize("name", ["text", "sudoku", "decisions"])
+@pytest.mark.parametrize("name", ["text", "sudoku", "decisions", "tools"])
 def test_tokenizer_is_the_checkpoints(name):
     tokenizer = AutoTokenizer.from_pretrained(default_checkpoint(name))
     config = AutoConfig.from_pretrained(default_checkpoint(name))

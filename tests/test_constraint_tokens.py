@@ -260,7 +260,7 @@ def test_byte_level_tokens_write_the_bytes_of_their_letters():
     assert b"".join(found[index] for index in ids).decode() == "é€ the\n"
 
 
-@pytest.mark.parametrize("name", ["text", "sudoku", "decisions"])
+@pytest.mark.parametrize("name", ["text", "sudoku", "decisions", "tools"])
 def test_shipped_tokenizers(name):
     tokenizer = AutoTokenizer.from_pretrained(default_checkpoint(name))
     found = token_bytes(tokenizer)

@@ -12,7 +12,7 @@ from jobs import TEXT_JOBS, sudoku
 from modeling_diffusiongemma import default_checkpoint
 from recipes import SudokuRecipe, TextRecipe
 
-NAMES = ["text", "sudoku", "decisions"]
+NAMES = ["text", "sudoku", "decisions", "tools"]
 # Right out of 20 unseen inputs, at least: the cards' accuracy less about three standard deviations.
 FLOORS = {
     "date": 19, "number_to_words": 19, "words_to_number": 19, "units": 18, "sort": 17, "note_to_json": 18, "number_pair": 18, "days": 12,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import DECISION_JOBS, SPLITS, TEXT_JOBS, decisions, is_held_out
+from jobs import CALLS, DECISION_JOBS, SPLITS, TEXT_JOBS, decisions, is_held_out
 from jobs.dates import FORMS, ISO_FORM, read_date, write_date
 from jobs.days import draw_over_short_month
 from jobs.note_variety import compose, draw_varied
@@ -18,7 +18,7 @@ from jobs.units import shift
 from modeling_diffusiongemma import default_checkpoint
 
 SAMPLES = 1000
-ALL_JOBS = TEXT_JOBS | DECISION_JOBS
+ALL_JOBS = TEXT_JOBS | DECISION_JOBS | {CALLS.name: CALLS}
 jobs = pytest.mark.parametrize("job", ALL_JOBS.values(), ids=list(ALL_JOBS))
 splits = pytest.mark.parametrize("split", SPLITS)
 
@@ -89,7 +89,7 @@ def test_split_does_not_change_between_versions():
 @jobs
 @splits
 def test_prompts_are_short(job, split):
-    limit = {"note_to_json": 160, **dict.fromkeys(DECISION_JOBS, 180)}.get(job.name, 90)
+    limit = {"note_to_json": 160, "calls": 1200, **dict.fromkeys(DECISION_JOBS, 180)}.get(job.name, 90)
     assert max(len(prompt) for prompt, _ in draw(job, split)) <= limit
 
 

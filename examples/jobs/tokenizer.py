@@ -9,9 +9,12 @@ The chat template writes Gemma 4's turns and marks the assistant's part, so `ret
 """
 
 import random
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from generation import RESPONSE_TEMPLATE
 
 from .dates import DATE
 from .notes import NOTE_TO_JSON
@@ -34,6 +37,12 @@ SPECIAL_IDS = {
     "<|image>": 108,
     "<image|>": 109,
 }
+TOOL_IDS = {"<|tool>": 46, "<tool|>": 47, "<|tool_call>": 48, "<tool_call|>": 49, "<tool_response|>": 51, '<|"|>': 52}
+# Of what declares a tool, one id each, behind all others: a prompt is half as long with them.
+DECLARING = (
+    "declaration:", "parameters:", "properties:", "{type:", "required:", "type:", "STRING", "INTEGER", "NUMBER", "BOOLEAN", "ARRAY",
+    "OBJECT", "items:", "call:", "response:", "value:",
+)  # fmt: skip
 SPECIAL_COUNT = 128
 SMALLEST = SPECIAL_COUNT + 256
 SAMPLES_PER_JOB = 2000
@@ -78,9 +87,10 @@ CHAT_TEMPLATE = """\
 """
 
 
-def special_tokens() -> list[str]:
-    """The 128 special tokens in the order of their ids; ids the released model names otherwise are `<unusedN>`."""
-    names = {token_id: token for token, token_id in SPECIAL_IDS.items()}
+def special_tokens(tools: bool = False) -> list[str]:
+    """The 128 special tokens in the order of their ids; ids the released model names otherwise are `<unusedN>`. `tools`: with those of
+    tool calls among them."""
+    names = {token_id: token for token, token_id in (SPECIAL_IDS | (TOOL_IDS if tools else {})).items()}
     return [names.get(token_id, f"<unused{token_id}>") for token_id in range(SPECIAL_COUNT)]
 
 
@@ -91,11 +101,13 @@ def training_text(samples_per_job: int = SAMPLES_PER_JOB, seed: int = 0) -> list
     return texts + ["user", "model", "system"] * samples_per_job
 
 
-def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab_size: int = 640, tools: bool = False) -> PreTrainedTokenizerFast:
     """Trains the tokenizer; the same every time.
 
     Args:
         vocab_size: number of ids, at least 384: 128 special tokens and 256 bytes. 640 leaves 256 merges.
+        tools: with the special tokens of tool calls, 16 further ids for what declares tools, a template that writes all of them
+            (`calls.jinja`), and what reads calls.
 
     Raises:
         ValueError: `vocab_size` is too small, or larger than the training text has merges for.
@@ -109,7 +121,7 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special_tokens()],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special_tokens(tools)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -118,6 +130,8 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"`vocab_size` is {vocab_size}, expected at most {tokenizer.get_vocab_size()}, all the training text has merges for"
         )
+    if tools:
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in DECLARING])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -130,7 +144,8 @@ def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=MODEL_MAX_LENGTH,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=(Path(__file__).parent / "calls.jinja").read_text(encoding="utf-8") if tools else CHAT_TEMPLATE,
+        **({"response_template": RESPONSE_TEMPLATE} if tools else {}),
     )
 
 
