@@ -36,7 +36,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from generation import Choice, JsonSchema, Regex, Template
+from generation import Choice, JsonSchema, Regex, Template, ToolCalls
 from generation.constraints import compiled
 from generation.constraints.automaton import Automaton, closed, make_automaton
 from generation.constraints.compiled import FOLDER, compile_constraint
@@ -68,6 +68,9 @@ def record(properties: dict) -> dict:
 
 
 FIELDS = JsonSchema(record({name: TYPES[place % 5] for place, name in enumerate(NAMES)}), whitespace="spaced")
+# Four arguments each, a string, an integer, a number and one of three words or a truth value among them.
+CALLS = ToolCalls([{"name": f"call_{first}", "parameters": record({NAMES[place]: TYPES[place % 5] for place in range(first, first + 4)})}
+                   for first in range(0, 20, 4)])  # fmt: skip
 LANGUAGES: dict[str, Language] = {
     "ISO date": Regex(DATE),
     "mail address": Regex(MAIL),
@@ -76,6 +79,7 @@ LANGUAGES: dict[str, Language] = {
     "array of objects of 2 fields": JsonSchema({"type": "array", "items": record(dict(zip(NAMES, TYPES[:2], strict=False)))}, "spaced"),
     "5 strings of at most 20": JsonSchema(record({name: {"type": "string", "maxLength": 20} for name in NAMES[:5]}), "spaced"),
     "choice of 100": Choice([f"{name} {place}" for name in NAMES for place in range(5)]),
+    "calls of 5 functions": CALLS,
     "template of 2 blanks and a date": Template("Dear {who:1-8}, your order {what:1-6} of {day} is sent.", day=Regex(DATE)),
 }  # fmt: skip
 POSITIONS, HIDDEN, EDGES, STOP, PAD = 256, 256, 7, 1, 0  # 3,109 edges of 456 states: 7 of each
@@ -237,6 +241,8 @@ def print_step(args: argparse.Namespace) -> None:
         if args.fields and vocab_size >= LEAST:
             made = compile_constraint(FIELDS, made_up_tokenizer(vocab_size), vocab_size)
             automata["object of 20 fields"] = closed(made, [STOP], PAD)
+            made = compile_constraint(CALLS, made_up_tokenizer(vocab_size), vocab_size)
+            automata["calls of 5 functions"] = closed(made, [STOP], PAD)
         for states, kinds in [(states, kinds) for states in args.states for kinds in args.classes]:
             automata[f"random, {states}, {kinds}"] = random_automaton(vocab_size, states, kinds)
         for dtype in args.dtype:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 LEAST = 4_000  # ids that hold bytes and punctuation
 SPECIAL = 6_000
+MARKS = {48: "<|tool_call>", 49: "<tool_call|>", 52: '<|"|>', 100: "<|channel>", 101: "<channel|>"}  # as Gemma 4 has them
 SCRIPTS = ((0x400, 0x4FF), (0x3B1, 0x3C9), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x905, 0x939), (0xE0, 0x17F), (0x621, 0x64A),
            (0x1F300, 0x1F64F), (0x3041, 0x30FF))  # fmt: skip
 
@@ -28,7 +29,10 @@ def made_up_tokens(count: int) -> list[str]:
             first, last = numbers.choice(SCRIPTS)
             word = "".join(chr(numbers.randint(first, last)) for _ in range(numbers.randint(1, 5)))
         tokens["▁" * (numbers.random() < 0.6) + word] = None
-    return list(tokens)[:count]
+    found = list(tokens)[:count]
+    for place, mark in MARKS.items():
+        found[place] = mark
+    return found
 
 
 def made_up_tokenizer(count: int) -> PreTrainedTokenizerBase:
@@ -36,5 +40,6 @@ def made_up_tokenizer(count: int) -> PreTrainedTokenizerBase:
     tokens = made_up_tokens(count)
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(token, special=True) for token in tokens if token.startswith("<unused")])
+    special = [token for token in tokens if token.startswith("<unused") or token in MARKS.values()]
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=backend)
