@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DiffusionGemmaForB
 
 from jobs import TEXT_JOBS, sudoku
 from modeling_diffusiongemma import default_checkpoint
-from recipes import SudokuRecipe, TextRecipe
+from recipes import SudokuRecipe, TextRecipe, ToolsRecipe
 
 NAMES = ["text", "sudoku", "decisions", "tools"]
 # Right out of 20 unseen inputs, at least: the cards' accuracy less about three standard deviations.
@@ -55,6 +55,12 @@ def test_text_checkpoint_answers_alike_in_transformers():
         torch.manual_seed(0)
         got = ours.generate(ids, backend="reference")
         assert torch.equal(got, expected[:, : got.shape[1]])
+
+
+def test_functions_are_called_on_unseen_requests():
+    """96 of 100 are right, with and without a constraint, under which all fit."""
+    results = ToolsRecipe().evaluate(AutoModelForCausalLM.from_pretrained(default_checkpoint("tools")), 20)
+    assert set(results) == {"calls", "calls under a constraint"} and min(row["exact"] for row in results.values()) >= 0.8
 
 
 @pytest.fixture(scope="module")
