@@ -241,8 +241,6 @@ def print_step(args: argparse.Namespace) -> None:
         if args.fields and vocab_size >= LEAST:
             made = compile_constraint(FIELDS, made_up_tokenizer(vocab_size), vocab_size)
             automata["object of 20 fields"] = closed(made, [STOP], PAD)
-            made = compile_constraint(CALLS, made_up_tokenizer(vocab_size), vocab_size)
-            automata["calls of 5 functions"] = closed(made, [STOP], PAD)
         for states, kinds in [(states, kinds) for states in args.states for kinds in args.classes]:
             automata[f"random, {states}, {kinds}"] = random_automaton(vocab_size, states, kinds)
         for dtype in args.dtype:
