@@ -19,7 +19,7 @@ from generation.watch.watcher import Watcher
 
 from .arguments import MODEL_TYPE, UsageError
 from .placement import loading_arguments
-from .tools import answer_parts, check_told
+from .tools import check_told, read_answer
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Session:
         return [
             {
                 **({"text": self.tokenizer.decode(ids[:count], skip_special_tokens=True)} if tools is None
-                   else answer_parts(self.tokenizer, ids[:count])),
+                   else read_answer(self.tokenizer, ids[:count])),
                 "prompt_tokens": int(inputs["attention_mask"][index // copies].sum()), "tokens": count,
                 "denoising_steps": int(output.denoising_steps[index]), "tokens_per_forward": float(output.tokens_per_forward[index]),
                 "finish_reason": output.finish_reasons[index], "seed": self.seed,

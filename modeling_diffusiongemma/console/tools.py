@@ -22,7 +22,7 @@ def take_apart(tokenizer) -> None:
             tokenizer.response_template = RESPONSE_TEMPLATE
 
 
-def answer_parts(tokenizer, ids: list[int]) -> dict[str, Any]:
+def read_answer(tokenizer, ids: list[int]) -> dict[str, Any]:
     """An answer's `text`, its `tool_calls` (each a `name` with its `arguments`), and `reasoning_content` where there is a thought."""
     message = tokenizer.parse_response(tokenizer.decode(ids), RESPONSE_TEMPLATE, prefix="")
     thought = {name: message[name] for name in ("reasoning_content",) if name in message}
@@ -30,4 +30,4 @@ def answer_parts(tokenizer, ids: list[int]) -> dict[str, Any]:
     return {"text": message.get("content", ""), "tool_calls": calls, **thought}
 
 
-__all__ = ["answer_parts", "check_told", "take_apart"]
+__all__ = ["read_answer", "check_told", "take_apart"]
