@@ -122,10 +122,8 @@ class Writer:
             return self.listed("[", "]", [self.literal(each, path) for each in value])
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return self.listed("{", "}", [self.pair(key, self.literal(each, path)) for key, each in self.ordered(value).items()])
-        if isinstance(value, str):
-            return self.quoted(text(value))
         try:
-            return text(json.dumps(value, ensure_ascii=False, allow_nan=False))
+            return self.quoted(text(value)) if isinstance(value, str) else text(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`schema` holds {value!r} at {path}, which JSON cannot write: {error}") from error
 
