@@ -23,8 +23,10 @@ from generation import RESPONSE_TEMPLATE, Regex, ToolCalls, stream_text
 from generation.constraints.calls import MARKS, calls_expression, read_tools
 from generation.constraints.compiled import compile_constraint
 from generation.constraints.tokens import make_vocabulary
+from jobs.tokenizer import build_tokenizer
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.console.main import main
+from modeling_diffusiongemma.console.tools import read_answer
 
 ROOT, PAGE = Path(__file__).parents[1], Page("docs/tool_calls.md")
 MODEL = default_checkpoint("tools")
@@ -277,10 +279,36 @@ def test_template_reads_what_others_leak(tokenizer):
     assert read("<|tool_call>call:a{x:}<tool_call|>")["tool_calls"][0]["function"] == {"name": "a", "arguments": "{x:}"}
 
 
+def test_shipped_tokenizer_is_built_by_its_recipe(tokenizer):
+    """Template and marks of the checkpoint are copies; what reads answers, too."""
+    built = build_tokenizer(640, tools=True)
+    assert tokenizer.chat_template == built.chat_template and tokenizer.response_template == RESPONSE_TEMPLATE
+    assert tokenizer.get_vocab() == built.get_vocab() and set(tokenizer.all_special_ids) == set(built.all_special_ids)
+
+
+def test_template_of_the_tokenizer_reads_its_answers(tokenizer, monkeypatch):
+    other = json.loads(json.dumps(RESPONSE_TEMPLATE).replace("call:", "ping:"))
+    monkeypatch.setattr(tokenizer, "response_template", other)
+    ids = tokenizer("<|tool_call>ping:a{}<tool_call|>", add_special_tokens=False)["input_ids"]
+    assert read_answer(tokenizer, ids) == {"text": "", "tool_calls": [{"name": "a", "arguments": {}}]}
+
+
+def test_marks_beyond_the_models_vocabulary_are_none(tokenizer):
+    """That of a call's end is 49, that of a thought's end 101, which was an IndexError. Below 128 nothing writes text, and no mark is a
+    character that is missing."""
+    language = ToolCalls([PING], "required")
+    with pytest.raises(ValueError, match="`tokenizer` has no tokens"):
+        compile_constraint(language, tokenizer, 49, cache=False)
+    with pytest.raises(ValueError, match=r"none of them writes 'c' \(U\+0063\)"):
+        compile_constraint(language, tokenizer, 101, cache=False)
+
+
 def test_language_is_named_by_all_that_it_is():
     languages = [ToolCalls(TOOLS), ToolCalls(TOOLS, "required"), ToolCalls(TOOLS, "ping"), ToolCalls(TOOLS, parallel=False)]
     languages += [ToolCalls(TOOLS, thought=False), ToolCalls([PING])]
     assert len({json.dumps(language.description()) for language in languages}) == len(languages)
+    told = ToolCalls([{**PING, "description": "Says so."}])  # to the model; a call of it is the same
+    assert told.description() == ToolCalls([PING]).description() and told != ToolCalls([PING])
     assert calls_expression(read_tools(TOOLS), "auto", True, True, 3) == ToolCalls(TOOLS).expression()
 
 

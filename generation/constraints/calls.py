@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
-from .expression import EMPTY, LAST, NOTHING, Both, Either, Except, Expression, Join, Mark, Repeat, chars, text
+from .expression import EMPTY, NOTHING, Both, Either, Except, Expression, Join, Mark, Repeat, chars, outside, text
 from .regex import either, joined
 from .schema import ANY_TEXT, Writer, written
 
@@ -52,8 +52,9 @@ def without(*marks: str) -> Expression:
 
 CONTENT, THOUGHT = without("<|tool_call>", "<|channel>"), without("<channel|>")
 # What may stand in a string: no end of it or of its call, and none of the two characters that transformers' parser keeps for itself.
-STRING = Both(Repeat(chars((0, 0), (3, LAST)), 0, None), without("<tool_call|>", '<|"|>'))
-UNREADABLE = re.compile(r'[\x01\x02]|<tool_call\|>|<\|"\|>')
+KEPT, ENDS = (1, 2), ("<tool_call|>", '<|"|>')
+STRING = Both(Repeat(outside(chars(KEPT)), 0, None), without(*ENDS))
+UNREADABLE = re.compile("|".join(map(re.escape, (*map(chr, KEPT), *ENDS))))
 
 
 class CallWriter(Writer):

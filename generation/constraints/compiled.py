@@ -104,10 +104,11 @@ def _known(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> _Known:
 
 def _marked(vocabulary: Vocabulary, language: ToolCalls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """The vocabulary with the marks of a language, as far as the tokenizer has them."""
-    ids = {mark: tokenizer.backend_tokenizer.token_to_id(mark) for mark in language.marks}
-    if missing := [mark for mark in language.demanded_marks if ids[mark] is None or ids[mark] >= len(vocabulary.starts) - 1]:
+    ids = map(tokenizer.backend_tokenizer.token_to_id, language.marks)
+    places = {token: place for place, token in enumerate(ids) if token is not None and token < len(vocabulary.starts) - 1}
+    if missing := [mark for place, mark in enumerate(language.demanded_marks) if place not in places.values()]:
         raise ValueError(f"`tokenizer` has no tokens {missing}; expected those that a call of a tool is written with")
-    return vocabulary.marked({token: place for place, token in enumerate(ids.values()) if token is not None})
+    return vocabulary.marked(places)
 
 
 def _compile(language: Language, vocabulary: Vocabulary) -> Automaton:

@@ -324,7 +324,8 @@ class ToolCalls:
 
     def description(self) -> list:
         """All that makes it what it is, as JSON."""
-        return ["calls", self.tools, self.choice, self.parallel, self.thought, self.depth]
+        functions = [[tool["function"]["name"], tool["function"]["parameters"]] for tool in self.tools]
+        return ["calls", functions, self.choice, self.parallel, self.thought, self.depth]
 
 
 Language: TypeAlias = Regex | JsonSchema | Choice | Template | ToolCalls | Pins

@@ -320,7 +320,8 @@ def _shown(came: dict[int, tuple[int, int]], state: int, held: np.ndarray) -> st
     path = []
     while state in came:
         state, byte = came[state]
-        path.append(byte)
+        if byte < FIRST_MARK:  # a mark is no character
+            path.append(byte)
     path.reverse()
     place = next(index for index, byte in enumerate(path) if not held[byte])
     character = bytes(path).decode()[len(bytes(path[:place]).decode(errors="ignore"))]
