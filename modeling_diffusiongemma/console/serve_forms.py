@@ -45,16 +45,12 @@ def take_form(body: dict[str, Any], fields: Collection[str]) -> tuple[str, Langu
 
 
 def _take_calls(body: dict[str, Any]) -> tuple[str, Language] | None:
-    tools, choice = body.get("tools") or [], body.pop("tool_choice", None) or "auto"
-    if isinstance(choice, dict):
-        named = choice.get("function", choice)
-        if choice.get("type") != "function" or not isinstance(named, dict) or not isinstance(named.get("name"), str):
-            raise ValueError(f"`tool_choice` is {choice!r}; expected 'none', 'auto', 'required' or a function of `tools`")
-        choice, called = named["name"], True
-    elif choice in ("auto", "required"):
-        called = choice == "required"
-    else:
-        raise ValueError(f"`tool_choice` is {choice!r}; expected 'none', 'auto', 'required' or a function of `tools`")
+    tools, given = body.get("tools") or [], body.pop("tool_choice", None) or "auto"
+    named = given.get("function", given) if isinstance(given, dict) and given.get("type") == "function" else None
+    choice = named.get("name") if isinstance(named, dict) else given
+    if not isinstance(choice, str) or named is None and choice not in ("auto", "required"):
+        raise ValueError(f"`tool_choice` is {given!r}; expected 'none', 'auto', 'required' or a function of `tools`")
+    called = given != "auto"
     if not tools:
         if called:
             raise ValueError(f"`tool_choice` demands a call ({choice!r}), and there are no `tools`; expected some")

@@ -24,10 +24,10 @@ def take_apart(tokenizer) -> None:
 
 def read_answer(tokenizer, ids: list[int]) -> dict[str, Any]:
     """An answer's `text`, its `tool_calls` (each a `name` with its `arguments`), and `reasoning_content` where there is a thought."""
-    message = tokenizer.parse_response(tokenizer.decode(ids), RESPONSE_TEMPLATE, prefix="")
-    thought = {name: message[name] for name in ("reasoning_content",) if name in message}
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    return {"text": message.get("content", ""), "tool_calls": calls, **thought}
+    template = getattr(tokenizer, "response_template", None) or RESPONSE_TEMPLATE
+    message = tokenizer.parse_response(tokenizer.decode(ids), template, prefix="")
+    found = {"text": message.get("content", ""), "tool_calls": [call["function"] for call in message.get("tool_calls", ())]}
+    return found | ({"reasoning_content": message["reasoning_content"]} if "reasoning_content" in message else {})
 
 
-__all__ = ["read_answer", "check_told", "take_apart"]
+__all__ = ["check_told", "read_answer", "take_apart"]
