@@ -27,6 +27,7 @@ os.environ.setdefault("DIFFUSIONGEMMA_CACHE", os.path.join(tempfile.gettempdir()
 
 import tiny  # noqa: E402
 from make_fp8_checkpoint import write_fp8_checkpoint  # noqa: E402
+from servers import client_of, served  # noqa: E402
 from small_models import small_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
@@ -41,6 +42,19 @@ def pytest_xdist_auto_num_workers(config):
     """What `-n auto` means: a worker for each core that this process may use, and at most 8, which take 2 GB each."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(usable, int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", 8)))
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Base address of a server on a free port of this machine, where nothing was ever downloaded."""
+    with served(tmp_path_factory.mktemp("home")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    """The client of `openai` for it."""
+    return client_of(address)
 
 
 @pytest.fixture

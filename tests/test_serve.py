@@ -37,18 +37,6 @@ NARROW = {"generation_config": json.dumps({"canvas_length": 16, "max_new_tokens"
 ENDLESS = {"canvas_length": 16, "max_new_tokens": 500_000, "max_denoising_steps": 2, "suppress_tokens": list(range(128))}  # special tokens
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Base address of a server on a free port of this machine, where nothing was ever downloaded."""
-    with served(tmp_path_factory.mktemp("home")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(address):
-    return client_of(address)
-
-
 def ask(client, messages=CHAT, **settings):
     """Text, tokens counted, and why the answer ended."""
     answer = client.chat.completions.create(model=MODEL, messages=messages, **settings)

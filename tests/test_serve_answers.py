@@ -13,7 +13,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from servers import CHAT, MODEL, client_of, served
+from servers import CHAT, MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_diffusiongemma.console.serve_answers import Answer, UpToStop, before_stop, in_form
@@ -30,17 +30,6 @@ PATHS = {
     "/v1/responses": {"input": QUESTION, "max_output_tokens": 20},
 }
 every_path = pytest.mark.parametrize("path", PATHS)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("home")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(address):
-    return client_of(address)
 
 
 def ask(client, path, **settings):

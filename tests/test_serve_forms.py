@@ -31,12 +31,6 @@ class Day(pydantic.BaseModel):
     days: list[int] = pydantic.Field(max_length=2)
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("home")) as url:
-        yield client_of(url)
-
-
 def test_chat_is_parsed_into_an_object(client):
     message = client.chat.completions.parse(model=MODEL, messages=CHAT, response_format=Day, max_tokens=64).choices[0].message
     assert message.parsed == Day.model_validate_json(message.content)
