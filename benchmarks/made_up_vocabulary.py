@@ -6,9 +6,11 @@ import random
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from generation.constraints.calls import MARKS
+
 LEAST = 4_000  # ids that hold bytes and punctuation
 SPECIAL = 6_000
-MARKS = {48: "<|tool_call>", 49: "<tool_call|>", 52: '<|"|>', 100: "<|channel>", 101: "<channel|>"}  # as Gemma 4 has them
+MARKED = dict(zip((48, 49, 52, 100, 101), MARKS, strict=True))  # ids as Gemma 4 has them
 SCRIPTS = ((0x400, 0x4FF), (0x3B1, 0x3C9), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x905, 0x939), (0xE0, 0x17F), (0x621, 0x64A),
            (0x1F300, 0x1F64F), (0x3041, 0x30FF))  # fmt: skip
 
@@ -30,7 +32,7 @@ def made_up_tokens(count: int) -> list[str]:
             word = "".join(chr(numbers.randint(first, last)) for _ in range(numbers.randint(1, 5)))
         tokens["▁" * (numbers.random() < 0.6) + word] = None
     found = list(tokens)[:count]
-    for place, mark in MARKS.items():
+    for place, mark in MARKED.items():
         found[place] = mark
     return found
 
@@ -40,6 +42,6 @@ def made_up_tokenizer(count: int) -> PreTrainedTokenizerBase:
     tokens = made_up_tokens(count)
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = [token for token in tokens if token.startswith("<unused") or token in MARKS.values()]
+    special = [token for token in tokens if token.startswith("<unused") or token in MARKS]
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=backend)

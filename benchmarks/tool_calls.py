@@ -20,7 +20,6 @@ import jsonschema
 import torch
 from transformers import AutoModelForCausalLM
 
-from generation import ToolCalls
 from measure import heading, machine, markdown, say
 from modeling_diffusiongemma import default_checkpoint
 
@@ -47,24 +46,6 @@ def fits(prompt: str, answer: str) -> bool:
     return True
 
 
-@torch.no_grad()
-def answer(model, recipe: ToolsRecipe, prompts: list[str], way: str, settings: dict) -> tuple[list[str], list[int]]:
-    """Answers, and the canvas passes that each took."""
-    answers, passes = [], []
-    for first in range(0, len(prompts), AT_ONCE):
-        some = prompts[first : first + AT_ONCE]
-        batch = recipe.tokenizer.pad({"input_ids": recipe.encode(some)}, return_tensors="pt")
-        seeds = {} if settings.get("do_sample") is False else {"seed": list(range(first, first + len(some)))}
-        constraints = None if way == "free" else [ToolCalls(json.loads(prompt)["tools"]) for prompt in some]
-        found = model.generate(
-            **batch, **seeds, **settings, constraint=constraints, tokenizer=recipe.tokenizer, max_new_tokens=recipe.canvas,
-            return_dict_in_generate=True,
-        )  # fmt: skip
-        answers += recipe.decode(found.sequences[:, batch["input_ids"].shape[1] :])
-        passes += found.denoising_steps.tolist()
-    return answers, passes
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run")
@@ -84,7 +65,9 @@ def main(arguments: list[str]) -> None:
         for way in WAYS:
             say(f"{name}, {way}")
             start = time.perf_counter()
-            answers, passes = answer(model, recipe, prompts, way, SETTINGS[name])
+            constraints = None if way == "free" else recipe.constraints(prompts)
+            settings = {"batch_size": AT_ONCE, "max_new_tokens": recipe.canvas, **SETTINGS[name]}
+            answers, passes, _ = recipe.answer(model, prompts, constraints, **settings)
             right = list(map(CALLS.check, prompts, answers))
             rows.append([name, way, sum(right), sum(map(fits, prompts, answers)), f"{statistics.mean(passes):.2f}",
                          f"{time.perf_counter() - start:.0f}"])  # fmt: skip

@@ -128,10 +128,13 @@ class TextRecipe:
         fitting = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) <= length and len(a) <= canvas]
         if head is None:
             return BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(fitting)
-        fitting = [(p, a) for p, a in fitting if len(p) <= head and len(a) <= length - head]
-        padded = [([0] * (head - len(p)) + p, a) for p, a in fitting]
+        return self.behind([(p, a) for p, a in fitting if len(p) <= head and len(a) <= length - head], length, head)
+
+    def behind(self, pairs: list[tuple[list[int], list[int]]], length: int, head: int) -> dict[str, torch.Tensor]:
+        """Inputs of prompts and answers as ids, all padded to `length` tokens and so that answers begin behind `head`."""
+        padded = [([0] * (head - len(p)) + p, a) for p, a in pairs]
         inputs = BlockDiffusionCollator(pad_token_id=0, pad_to_multiple_of=length)(padded)
-        for row, (p, _) in enumerate(fitting):
+        for row, (p, _) in enumerate(pairs):
             inputs["attention_mask"][row, : head - len(p)] = 0
         return inputs
 
@@ -156,17 +159,8 @@ class TextRecipe:
         groups = self.groups(drawn)
         bar = progress(count * len(groups), "case", "evaluating")
         for name, (cases, constraints, check) in groups.items():
-            answers, steps, passes = [], [], []
-            for first in range(0, count, batch_size):
-                some = slice(first, first + batch_size)
-                part = self.tokenizer.pad({"input_ids": self.encode([prompt for prompt, _ in cases[some]])}, return_tensors="pt")
-                seeds = [seed + first + place for place in range(part["input_ids"].shape[0])]
-                demanded = {"constraint": constraints[some], "tokenizer": self.tokenizer} if constraints else {}
-                output = model.generate(**part, seed=seeds, return_dict_in_generate=True, **demanded, **settings)
-                answers += self.decode(output.sequences[:, part["input_ids"].shape[1] :])
-                steps += output.denoising_steps.tolist()
-                passes += output.tokens_per_forward.tolist()
-                bar.update(len(seeds))
+            given = ([prompt for prompt, _ in cases], constraints, seed, batch_size)
+            answers, steps, per_forward = self.answer(model, *given, told=bar.update, **settings)
             verdicts = [
                 check(prompt, answer) if check else answer == response for (prompt, response), answer in zip(cases, answers, strict=True)
             ]
@@ -174,10 +168,29 @@ class TextRecipe:
                 "exact": sum(verdicts) / count,
                 "cases": count,
                 "steps": np.mean(steps).item(),
-                "tokens_per_forward": np.mean(passes).item(),
+                "tokens_per_forward": np.mean(per_forward).item(),
             }
         bar.close()
         return results
+
+    def answer(
+        self, model, prompts: list[str], constraints: list | None = None, seed: int = 0, batch_size: int = 50,
+        told: Callable[[int], object] = lambda count: None, **settings,
+    ) -> tuple[list[str], list[int], list[float]]:  # fmt: skip
+        """Answers to prompts, each under its constraint where there are any, and the denoising steps and tokens per forward of each; `told`
+        how many of them come with every batch."""
+        answers, steps, per_forward = [], [], []
+        for first in range(0, len(prompts), batch_size):
+            some = slice(first, first + batch_size)
+            part = self.tokenizer.pad({"input_ids": self.encode(prompts[some])}, return_tensors="pt")
+            seeds = [seed + first + place for place in range(part["input_ids"].shape[0])]
+            demanded = {"constraint": constraints[some], "tokenizer": self.tokenizer} if constraints else {}
+            output = model.generate(**part, seed=seeds, return_dict_in_generate=True, **demanded, **settings)
+            answers += self.decode(output.sequences[:, part["input_ids"].shape[1] :])
+            steps += output.denoising_steps.tolist()
+            per_forward += output.tokens_per_forward.tolist()
+            told(len(seeds))
+        return answers, steps, per_forward
 
 
 class Shape(NamedTuple):
@@ -285,10 +298,11 @@ class ToolsRecipe(TextRecipe):
         ((_, head, rows),) = rng.choices(self.SHAPES, weights=[share for share, _, _ in self.SHAPES])
         pairs = []
         while len(pairs) < int(rows * size):  # always as many, so that each shape is compiled once
-            pair = self.draw(rng)
-            if len(self.encode([pair[0]])[0]) <= head and len(self.encode_answers([pair])[0]) <= self.canvas:
-                pairs.append(pair)
-        inputs = self.collate(pairs, self.canvas, head + self.canvas, head)
+            drawn = self.draw(rng)
+            (prompt,), (answer,) = self.encode([drawn[0]]), self.encode_answers([drawn])
+            if len(prompt) <= head and len(answer) <= self.canvas:
+                pairs.append((prompt, answer))
+        inputs = self.behind(pairs, head + self.canvas, head)
         return inputs, {"canvas_length": self.canvas, "causal": rng.random() < self.CAUSAL}
 
     def decode(self, sequences: torch.Tensor) -> list[str]:
@@ -306,9 +320,13 @@ class ToolsRecipe(TextRecipe):
 
     def groups(self, drawn: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[list, list | None, Callable | None]]:
         """As drawn, and again with nothing but text and calls that fit."""
-        pairs = drawn["calls"]
-        constraints = [ToolCalls(json.loads(prompt)["tools"]) for prompt, _ in pairs]
-        return super().groups(drawn) | {"calls under a constraint": (pairs, constraints, CALLS.check)}
+        constraints = self.constraints([prompt for prompt, _ in drawn["calls"]])
+        return super().groups(drawn) | {"calls under a constraint": (drawn["calls"], constraints, CALLS.check)}
+
+    @staticmethod
+    def constraints(prompts: list[str]) -> list[ToolCalls]:
+        """What each answer may be: text, or calls of the prompt's functions."""
+        return [ToolCalls(json.loads(prompt)["tools"]) for prompt in prompts]
 
 
 class ToolsFurtherRecipe(ToolsRecipe):
