@@ -2,7 +2,7 @@
 
     python benchmarks/constraints.py compile                         # a vocabulary of 262,144 ids, from nothing and from the cache
     python benchmarks/constraints.py step                            # a step's head with and without; minutes
-    python benchmarks/constraints.py step --vocab-size 32768 --states 16 1024 --batch 1 --cpu-time
+    python benchmarks/constraints.py step --vocab-size 32768 --states 16 1024 --only "calls of 5 functions" --batch 1 --cpu-time
     python benchmarks/constraints.py notes                           # held-out notes of the shipped checkpoint; minutes
     python benchmarks/constraints.py notes --settings released --ways free schema
     python benchmarks/constraints.py many --count 2000               # random languages, models and settings; half an hour
@@ -24,6 +24,7 @@ of the whole canvas instead of the model's probabilities.
 import argparse
 import collections
 import datetime
+import functools
 import json
 import os
 import random
@@ -205,7 +206,7 @@ class Step:
         walk = ClassWalk(self.hidden, self.head, self.temperature, *given)
         sums = walk.sums()
         times.append(clock())
-        solution = self.lattice.solve(sums.log_mass, sums.best, self.state, self.left, chance[..., 0])
+        solution = self.lattice.solve(sums.log_mass, sums.best, self.state, self.left, chance[..., :2])
         chosen = constrained.chosen(sums, solution, self.possible)
         times.append(clock())
         prediction = walk.draw(sums, chosen, chance, PAD)
@@ -238,9 +239,8 @@ def print_step(args: argparse.Namespace) -> None:
     clock, rows = time.thread_time if args.cpu_time else time.perf_counter, []
     for vocab_size in args.vocab_size:
         automata = {}
-        if args.fields and vocab_size >= LEAST:
-            made = compile_constraint(FIELDS, made_up_tokenizer(vocab_size), vocab_size)
-            automata["object of 20 fields"] = closed(made, [STOP], PAD)
+        for name in args.only if vocab_size >= LEAST else ():
+            automata[name] = closed(compile_constraint(LANGUAGES[name], made_up_tokenizer(vocab_size), vocab_size), [STOP], PAD)
         for states, kinds in [(states, kinds) for states in args.states for kinds in args.classes]:
             automata[f"random, {states}, {kinds}"] = random_automaton(vocab_size, states, kinds)
         for dtype in args.dtype:
@@ -252,11 +252,12 @@ def print_step(args: argparse.Namespace) -> None:
                         say(f"{vocab_size:,} ids, {dtype}, {name}, batch {batch_size}, {canvas}")
                         step = Step(weight, automaton, batch_size)
                         step = step.certain() if canvas == "peaked" else step
-                        about = [f"{vocab_size:,}", dtype, name.partition(",")[0], automaton.states, automaton.kinds, len(automaton.source)]
+                        about = [f"{vocab_size:,}", dtype, name.partition(",")[0], automaton.states, automaton.kinds, len(automaton.source),
+                                 len(automaton.bundled.source)]  # fmt: skip
                         rows.append([*about, batch_size, canvas, *time_step(step, args.rounds, clock)])
     print(f"Milliseconds of {'CPU' if args.cpu_time else 'wall-clock'} time, {args.rounds} rounds.\n")
-    header = ["ids", "dtype", "language", "states", "classes", "edges", "batch", "canvas", "free", "constrained", "first walk", "lattice",
-              "second walk", "constrained / free"]  # fmt: skip
+    header = ["ids", "dtype", "language", "states", "classes", "edges by class", "edges", "batch", "canvas", "free", "constrained",
+              "first walk", "lattice", "second walk", "constrained / free"]  # fmt: skip
     print(markdown(header, rows))
     print(f"\n{at_released_sizes()}")
 
@@ -299,7 +300,9 @@ def write_notes(model, tokenizer, prompts: list[str], way: str, settings: dict) 
     """Answers, and the canvas passes that each took."""
     answers, passes, recipe = [], [], TextRecipe()
     constraint = None if way == "free" else JsonSchema(NOTE)
-    usual, constrained.chosen = constrained.chosen, posterior_chosen if way == "posterior" else constrained.chosen
+    usual = constrained.chosen, constrained.solve
+    if way == "posterior":
+        constrained.chosen, constrained.solve = posterior_chosen, functools.partial(constrained.solve, posterior=True)
     try:
         for first in range(0, len(prompts), NOTES_AT_ONCE):
             batch = tokenizer.pad({"input_ids": recipe.encode(prompts[first : first + NOTES_AT_ONCE])}, return_tensors="pt")
@@ -312,7 +315,7 @@ def write_notes(model, tokenizer, prompts: list[str], way: str, settings: dict) 
             answers += tokenizer.batch_decode(found.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             passes += found.denoising_steps.tolist()
     finally:
-        constrained.chosen = usual
+        constrained.chosen, constrained.solve = usual
     return answers, passes
 
 
@@ -375,10 +378,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's; compile, notes and many: 1)")
     parser.add_argument("--vocab-size", type=int, nargs="+", help="compile: one (262144); step: (640 32768 262144)")
-    parser.add_argument("--only", nargs="+", choices=list(LANGUAGES), default=list(LANGUAGES), help="compile: languages (all)")
+    parser.add_argument("--only", nargs="*", choices=list(LANGUAGES), help="compile: languages (all); step: (object of 20 fields)")
     parser.add_argument("--states", type=int, nargs="*", default=[16, 128, 1024], help="step: of random automata (16 128 1024)")
     parser.add_argument("--classes", type=int, nargs="+", default=[147], help="step: of random automata (147)")
-    parser.add_argument("--no-fields", dest="fields", action="store_false", help="step: without the object of 20 fields")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="step: (1 4)")
     parser.add_argument("--canvas", nargs="+", choices=["flat", "peaked"], default=["flat", "peaked"], help="step: (both)")
     dtypes = ["float32", "bfloat16", "float16"]
@@ -393,6 +395,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.quick:
         args.vocab_size, args.only, args.states, args.batch, args.rounds = args.vocab_size or [LEAST], ["ISO date"], [16], [1], 1
         args.settings, args.count = ["2 steps"], args.count or 3
+    if args.only is None:
+        args.only = ["object of 20 fields"] if args.part == "step" else list(LANGUAGES)
     sizes = {"compile": [262_144], "step": [640, 32_768, 262_144]}
     args.dtype = args.dtype or (["float32", "bfloat16"] if args.part == "step" else ["float32"])
     if args.part == "many" and len(args.dtype) > 1:

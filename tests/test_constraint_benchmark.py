@@ -36,7 +36,7 @@ def test_step_times_both_ways_and_says_what_it_means_at_the_released_sizes(capsy
     printed, (header, _, *rows) = run(capsys, "step", "--quick", "--cpu-time", "--vocab-size", "4000")
     assert len(rows) == 8 and header[:3] == ["ids", "dtype", "language"]
     for row in rows:
-        free, bound, *stages, ratio = row[8:]
+        free, bound, *stages, ratio = row[9:]
         assert float(free) > 0 and sum(map(float, stages)) == pytest.approx(float(bound), rel=0.02)
         assert float(bound) / float(free) == pytest.approx(float(re.match(r"\*\*([\d.]+)x\*\*", ratio)[1]), rel=0.02)
     share = float(re.search(r"the head and the soft embedding are ([\d.]+)%", printed)[1])

@@ -82,10 +82,10 @@ def test_solution_equals_an_enumeration_of_all_strings(seed):
     log_probs = random_log_probs(seed, 3, 1 + seed % 4)
     states = torch.tensor([0, min(1, second.states - 1), first.states - 1])
     left = torch.tensor([0, 1, 2])
-    chance = torch.rand((3, log_probs.shape[1]), generator=torch.Generator().manual_seed(seed))
+    chance = torch.rand((3, log_probs.shape[1], 2), generator=torch.Generator().manual_seed(seed))
     mass, best = by_class(log_probs, automata)
     lattice = make_lattice(automata, CPU)
-    got = lattice.solve(mass, best, states, left, chance)
+    got = lattice.solve(mass, best, states, left, chance, posterior=True)
     for row, automaton in enumerate(automata):
         partition, marginals, string, end = enumerated(automaton, log_probs[row], int(states[row]), int(left[row]))
         assert float(got.log_partition[row]) == pytest.approx(partition, abs=1e-9)
@@ -112,7 +112,7 @@ def test_samples_follow_the_posterior_of_whole_strings():
     log_probs = random_log_probs(5, 1, 3, spread=1.0)
     mass, best = by_class(log_probs, [automaton])
     lattice, many = make_lattice([automaton] * draws, CPU), (draws, -1, -1)
-    chance = torch.rand((draws, 3), generator=torch.Generator().manual_seed(0))
+    chance = torch.rand((draws, 3, 2), generator=torch.Generator().manual_seed(0))
     got = lattice.solve(mass.expand(many), best.expand(many), torch.zeros(draws, dtype=torch.int64), 0, chance)
     expected: dict[tuple, float] = {}
     for ids, _ in strings(automaton, 0, 3, 0):
@@ -137,7 +137,7 @@ def test_partitions_far_below_the_least_number_are_exact():
     free = make_automaton(torch.tensor([1, 1, 1]), torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.tensor([True]))
     log_probs = torch.tensor([[0.0, -3000.0 / 64, 0.0]], dtype=torch.float64).log_softmax(dim=-1).expand(2, 64, -1)
     mass, best = by_class(log_probs, [chain(64), free])
-    got = make_lattice([chain(64), free], CPU).solve(mass, best, torch.zeros(2, dtype=torch.int64), 0, torch.zeros(2, 64))
+    got = make_lattice([chain(64), free], CPU).solve(mass, best, torch.zeros(2, dtype=torch.int64), 0, torch.zeros(2, 64, 2), True)
     assert float(got.log_partition[0]) == pytest.approx(float(64 * log_probs[0, 0, 1]), rel=1e-12) and float(got.log_partition[0]) < -3000
     assert float(got.log_partition[1]) == pytest.approx(0.0, abs=1e-9)
     assert float(got.posterior[0, :, 1].abs().max()) < 1e-9 and int(got.sample_state[0]) == 64
@@ -148,7 +148,7 @@ def test_a_canvas_ends_where_acceptance_still_fits(left, accepted):
     """A string of 8 ids after a canvas of 3 needs 5 more."""
     automaton = chain(8)
     mass, best = by_class(random_log_probs(0, 1, 3, vocab_size=3), [automaton])
-    got = make_lattice([automaton], CPU).solve(mass, best, torch.tensor([0]), left, torch.rand(1, 3))
+    got = make_lattice([automaton], CPU).solve(mass, best, torch.tensor([0]), left, torch.rand(1, 3, 2))
     assert bool(got.log_partition[0] > -math.inf) == accepted
     assert got.best_state.tolist() == got.sample_state.tolist() == ([3] if accepted else [0])
 
@@ -163,11 +163,11 @@ def test_without_chance_the_sample_is_the_best_string():
 def test_a_row_does_not_depend_on_its_neighbours():
     automata = [random_automaton(seed, kinds=2 + seed) for seed in range(3)]
     mass, best = by_class(random_log_probs(7, 3, 9), automata)
-    lattice, states, chance = make_lattice(automata, CPU), torch.zeros(3, dtype=torch.int64), torch.rand(3, 9)
-    whole = lattice.solve(mass, best, states, 2, chance)
+    lattice, states, chance = make_lattice(automata, CPU), torch.zeros(3, dtype=torch.int64), torch.rand(3, 9, 2)
+    whole = lattice.solve(mass, best, states, 2, chance, True)
     for row in range(3):
         only = torch.tensor([row])
-        got = lattice.select(only).solve(mass[only], best[only], states[only], 2, chance[only])
+        got = lattice.select(only).solve(mass[only], best[only], states[only], 2, chance[only], True)
         for name in got._fields:
             assert torch.equal(getattr(got, name), getattr(whole, name)[only]), name
 
@@ -176,7 +176,7 @@ def test_a_row_of_nan_is_lost_and_its_neighbour_is_not():
     automaton = random_automaton(4)
     mass, best = by_class(random_log_probs(1, 2, 4), [automaton] * 2)
     mass[0, 2], best[0, 2] = math.nan, math.nan
-    got = make_lattice([automaton] * 2, CPU).solve(mass, best, torch.tensor([0, 0]), 5, torch.rand(2, 4))
+    got = make_lattice([automaton] * 2, CPU).solve(mass, best, torch.tensor([0, 0]), 5, torch.rand(2, 4, 2))
     assert not bool(got.log_partition[0] > -math.inf) and bool(got.log_partition[1] > -math.inf)
     assert got.sample[0].tolist() == [0] * 4 and int(got.best_state[0]) == 0
 
@@ -184,10 +184,10 @@ def test_a_row_of_nan_is_lost_and_its_neighbour_is_not():
 def test_long_canvases_in_chunks_equal_those_in_one(monkeypatch):
     automaton = random_automaton(6)
     mass, best = by_class(random_log_probs(3, 2, 31), [automaton] * 2)
-    lattice, chance = make_lattice([automaton] * 2, CPU), torch.rand(2, 31)
-    whole = lattice.solve(mass, best, torch.tensor([0, 0]), 5, chance)
+    lattice, chance = make_lattice([automaton] * 2, CPU), torch.rand(2, 31, 2)
+    whole = lattice.solve(mass, best, torch.tensor([0, 0]), 5, chance, True)
     monkeypatch.setattr(module, "MOST", 1)
-    for one, other in zip(lattice.solve(mass, best, torch.tensor([0, 0]), 5, chance), whole, strict=True):
+    for one, other in zip(lattice.solve(mass, best, torch.tensor([0, 0]), 5, chance, True), whole, strict=True):
         assert torch.equal(one, other)
 
 
@@ -214,15 +214,15 @@ def test_kernel_equals_the_reference(monkeypatch, left):
     automata = [random_automaton(1, states=5, kinds=7, vocab_size=12, density=0.9), chain(20), random_automaton(2)]
     kinds = max(automaton.kinds for automaton in automata)
     mass = torch.randn((3, 3, kinds), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 9
-    best, chance = mass - 0.5, torch.rand((3, 3), generator=torch.Generator().manual_seed(1))
+    best, chance = mass - 0.5, torch.rand((3, 3, 2), generator=torch.Generator().manual_seed(1))
     lattice, states = make_lattice(automata, CPU), torch.tensor([0, 1, 0])
     for numbers in (chance, None):
-        expected = lattice.solve(mass, best, states, left, numbers)
+        expected = lattice.solve(mass, best, states, left, numbers, True)
         with monkeypatch.context() as patch:
             patch.setattr(lattice_kernel, "STATES", 2)
             patch.setattr(lattice_kernel, "EDGES", 4)
             patch.setattr(module, "choose_scans", lambda device: (messages_triton, follow_triton))
-            got = lattice.solve(mass, best, states, left, numbers)
+            got = lattice.solve(mass, best, states, left, numbers, True)
         assert not bool(got.log_partition[1] > -math.inf) and bool(got.log_partition[0] > -math.inf)
         for name, value in expected._asdict().items():
             torch.testing.assert_close(getattr(got, name), value, atol=1e-11, rtol=1e-12, msg=name)

@@ -95,11 +95,11 @@ def test_lattice_kernel_equals_its_reference_on_cuda(chance, monkeypatch):
     automata = [random_automaton(1, states=200, kinds=40, vocab_size=90, density=0.6), random_automaton(2), random_automaton(3, states=7)]
     kinds, numbers = max(automaton.kinds for automaton in automata), torch.Generator("cuda").manual_seed(0)
     mass = 9 * torch.randn((3, 141, kinds), dtype=torch.float64, device="cuda", generator=numbers)
-    drawn = torch.rand((3, 141), device="cuda", generator=numbers) if chance else None
+    drawn = torch.rand((3, 141, 2), device="cuda", generator=numbers) if chance else None
     states, found = torch.zeros(3, dtype=torch.int64, device="cuda"), []
     for ways in ((messages, follow), (messages_triton, follow_triton)):
         monkeypatch.setattr(lattice, "choose_scans", lambda device, ways=ways: ways)
-        found.append(make_lattice(automata, mass.device).solve(mass, mass - 0.5, states, 9, drawn))
+        found.append(make_lattice(automata, mass.device).solve(mass, mass - 0.5, states, 9, drawn, True))
     expected, got = found
     assert bool((expected.log_partition > -float("inf")).any())
     for name, value in expected._asdict().items():

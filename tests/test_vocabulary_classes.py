@@ -43,11 +43,11 @@ def chosen_of(solution, sums=None, possible=None):
 def join(walk, lattice, state, left, chance, pad, wanted=NOTHING_MORE, possible=None):
     """As a loop joins them."""
     sums = walk.sums()
-    first = None if chance is None else chance[:, : walk.count, 0]
-    solution = lattice.solve(sums.log_mass, sums.best, state, left, first)
+    first = None if chance is None else chance[:, : walk.count, :2]
+    solution = lattice.solve(sums.log_mass, sums.best, state, left, first, posterior=True)
     if walk.needs_thresholds:
         lost, loose = ~(solution.log_partition > -math.inf), walk.loose_sums()
-        solution = solution.where(lost, lattice.solve(loose.log_mass, loose.best, state, left, first))
+        solution = solution.where(lost, lattice.solve(loose.log_mass, loose.best, state, left, first, posterior=True))
         sums = walk.lift(sums, loose, lost)
     return walk.draw(sums, chosen_of(solution, sums, possible), chance, pad, wanted), solution
 
@@ -77,7 +77,7 @@ def predict_dense(
     logits = whole_logits(hidden, head, temperature)
     logits = logits if filters is None else filters.apply(logits)
     sums = dense_sums(logits, orders, count)
-    solution = lattice.solve(sums.log_mass, sums.best, state, left, None if chance is None else chance[:, :count, 0])
+    solution = lattice.solve(sums.log_mass, sums.best, state, left, None if chance is None else chance[:, :count, :2], True)
     possible = None if at_once is None else lattice.possible(count, state, left)
     got = dense_draw(logits, sums, chosen_of(solution, sums, possible), orders, chance, pad, current, wanted)
     table = head.weight if head.embedding is None else head.embedding
@@ -105,7 +105,7 @@ def test_both_ways_equal_an_enumeration_of_all_strings(seed, greedy):
     automata = [random_automaton(seed), random_automaton(seed + 50, states=3)]
     hidden, head = case(vocab_size=6, size=8, rows=(2, 1 + seed % 3), seed=seed)
     current = torch.randint(6, hidden.shape[:2], generator=torch.Generator().manual_seed(seed))
-    chance = None if greedy else torch.rand((*hidden.shape[:2], 5), generator=torch.Generator().manual_seed(seed))
+    chance = None if greedy else torch.rand((*hidden.shape[:2], CHANCES_WITH_CURRENT), generator=torch.Generator().manual_seed(seed))
     left = 3
     log_probs = whole_logits(hidden.double(), head._replace(weight=head.weight.double()), 0.7).double().log_softmax(dim=-1)
     for got, solution in (
@@ -143,7 +143,7 @@ def test_samples_follow_the_distribution_of_whole_strings(dense):
     draws, automaton = 20_000, random_automaton(3)
     hidden, head = case(vocab_size=6, size=8, rows=(1, 2), spread=1.5)
     current = torch.tensor([[0, 1]]).expand(draws, -1)
-    chance = torch.rand((draws, 2, 5), generator=torch.Generator().manual_seed(0))
+    chance = torch.rand((draws, 2, CHANCES_WITH_CURRENT), generator=torch.Generator().manual_seed(0))
     lattice, orders = make_lattice([automaton] * draws, CPU), make_orders([automaton.classes] * draws, CPU)
     state, many = torch.zeros(draws, dtype=torch.int64), hidden.expand(draws, -1, -1)
     if dense:
@@ -210,7 +210,7 @@ def test_a_first_walk_that_mixes_gives_what_two_walks_and_whole_logits_give(like
     automata = [free_automaton(random_classes(5001, 30, seed, most), seed, states=5) for seed in range(2)]
     hidden, head = case(vocab_size=5001, rows=(2, 63))
     current = torch.randint(5001, (2, 63), generator=torch.Generator().manual_seed(0))
-    chance = torch.rand((2, 63, 5), generator=torch.Generator().manual_seed(1))
+    chance = torch.rand((2, 63, CHANCES_WITH_CURRENT), generator=torch.Generator().manual_seed(1))
     given = {"left": 1, "current": current, "count": 60, "pad": 17, "chance": chance}
     two, _ = predict(hidden, head, temperature, automata, at_once=False, **given)
     ids = {"none": None, "best": two.argmax, "any": current}[likely]

@@ -8,10 +8,12 @@ S: states, E: edges, K: classes, V: ids of the vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from .bundles import Bundled, bundle_edges
 from .states import FAR, distances
 
 
@@ -36,6 +38,11 @@ class Automaton:
     def kinds(self) -> int:
         """How many classes there are, class 0 included."""
         return int(self.classes.max()) + 1
+
+    @cached_property
+    def bundled(self) -> Bundled:
+        """The edges with those between the same two states put together."""
+        return bundle_edges(self.source, self.kind, self.target)
 
     def run(self, ids: Sequence[int], state: int = 0) -> int | None:
         """The state that ids lead to; None where the automaton has no edge for one of them. By one look-up after the other: for checks."""

@@ -12,14 +12,16 @@ posterior of the first position is 2/3 a, 1/3 b.
 All messages are float64 **logs**. Rescaled float64 does not do: paths that are probable and never accepted take all of its range. A
 partition of -2,000 nats is common at the first steps of a long schema.
 
-The rows of a batch lie side by side in flat lists of states and edges, and both directions of the sum and the best path advance in one
-scan (`scans`), so that a position costs a dozen operations whatever the batch. Nothing waits for the device. Sums over segments
-are `torch.segment_reduce`, whose order is fixed, so that seeds reproduce on a GPU.
+The rows of a batch lie side by side in flat lists of states and edges, and the sum and the best path advance in one scan (`scans`), so that
+a position costs a dozen operations whatever the batch. An edge is all that leads from one state to another, taken by a bundle of
+classes (`bundles`): what a bundle weighs is summed before the scan, and a class of it is chosen behind it. Nothing waits for the device.
+Sums over segments are `torch.segment_reduce`, whose order is fixed, so that seeds reproduce on a GPU.
 
-Legend: B rows, n positions that count, K classes (of the row that has most), S states and E edges of all rows.
+Legend: B rows, n positions that count, K classes and G bundles (of the row that has most), S states, E edges and M classes of bundles of
+all rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,47 +29,67 @@ import torch
 
 from .automaton import Automaton
 from .lattice_kernel import choose_scans
-from .scans import Paths, Scan, make_scans
+from .scans import NOTHING, Paths, Scan, draw, make_scans
 
-MOST = 2**22  # numbers of positions and edges computed at a time: 32 MiB
+MOST = 2**22  # numbers of positions and edges, or classes, computed at a time: 32 MiB
 
 
 class Solution(NamedTuple):
     """`log_partition` float64 (B,), nats: of the canvases that are accepted; -inf, or NaN, where none is, and then all else of the row
-    means nothing: `posterior` float64 (B, n, K), log-probabilities of the classes given acceptance; `sample` and `best`, int64 (B, n),
-    classes of a path that is drawn and of the most probable one; `sample_state` and `best_state`, int64 (B,), the states behind them."""
+    means nothing: `sample` and `best`, int64 (B, n), classes of a path that is drawn and of the most probable one; `sample_state` and
+    `best_state`, int64 (B,), the states behind them; on request `posterior` float64 (B, n, K), log-probabilities of the classes given
+    acceptance."""
 
     log_partition: torch.Tensor
-    posterior: torch.Tensor
     sample: torch.Tensor
     sample_state: torch.Tensor
     best: torch.Tensor
     best_state: torch.Tensor
+    posterior: torch.Tensor | None = None
 
     def where(self, chosen: torch.Tensor, other: "Solution") -> "Solution":
         """This solution, and the other one's rows where `chosen` bool (B,)."""
-        pairs = zip(self, other, strict=True)
-        return Solution(*(torch.where(chosen.view(-1, *(1,) * (mine.dim() - 1)), theirs, mine) for mine, theirs in pairs))
+
+        def joined(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> torch.Tensor | None:
+            return None if mine is None else torch.where(chosen.view(-1, *(1,) * (mine.dim() - 1)), theirs, mine)
+
+        return Solution(*map(joined, self, other))
+
+
+class Members(NamedTuple):
+    """What the bundles hold: `kind` int64 (M,), flat classes, and `bundle` int64 (M,), the flat bundle each is of, rising. `sizes` int64
+    (B * G,), how many each has, `begin` the first of them. `by_kind` int64 (M,): the members in rising order of class, and `counts` int64
+    (B * K,), how many there are of each. `lanes` int64 (most,): counts up to the most of a bundle."""
+
+    kind: torch.Tensor
+    bundle: torch.Tensor
+    sizes: torch.Tensor
+    begin: torch.Tensor
+    by_kind: torch.Tensor
+    counts: torch.Tensor
+    lanes: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
     """The automata of a batch's rows, states and edges in flat lists, row by row.
 
-    `automata`: one a row, shared ones the same object. Edges in rising order of source: `source`, `target` int64 (E,), flat states; `kind`
-    int64 (E,), the row's place times K plus the class. `row` int64 (S,), the row of a state; `fewest` int64 (S,). `by_kind` int64 (E,), the
-    edges in rising order of kind, and `counts` int64 (B * K,), how many each kind has. `scan`, `paths`: how messages and paths advance.
+    `automata`: one a row, shared ones the same object. Edges in rising order of source: `source`, `target` int64 (E,), flat states;
+    `bundle` int64 (E,), flat: the row's place times G and its own. `row` int64 (S,), the row of a state; `fewest` int64 (S,). `by_bundle`
+    int64 (E,), the edges in rising order of bundle, and `counts` int64 (B * G,), how many each has. `members`: what bundles hold;
+    `scan`, `paths`: how messages and paths advance.
     """
 
     automata: tuple[Automaton, ...]
     kinds: int
     source: torch.Tensor
-    kind: torch.Tensor
+    bundle: torch.Tensor
     target: torch.Tensor
     row: torch.Tensor
     fewest: torch.Tensor
-    by_kind: torch.Tensor
+    by_bundle: torch.Tensor
     counts: torch.Tensor
+    members: Members
     scan: Scan
     paths: Paths
 
@@ -77,7 +99,7 @@ class Lattice:
 
     def solve(
         self, log_mass: torch.Tensor, best_log_prob: torch.Tensor, state: torch.Tensor, left: torch.Tensor | int,
-        chance: torch.Tensor | None = None,
+        chance: torch.Tensor | None = None, posterior: bool = False,
     ) -> Solution:  # fmt: skip
         """Conditions `n` positions on being accepted.
 
@@ -86,7 +108,9 @@ class Lattice:
             best_log_prob (`float64 (B, n, K)`): of a class's most probable id.
             state (`int64 (B,)`): each row's state before the first position, as its automaton counts them.
             left (`int64 (B,)` or int): tokens left behind the last position: it may end in states with as few to acceptance.
-            chance (`(B, n)`, *optional*): uniform numbers in [0, 1); without them `sample` is `best`.
+            chance (`(B, n, 2)`, *optional*): uniform numbers in [0, 1), of a position's edge and of its class; without them `sample` is
+                `best`.
+            posterior: whether that is asked for; it takes as long again.
 
         Raises:
             ValueError: sums of another shape or dtype.
@@ -96,78 +120,138 @@ class Lattice:
             if tuple(value.shape) != expected or value.dtype != torch.float64 or not expected[1]:
                 wanted = f"float64 {(expected[0], 'n', expected[2])}, both alike, of at least one position"
                 raise ValueError(f"`{name}` is {value.dtype} {tuple(value.shape)}; expected {wanted}")
-        return _solve(self, log_mass, best_log_prob, *self._ends(state, left), chance)
+        return _solve(self, log_mass, best_log_prob, *self._ends(state, left), chance, posterior)
 
     def possible(self, length: int, state: torch.Tensor, left: torch.Tensor | int) -> torch.Tensor:
         """Which classes can stand at each of `length` positions in some canvas that is accepted, whatever is probable: bool (B, n, K). Args
         as of `solve`."""
-        (messages, _), batch_size = choose_scans(state.device), len(self.automata)
-        found = torch.zeros((batch_size * self.kinds, length), dtype=torch.float64, device=state.device)
-        behind, before, _ = messages(self.scan, found, found, *self._ends(state, left))  # logs of how many paths there are
-        step = max(MOST // len(self.source), 1)
-        for first in range(0, length, step):
-            here = slice(first, min(first + step, length))
-            after = slice(here.start + 1, here.stop + 1)
+        messages, _ = choose_scans(state.device)
+        found = torch.zeros((len(self.counts), length), dtype=torch.float64, device=state.device)
+        _, behind, before = messages(self.scan, found, found, *self._ends(state, left))  # logs of how many paths there are
+        for here, after in self._pieces(length):
             along = before[:, here].index_select(0, self.source).add_(behind[:, after].index_select(0, self.target))  # (E, m)
-            found[:, here] = found[:, here].index_add(0, self.kind, (along > -float("inf")).double())
-        return (found > 0).unflatten(0, (batch_size, self.kinds)).transpose(1, 2)
+            found[:, here] = found[:, here].index_add(0, self.bundle, (along > -float("inf")).double())
+        kinds = found.new_zeros((len(self.members.counts), length))
+        kinds.index_add_(0, self.members.kind, found.index_select(0, self.members.bundle))
+        return (kinds > 0).unflatten(0, (len(self.automata), self.kinds)).transpose(1, 2)
 
     def _ends(self, state: torch.Tensor, left: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
         """The flat states that paths begin in, int64 (B,), and those in which they may end, bool (S,)."""
         return self.scan.first[:-1] + state, self.fewest <= (left[self.row] if isinstance(left, torch.Tensor) else left)
 
+    def _pieces(self, length: int) -> Iterator[tuple[slice, slice]]:
+        """So many positions as are computed at a time, and those behind each."""
+        step = max(MOST // max(len(self.source), len(self.members.kind)), 1)
+        for first in range(0, length, step):
+            here = slice(first, min(first + step, length))
+            yield here, slice(here.start + 1, here.stop + 1)
+
 
 def make_lattice(automata: Sequence[Automaton], device: torch.device, kinds: int = 0) -> Lattice:
     """The lattice of rows with these automata, on `device`; of at least `kinds` classes, as rows had that have left."""
-    kinds, sizes = max(kinds, *(automaton.kinds for automaton in automata)), [automaton.states for automaton in automata]
-    begins = [sum(sizes[:row]) for row in range(len(sizes))]
-    source, target = (
-        torch.cat([getattr(one, name).cpu() + begin for one, begin in zip(automata, begins, strict=True)]) for name in ("source", "target")
-    )
-    kind = torch.cat([one.kind.cpu() + place * kinds for place, one in enumerate(automata)])
-    row = torch.cat([torch.full((size,), place, dtype=torch.int64, device="cpu") for place, size in enumerate(sizes)])
+    bundled, states = [automaton.bundled for automaton in automata], [automaton.states for automaton in automata]
+    kinds, bundles = max(kinds, *(automaton.kinds for automaton in automata)), max(len(one.sizes) for one in bundled)
+    begins = [sum(states[:row]) for row in range(len(states))]
+    source, target = (torch.cat([getattr(one, name) + begins[row] for row, one in enumerate(bundled)]) for name in ("source", "target"))
+    bundle = torch.cat([one.bundle + row * bundles for row, one in enumerate(bundled)])
+    kind = torch.cat([one.kind + row * kinds for row, one in enumerate(bundled)])
+    sizes = torch.cat([torch.nn.functional.pad(one.sizes, (0, bundles - len(one.sizes))) for one in bundled])
+    lanes = torch.arange(int(sizes.max()), dtype=torch.int64, device="cpu")
+    all_kinds, all_bundles = kinds * len(automata), bundles * len(automata)
+    members = Members(
+        kind=kind, bundle=torch.arange(all_bundles, device="cpu").repeat_interleave(sizes), sizes=sizes, begin=sizes.cumsum(dim=0) - sizes,
+        by_kind=torch.argsort(kind, stable=True), counts=torch.bincount(kind, minlength=all_kinds), lanes=lanes,
+    )  # fmt: skip
+    row = torch.arange(len(automata), device="cpu").repeat_interleave(torch.tensor(states, device="cpu"))
     fewest = torch.cat([one.fewest.cpu() for one in automata])
-    all_kinds = kinds * len(automata)
-    by_kind, counts = torch.argsort(kind, stable=True), torch.bincount(kind, minlength=all_kinds)
-    tensors = [value.to(device) for value in (source, kind, target, row, fewest, by_kind, counts)]
-    scan, paths = make_scans(source, kind, target, sizes, all_kinds)
-    return Lattice(
-        tuple(automata), kinds, *tensors, Scan(*(value.to(device) for value in scan)), Paths(*(value.to(device) for value in paths))
-    )
+    by_bundle, counts = torch.argsort(bundle, stable=True), torch.bincount(bundle, minlength=all_bundles)
+    scan, paths = make_scans(source, bundle, target, states, all_bundles)
+    tensors = [value.to(device) for value in (source, bundle, target, row, fewest, by_bundle, counts)]
+    groups = (type(one)(*(value.to(device) for value in one)) for one in (members, scan, paths))
+    return Lattice(tuple(automata), kinds, *tensors, *groups)
 
 
 def _solve(
     lattice: Lattice, log_mass: torch.Tensor, best_log_prob: torch.Tensor, start: torch.Tensor, may_end: torch.Tensor,
-    chance: torch.Tensor | None,
+    chance: torch.Tensor | None, posterior: bool,
 ) -> Solution:  # fmt: skip
     """`Lattice.solve`. Args: `start` int64 (B,), flat states; `may_end` bool (S,)."""
     messages, follow = choose_scans(log_mass.device)
-    batch_size, length, kinds = log_mass.shape
+    batch_size, length, _ = log_mass.shape
     sums, tops = (value.transpose(1, 2).flatten(0, 1) for value in (log_mass, best_log_prob))  # (B * K, n)
-    behind, before, best_behind = messages(lattice.scan, sums, tops, start, may_end)  # (S, n + 1)
+    weights, weight_tops = _weigh(lattice, sums, tops)  # (B * G, n)
+    best_behind, behind, *before = messages(lattice.scan, weights, weight_tops, start, may_end, posterior)  # (S, n + 1)
     log_partition = behind[start, 0]
     share = None if chance is None else 1 - chance.double()
-    state, taken = start.repeat(1 if chance is None else 2), []
-    posterior, partition = torch.empty_like(sums), log_partition[lattice.row][lattice.source, None]  # (E, 1)
-    step = max(MOST // len(partition), 1)
-    for first in range(0, length, step):
-        here = slice(first, min(first + step, length))
-        after = slice(here.start + 1, here.stop + 1)
+    state, taken, found = start.repeat(1 if chance is None else 2), [], []
+    for here, after in lattice._pieces(length):
         # Rows of many positions are looked up, which takes a tenth of the time of looking up columns.
-        along = sums[:, here].index_select(0, lattice.kind).add_(behind[:, after].index_select(0, lattice.target))  # (E, m)
-        best = tops[:, here].index_select(0, lattice.kind).add_(best_behind[:, after].index_select(0, lattice.target))
-        edges, state = follow(lattice.paths, state, best, along, None if chance is None else share[:, here])
+        best = weight_tops[:, here].index_select(0, lattice.bundle).add_(best_behind[:, after].index_select(0, lattice.target))  # (E, m)
+        along = None
+        if share is not None or posterior:
+            along = weights[:, here].index_select(0, lattice.bundle).add_(behind[:, after].index_select(0, lattice.target))
+        edges, state = follow(lattice.paths, state, best, along, None if share is None else share[:, here, 0])
         taken.append(edges)
-        along.add_(before[:, here].index_select(0, lattice.source)).sub_(partition).exp_()
-        mass = torch.segment_reduce(along.index_select(0, lattice.by_kind), "sum", lengths=lattice.counts, axis=0, unsafe=True)
-        mass = mass.unflatten(0, (batch_size, kinds))
-        posterior[:, here] = mass.div_(mass.sum(dim=1, keepdim=True)).log_().flatten(0, 1)  # without the rounding of large logs
+        if posterior:
+            found.append(_posterior(lattice, sums[:, here], weights[:, here], along, before[0][:, here], log_partition))
     lost = ~(log_partition > -float("inf"))  # NaN, too
-    classes = lattice.kind[torch.cat(taken, dim=1)].remainder_(kinds).unflatten(0, (-1, batch_size))  # (1 or 2, B, n)
-    classes = classes.masked_fill_(lost[:, None], 0)
+    bundle = lattice.bundle[torch.cat(taken, dim=1)].unflatten(0, (-1, batch_size))  # (1 or 2, B, n)
+    classes = [_best_class(lattice.members, bundle[0], tops)]
+    if share is not None:
+        classes.append(_drawn_class(lattice.members, bundle[1], sums, share[..., 1]))
+    classes = [one.remainder(lattice.kinds).masked_fill(lost[:, None], 0) for one in classes]
     state = torch.where(lost, start, state.unflatten(0, (-1, batch_size))) - lattice.scan.first[:-1]
-    posterior = posterior.unflatten(0, (batch_size, kinds)).transpose(1, 2).masked_fill(lost[:, None, None], -float("inf"))
-    return Solution(log_partition, posterior, classes[-1], state[-1], classes[0], state[0])
+    solution = Solution(log_partition, classes[-1], state[-1], classes[0], state[0])
+    if not posterior:
+        return solution
+    found = torch.cat(found, dim=1).unflatten(0, (batch_size, lattice.kinds)).transpose(1, 2)
+    return solution._replace(posterior=found.masked_fill(lost[:, None, None], -float("inf")))
+
+
+def _weigh(lattice: Lattice, sums: torch.Tensor, tops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all classes of a bundle together, and of its most probable id: float64 (B * G, n) each."""
+    members, found = lattice.members, []
+    for here, _ in lattice._pieces(sums.shape[1]):
+        along = sums[:, here].index_select(0, members.kind)  # (M, m)
+        highest = torch.segment_reduce(along, "max", lengths=members.sizes, axis=0, unsafe=True).clamp_(min=NOTHING)
+        along.sub_(highest.index_select(0, members.bundle)).exp_()
+        total = torch.segment_reduce(along, "sum", lengths=members.sizes, axis=0, unsafe=True).log_().add_(highest)
+        top = torch.segment_reduce(tops[:, here].index_select(0, members.kind), "max", lengths=members.sizes, axis=0, unsafe=True)
+        found.append((total, top))
+    return tuple(torch.cat(pieces, dim=1) for pieces in zip(*found, strict=True))
+
+
+def _posterior(
+    lattice: Lattice, sums: torch.Tensor, weights: torch.Tensor, along: torch.Tensor, before: torch.Tensor, log_partition: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities of the classes at m positions, float64 (B * K, m). Args: as in `_solve`, of these positions; `along`, of all that
+    comes once an edge is taken, is overwritten."""
+    members = lattice.members
+    along.add_(before.index_select(0, lattice.source)).sub_(log_partition[lattice.row][lattice.source, None]).exp_()
+    mass = torch.segment_reduce(along.index_select(0, lattice.by_bundle), "sum", lengths=lattice.counts, axis=0, unsafe=True)  # (B * G, m)
+    inside = sums.index_select(0, members.kind).sub_(weights.clamp(min=NOTHING).index_select(0, members.bundle)).exp_()  # (M, m)
+    inside.mul_(mass.index_select(0, members.bundle))
+    mass = torch.segment_reduce(inside.index_select(0, members.by_kind), "sum", lengths=members.counts, axis=0, unsafe=True)
+    mass = mass.unflatten(0, (len(lattice.automata), lattice.kinds))
+    return mass.div_(mass.sum(dim=1, keepdim=True)).log_().flatten(0, 1)  # without the rounding of large logs
+
+
+def _classes_of(members: Members, bundle: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat classes of each bundle int64 (B, n), int64 (B, n, most), and their values out of (B * K, n), -inf behind the last."""
+    places = members.begin[bundle][..., None] + members.lanes
+    kinds = members.kind[places.clamp(max=len(members.kind) - 1)]
+    positions = torch.arange(values.shape[1], device=values.device)[:, None]
+    return kinds, values[kinds, positions].masked_fill_(members.lanes >= members.sizes[bundle][..., None], -float("inf"))
+
+
+def _best_class(members: Members, bundle: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
+    kinds, found = _classes_of(members, bundle, tops)
+    return kinds.gather(-1, found.argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def _drawn_class(members: Members, bundle: torch.Tensor, sums: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    kinds, found = _classes_of(members, bundle, sums)
+    return kinds.gather(-1, draw(found, share[..., None]).clamp_(max=len(members.lanes) - 1)).squeeze(-1)
 
 
 __all__ = ["Lattice", "Solution", "make_lattice"]

@@ -22,12 +22,12 @@ STATES, EDGES = 64, 16  # of a tile: states, and edges of each, that are looked 
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["length", "states", "columns"])
+    @triton.jit(do_not_specialize=["length", "states", "width", "columns"])
     def _messages_kernel(
-        history, weights, source, kind, begin, first, length, states, columns,
+        history, weights, source, weight, begin, first, length, states, width, columns,
         nothing: tl.constexpr, some_states: tl.constexpr, some_edges: tl.constexpr,
     ):  # fmt: skip
-        way = tl.program_id(1)  # 0: the sum behind, 1: the sum before, 2: the best behind
+        way = tl.program_id(1)  # 0: the best behind, 1: the sum behind, 2: the sum before
         low, high = tl.load(first + tl.program_id(0)) + way * states, tl.load(first + tl.program_id(0) + 1) + way * states
         lanes = tl.arange(0, some_edges)[None, :]
         for _ in range(length):
@@ -42,9 +42,9 @@ if triton is not None:
                     at = edge[:, None] + lane + lanes
                     here = at < end[:, None]
                     along = tl.load(history + tl.load(source + at, mask=here, other=0), mask=here, other=-float("inf"))
-                    along += tl.load(weights + tl.load(kind + at, mask=here, other=0), mask=here, other=-float("inf"))
+                    along += tl.load(weights + tl.load(weight + at, mask=here, other=0), mask=here, other=-float("inf"))
                     top = tl.maximum(top, tl.max(along, axis=1))
-                if way == 2:
+                if way == 0:
                     message = tl.where(top > nothing, top, -float("inf"))
                 else:
                     total = tl.zeros((some_states,), tl.float64)
@@ -52,12 +52,12 @@ if triton is not None:
                         at = edge[:, None] + lane + lanes
                         here = at < end[:, None]
                         along = tl.load(history + tl.load(source + at, mask=here, other=0), mask=here, other=-float("inf"))
-                        along += tl.load(weights + tl.load(kind + at, mask=here, other=0), mask=here, other=-float("inf"))
+                        along += tl.load(weights + tl.load(weight + at, mask=here, other=0), mask=here, other=-float("inf"))
                         total += tl.sum(tl.exp(along - top[:, None]), axis=1)
                     message = tl.where(total == 0, -float("inf"), tl.log(tl.where(total == 0, 1.0, total)) + top)
-                tl.store(history + 3 * states + state, message, mask=valid)
+                tl.store(history + width + state, message, mask=valid)
             tl.debug_barrier()  # what was stored is what the next position loads
-            history += 3 * states
+            history += width
             weights += columns
 
     @triton.jit(do_not_specialize=["length", "rows", "last"])
@@ -92,23 +92,23 @@ if triton is not None:
 
 
 def messages_triton(
-    scan: Scan, sums: torch.Tensor, tops: torch.Tensor, start: torch.Tensor, may_end: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scan: Scan, sums: torch.Tensor, tops: torch.Tensor, start: torch.Tensor, may_end: torch.Tensor, before: bool = True
+) -> list[torch.Tensor]:
     """`scans.messages` in one launch of a kernel."""
-    weights, history = begin_messages(sums, tops, start, may_end)
+    weights, history = begin_messages(sums, tops, start, may_end, before)
     with torch.cuda.device_of(sums):  # Triton launches on the current device, whatever its arguments lie on
-        _messages_kernel[(len(scan.first) - 1, 3)](
-            history, weights, scan.source, scan.kind, scan.begin, scan.first, *weights.shape[:1], len(may_end), weights.shape[1],
-            nothing=NOTHING, some_states=STATES, some_edges=EDGES,
+        _messages_kernel[(len(scan.first) - 1, 2 + before)](
+            history, weights, scan.source, scan.weight, scan.begin, scan.first, *weights.shape[:1], len(may_end), history.shape[1],
+            weights.shape[1], nothing=NOTHING, some_states=STATES, some_edges=EDGES,
         )  # fmt: skip
-    return end_messages(history)
+    return end_messages(history, len(may_end))
 
 
 def follow_triton(
-    paths: Paths, state: torch.Tensor, best: torch.Tensor, along: torch.Tensor, share: torch.Tensor | None
+    paths: Paths, state: torch.Tensor, best: torch.Tensor, along: torch.Tensor | None, share: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`scans.follow` in one launch of a kernel."""
-    best, along = best.contiguous(), along.contiguous()
+    best, along = best.contiguous(), best if share is None else along.contiguous()
     taken, ends = state.new_empty((len(state), best.shape[1])), torch.empty_like(state)
     with torch.cuda.device_of(best):
         _follow_kernel[(len(state),)](
@@ -146,8 +146,8 @@ def _prove_kernel(device: torch.device):
     share = 1 - numbers(2, 3, uniform=True).double().to(device)
 
     def both(message: Callable, path: Callable):
-        followed = path(paths, start.repeat(2), best, along, share), path(paths, start, best, along, None)
-        return message(scan, sums, tops, start, may_end), followed
+        followed = path(paths, start.repeat(2), best, along, share), path(paths, start, best, None, None)
+        return [message(scan, sums, tops, start, may_end, before) for before in (True, False)], followed
 
     return both(messages_triton, follow_triton), both(messages, follow)
 

@@ -18,12 +18,12 @@ from ..vocabulary.dense_classes import dense_draw, dense_sums
 from ..vocabulary.sums import counts_rows
 
 
-def solve(progress: Progress, sums: ClassSums, chance: torch.Tensor | None) -> Solution:
-    """The lattice of one step, of b rows that all have a constraint. `chance` (`float32 (b, C, 3 or 5)`): uniform numbers in [0, 1), the
-    first of them the lattice's; None: the best string."""
+def solve(progress: Progress, sums: ClassSums, chance: torch.Tensor | None, posterior: bool = False) -> Solution:
+    """The lattice of one step, of b rows that all have a constraint. `chance` (`float32 (b, C, 4 or 6)`): uniform numbers in [0, 1), the
+    first two of them the lattice's; None: the best string."""
     count, behind, _ = progress.reach
-    states, numbers = progress.states, None if chance is None else chance[:, :count, 0]
-    return progress.lattice.solve(sums.log_mass, sums.best, states, behind.expand(len(states)), numbers)
+    states, numbers = progress.states, None if chance is None else chance[:, :count, :2]
+    return progress.lattice.solve(sums.log_mass, sums.best, states, behind.expand(len(states)), numbers, posterior)
 
 
 def lost(solution: Solution) -> torch.Tensor:

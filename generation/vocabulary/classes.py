@@ -18,7 +18,7 @@ is in `group_walk`:
     sums = walk.sums()                                      # then a lattice says what the classes are
     prediction = walk.draw(sums, chosen, chance, pad)
 
-Random numbers: `CHANCES` of each position, whatever the vocabulary and the language. The first is for the lattice.
+Random numbers: `CHANCES` of each position, whatever the vocabulary and the language. The first two are for the lattice.
 
 Nothing here waits for another device than a CPU.
 
@@ -37,7 +37,7 @@ from .segments import Orders, by_class
 from .sums import Shape, counts_rows, make_workspace
 from .walk import NUMBERS, PIECE, VocabularyHead, cast_dtype
 
-CHANCES, CHANCES_WITH_CURRENT = 3, 5  # uniform numbers of a position: class, segment, id; and segment and id of another token
+CHANCES, CHANCES_WITH_CURRENT = 4, 6  # uniform numbers of a position: edge, class, segment, id; and segment and id of another token
 
 
 class ClassSums(NamedTuple):
@@ -166,7 +166,7 @@ class ClassWalk:
         Args:
             sums: what `sums` gave, or `lift`.
             chosen: what the lattice made of it.
-            chance (`float32 (B, C, 3 or 5)`): uniform numbers in [0, 1), the first of them the lattice's; None takes the best string.
+            chance (`float32 (B, C, 4 or 6)`): uniform numbers in [0, 1), the first two of them the lattice's; None takes the best string.
             pad: the id behind the positions that count.
             wanted: what is given on request; candidates alone.
 

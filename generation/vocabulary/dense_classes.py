@@ -52,10 +52,10 @@ def dense_draw(
         sample[row, :count] = argmax[row, :count]
         if chance is not None:
             inside = _of_class(logits, order, chosen.sample[row])
-            sample[row, :count] = _drawn((inside - inside.amax(dim=-1, keepdim=True)).exp(), order, chance[row, :count, 1:3])
+            sample[row, :count] = _drawn((inside - inside.amax(dim=-1, keepdim=True)).exp(), order, chance[row, :count, 2:4])
         if current is not None:
             rest = log_probs.scatter(1, current[row, :count, None], -float("inf"))
-            found = rest.argmax(dim=-1) if chance is None else _drawn(rest.exp(), order, chance[row, :count, 3:5])
+            found = rest.argmax(dim=-1) if chance is None else _drawn(rest.exp(), order, chance[row, :count, 4:6])
             other[row, :count] = torch.where(rest.exp().sum(dim=-1) > 0, found, current[row, :count])
     prediction = Prediction(
         sample=sample, argmax=argmax, log_probs=marginal.gather(-1, argmax[..., None]).squeeze(-1).float(),

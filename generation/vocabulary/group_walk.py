@@ -198,7 +198,7 @@ class GroupWalk:
         self, group: Group, log_mass: torch.Tensor, entropy: torch.Tensor, shares: torch.Tensor, sample: torch.Tensor,
         best: torch.Tensor, best_log_prob: torch.Tensor, chance: torch.Tensor | None, candidates: int,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """The fields of a `Prediction` of N positions. Args: those of sums and lattice, (N, K) or (N,); `chance` (N, 3 or 5);
+        """The fields of a `Prediction` of N positions. Args: those of sums and lattice, (N, K) or (N,); `chance` (N, 4 or 6);
         `candidates`: how many of the most probable ids are given."""
         order, mass, mixes = self.order, shares.exp(), group.soft is None or candidates > 0
         rise = torch.where(mass > 0, shares - log_mass, -float("inf")).sub_(group.offset)  # (N, K), from what was summed to the marginal
@@ -280,7 +280,7 @@ class GroupWalk:
         drawn = [_Drawn(_at(lanes, tops.gather(1, lanes).argmax(dim=-1)).clamp_(max=last))]
         if chance is not None:
             lanes, shares = order.listing[sample], torch.nn.functional.pad(group.share, (0, 1))
-            drawn.append(_Drawn(_at(lanes, pick(shares.gather(1, lanes), chance[:, 1])).clamp_(max=last), chance[:, 2]))
+            drawn.append(_Drawn(_at(lanes, pick(shares.gather(1, lanes), chance[:, 2])).clamp_(max=last), chance[:, 3]))
         if self.current is None:
             return drawn
         place = order.place[self.current]
@@ -292,7 +292,7 @@ class GroupWalk:
             highest = tops.max(dim=-1)
             return [*drawn, _Drawn(highest.indices, None, place, ~(highest.values > MASKED / 2))]
         weight = torch.where(alive, weight.scatter(1, near, left.exp_().mul_(group.rest_mass[:, None])), weight)
-        return [*drawn, _Drawn(pick(weight, chance[:, 3]), chance[:, 4], place, ~(weight.sum(dim=-1) > 0))]
+        return [*drawn, _Drawn(pick(weight, chance[:, 4]), chance[:, 5], place, ~(weight.sum(dim=-1) > 0))]
 
 
 class _Mixture:
