@@ -212,11 +212,15 @@ def make_plan(
     """The plan for a prompt, of which each row may get `new_tokens`. `counted`: somebody outside knows the rows by their places.
 
     Raises:
-        ValueError: as `make_rules`.
+        ValueError: as `make_rules`; more canvases given than rows may get.
     """
     model_config, reference = model.config, config.backend == "reference"
     (rows, prompt_length), device = prompt.real.shape, prompt.real.device
     vocab_size = model_config.get_text_config().vocab_size
+    lengths = Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size)
+    if len(prompt.canvases) > lengths.canvases:
+        got = f"`decoder_input_ids` holds {len(prompt.canvases)} canvases of {lengths.canvas} tokens"
+        raise ValueError(f"{got}; expected at most {lengths.canvases}, as `max_new_tokens` or `max_length` allow {new_tokens} tokens")
     rules = make_rules(config, vocab_size, prompt_length, device, logits_processor, stopping)
     why = why_dense(model, config, rules.shaping, watchers, device)
     # Rows stay where somebody else counts on them: a caller's cache, processors and criteria, adapters, a cache of fixed rows.
@@ -224,7 +228,7 @@ def make_plan(
     stays = stays or prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
     stays = stays or (hasattr(model, "peft_config") and mixes_adapters(model))
     return Plan(
-        Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size),
+        lengths,
         rules,
         Execution(
             why_dense=why,

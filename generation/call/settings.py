@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..arguments import ARGUMENTS, FIELDS, read, shown, unknown
+from ..asking import Ends, end_of_turn
 from ..rules.stopping import Never, StoppingRule
 from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
 from .together import check_fields
@@ -106,4 +107,16 @@ def pad_id(config: DiffusionGenerationConfig, stops: Sequence[int]) -> int:
     return config.pad_token_id if config.pad_token_id is not None else stops[0] if stops else 0
 
 
-__all__ = ["pad_id", "resolve_config", "resolve_stopping", "stop_ids"]
+def ends_of(config: DiffusionGenerationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Ends:
+    """How a text ends that has a whole canvas, or several, to itself.
+
+    Raises:
+        ValueError: nothing ends one.
+    """
+    stops = stop_ids(config, vocab_size)
+    if not stops:
+        raise ValueError(f"`eos_token_id` is {config.eos_token_id}; expected at least one id of the vocabulary, with which a text ends")
+    return Ends(end_of_turn(tokenizer, stops), tuple(stops), pad_id(config, stops))
+
+
+__all__ = ["ends_of", "pad_id", "resolve_config", "resolve_stopping", "stop_ids"]

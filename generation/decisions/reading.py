@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from ..arguments import shown
+from ..asking import Ends
 from ..call.caches import dynamic_cache
 from ..call.configuration import DiffusionGenerationConfig
 from ..call.prompt import IMAGES
-from ..call.settings import pad_id, resolve_config, stop_ids
+from ..call.settings import ends_of, resolve_config
 from ..checks import check_ids, check_images
 from ..contract import check_contract, passes_in_step
 from ..loop.rows import select_cache
@@ -22,7 +23,7 @@ from ..rules.draws import RowDraws, row_draws
 from ..rules.noise import Noise, make_noise
 from ..watch.watcher import Watcher
 from .allowed import canvas_automaton
-from .layout import Ends, Layout
+from .layout import Layout
 from .scores import Named, name_ids, named_log_probs, option_scores
 from .spelling import Spelling
 
@@ -55,18 +56,16 @@ class How(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A model for the length of a call, and of it: `length`, positions of a canvas; `stops`, the ids that end a text, and `pad`, which
-    stands behind; `noise`; `vocab_size`."""
+    """A model for the length of a call, and of it: `length`, positions of a canvas; how its `ends` are written; `noise`; `vocab_size`."""
 
     model: object
     length: int
-    stops: tuple[int, ...]
-    pad: int
+    ends: Ends
     noise: Noise
     vocab_size: int
 
 
-def settle(model, how: How) -> Prepared:
+def settle(model, how: How, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """What a call needs to know of a model, whose generation config says pad, stop ids and the kind of noise.
 
     Raises:
@@ -76,16 +75,13 @@ def settle(model, how: How) -> Prepared:
     check_contract(model)
     config, _ = resolve_config(None, model.generation_config or DiffusionGenerationConfig(), {})
     vocab_size = model.config.get_text_config().vocab_size
-    stops = tuple(stop_ids(config, vocab_size))
-    if not stops:
-        raise ValueError(f"`eos_token_id` of the model's generation config is {config.eos_token_id}; expected an id that ends an answer")
-    noise = make_noise(config.noise, vocab_size, config.mask_token_id)
-    return Prepared(model, how.canvas_length or model.config.canvas_length, stops, pad_id(config, stops), noise, vocab_size)
+    ends, noise = ends_of(config, tokenizer, vocab_size), make_noise(config.noise, vocab_size, config.mask_token_id)
+    return Prepared(model, how.canvas_length or model.config.canvas_length, ends, noise, vocab_size)
 
 
 @torch.no_grad()
 def read_canvases(
-    given: Prepared, ids: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, ends: Ends, how: How,
+    given: Prepared, ids: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, how: How,
     images: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[int, torch.Tensor]:  # fmt: skip
     """The scores of every question by its place: float64 (reads, options), nats.
@@ -120,7 +116,7 @@ def read_canvases(
             cache = select_cache(cache, first.expand(rows))
     if how.steps > 1:
         taken = Taken(how.steps - 2)
-        automata = [canvas_automaton(layout, spelling, ends, given.vocab_size) for layout in layouts]
+        automata = [canvas_automaton(layout, spelling, given.ends, given.vocab_size) for layout in layouts]
         constraint = [automaton for automaton in automata for _ in range(how.reads)]
         model.generate(
             input_ids=ids[:, -1:].expand(rows, -1), attention_mask=_ones(rows, length, device), cache=cache, watcher=taken,
@@ -144,7 +140,7 @@ def read_canvases(
         states = model.denoise(canvases, soft_embeds=soft_embeds, view=view).last_hidden_state
         found = {}
         for layout, read in zip(layouts, states.split(how.reads), strict=True):
-            found |= _scores(model, read, layout, name_ids(layout, spelling, ends))
+            found |= _scores(model, read, layout, name_ids(layout, spelling, given.ends))
     return found
 
 

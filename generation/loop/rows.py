@@ -57,6 +57,10 @@ class Rows(NamedTuple):
         """These, with what their constraints leave possible on the canvas that they begin."""
         return self if self.progress is None else self._replace(progress=self.progress.on(plan.lengths.canvas, self.left(plan)))
 
+    def accept(self, canvas: torch.Tensor) -> torch.Tensor:
+        """Bool (b,): whether a row may write `canvas` int64 (b, C), as it is, on the one that it begins."""
+        return torch.ones_like(self.places, dtype=torch.bool) if self.progress is None else self.progress.accept(canvas)
+
     def can_leave(self) -> bool:
         """Whether the cache can be narrowed to some of the rows."""
         return type(self.cache) is DynamicCache and not getattr(self.cache, "offloading", False)
