@@ -118,12 +118,17 @@ def read_canvases(
         taken = Taken(how.steps - 2)
         automata = [canvas_automaton(layout, spelling, given.ends, given.vocab_size) for layout in layouts]
         constraint = [automaton for automaton in automata for _ in range(how.reads)]
-        model.generate(
-            input_ids=ids[:, -1:].expand(rows, -1), attention_mask=_ones(rows, length, device), cache=cache, watcher=taken,
-            decoder_input_ids=canvases, constraint=constraint, max_denoising_steps=how.steps, canvas_length=given.length,
-            max_new_tokens=given.length, stability_threshold=None, confidence_threshold=None, seed=[*draws.seeds] * len(layouts),
-            decoding="diffusion", num_return_sequences=1,
-        )  # fmt: skip
+        try:
+            model.generate(
+                input_ids=ids[:, -1:].expand(rows, -1), attention_mask=_ones(rows, length, device), cache=cache, watcher=taken,
+                decoder_input_ids=canvases, constraint=constraint, max_denoising_steps=how.steps, canvas_length=given.length,
+                max_new_tokens=given.length, stability_threshold=None, confidence_threshold=None, seed=[*draws.seeds] * len(layouts),
+                decoding="diffusion", num_return_sequences=1,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(
+                f"`steps` is {how.steps}: such steps are those of `generate` by the model's generation config; {error}"
+            ) from error
         if taken.canvas is None:
             raise ValueError(f"`max_time` of the model's generation config ended a canvas before {how.steps} steps; expected more")
         pinned, open_ = (
