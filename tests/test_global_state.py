@@ -18,7 +18,13 @@ from generation import CanvasStreamer
 from generation.vocabulary.sums import _draw
 from modeling_diffusiongemma import BlockDiffusionCollator, Rollout, block_diffusion_loss
 
-SETTINGS = {"max_new_tokens": CANVAS + 3, "max_denoising_steps": 4, "pad_token_id": PAD, "eos_token_id": 1, "seed": 5}
+SETTINGS = {
+    "max_new_tokens": CANVAS + 3,
+    "generation_config": {"max_denoising_steps": 4},
+    "pad_token_id": PAD,
+    "eos_token_id": 1,
+    "seed": 5,
+}
 SCORED = {"return_dict_in_generate": True, "output_scores": True}
 
 
