@@ -14,10 +14,9 @@ from .constraints.automaton import Automaton, make_automaton
 from .constraints.compiled import compile_constraint
 from .constraints.languages import Pins
 from .contract import check_contract, passes_in_step
-from .loop.rows import Rows
-from .rules.draws import BatchDraws, RowDraws
+from .loop.rows import plain_rows
+from .rules.draws import RowDraws
 from .rules.prediction import check_finite, dense_prediction
-from .vocabulary.filters import Filters
 from .vocabulary.walk import streamed_prediction
 
 Positions: TypeAlias = torch.Tensor | Sequence[int] | Sequence[bool] | Sequence[tuple[int, int]] | Sequence[str]
@@ -122,10 +121,9 @@ def likelihood(model, before: torch.Tensor, canvases: torch.Tensor) -> torch.Ten
         ValueError: as `check_contract`, and `check_prompt` of the model; logits that are NaN.
     """
     check_contract(model)
-    real, place, found = torch.ones_like(before, dtype=torch.bool), before.new_zeros(1), []
+    rows, new, found = plain_rows(before, dynamic_cache(model.config.get_text_config())), before, []
     if hasattr(model, "check_prompt"):
-        model.check_prompt(input_ids=before, attention_mask=real, cache=None)
-    rows, new = Rows(place, dynamic_cache(model.config.get_text_config()), real, before, 0, BatchDraws(), Filters()), before
+        model.check_prompt(input_ids=before, attention_mask=rows.real, cache=None)
     with passes_in_step(model):
         for canvas in canvases[:, None]:
             hidden = rows.prefill(model, {"input_ids": new}, new.shape[1], False, last_states=1)

@@ -184,6 +184,6 @@ def test_steps_that_the_models_settings_do_not_allow_are_refused_by_their_own_na
         config = type(model.generation_config)(**{**model.generation_config.to_dict(), name: value})
         monkeypatch.setattr(model, "generation_config", config)
         model.decide(PROMPT, THREE, tokenizer, reads=1)
-        with pytest.raises(ValueError, match=f"`steps` is 2: .* the model's generation config; .*{name}"):
+        with pytest.raises(ValueError, match=f"`steps` is 2, .* the model's generation config; .*{name}"):
             model.decide(PROMPT, THREE, tokenizer, reads=1, steps=2)
         monkeypatch.undo()

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 from ..call.plan import Plan
 from ..call.progress import Progress
 from ..rules.constraint import Constraint
-from ..rules.draws import Draws
+from ..rules.draws import BatchDraws, Draws
 from ..vocabulary.filters import Filters
 
 
@@ -101,6 +101,12 @@ class Rows(NamedTuple):
         return model.prepare_canvas(self.cache, (len(self.places), length), over.real, positions, slots=slots)
 
 
+def plain_rows(ids: torch.Tensor, cache: Cache) -> Rows:
+    """Rows that are read and not written: ids int64 (b, P) behind those in the cache, all of them text."""
+    real = torch.ones((len(ids), int(cache.get_seq_length()) + ids.shape[1]), dtype=torch.bool, device=ids.device)
+    return Rows(torch.arange(len(ids), device=ids.device), cache, real, ids, 0, BatchDraws(), Filters())
+
+
 def select_cache(cache: Cache, rows: torch.Tensor) -> Cache:
     """A cache of some of the rows; the given one stays as it is."""
     selected = copy.copy(cache)
@@ -109,4 +115,4 @@ def select_cache(cache: Cache, rows: torch.Tensor) -> Cache:
     return selected
 
 
-__all__ = ["Rows", "select_cache"]
+__all__ = ["Rows", "plain_rows", "select_cache"]
