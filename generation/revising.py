@@ -100,6 +100,8 @@ def read_config(model, settings: dict[str, Any]) -> tuple[DiffusionGenerationCon
     """
     if given := [name for name in REFUSED if settings.get(name) is not None]:
         raise ValueError(f"`{given[0]}` is given to `revise`; expected None: `generate` takes it")
+    if settings.get("seed") is not None and settings.get("generator") is not None:
+        raise ValueError("`seed` and `generator` are both given; expected one of them")
     fields = {name: value for name, value in settings.items() if name not in ARGUMENTS}
     config, use_max_length = resolve_config(settings.get("generation_config"), model.generation_config, fields)
     for name, fits, expected in (

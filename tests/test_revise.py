@@ -304,6 +304,7 @@ WRONG = {
     "an unknown argument": ({"colour": 1}, "unknown arguments `colour`"),
     "no end": ({"eos_token_id": []}, r"`eos_token_id` is \[\]; expected at least one id"),
     "a watcher of another kind": ({"watcher": 3}, "`watcher` is 3"),
+    "a seed and a generator": ({"seed": 1, "generator": torch.Generator()}, "`seed` and `generator` are both given"),
     "two seeds": ({"seed": [1, 2]}, "`seed` is"),
 }  # fmt: skip
 

@@ -159,7 +159,13 @@ def test_all_else_that_the_config_says_counts_or_is_refused():
     greedy.batch(lambda count: drawn(count, 6))
     greedy.advance(logits)
     assert torch.equal(greedy.state.canvas[greedy.state.accepted], logits.argmax(dim=-1)[greedy.state.accepted])
-    for name, value in {"repetition_penalty": 1.3, "bad_words_ids": [[5]], "min_new_tokens": 3, "sampler": "fixed_steps"}.items():
+    for name, value in {
+        "repetition_penalty": 1.3,
+        "bad_words_ids": [[5]],
+        "min_new_tokens": 3,
+        "sampler": "fixed_steps",
+        "pad_token_id": 100,
+    }.items():
         refusing = small_model()
         refusing.generation_config.update(**{name: value})
         with pytest.raises(ValueError, match=f"`{name}` "):

@@ -52,7 +52,7 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     and with the model.
 
     Raises:
-        ValueError: arguments that do not go together, or a token id outside the vocabulary.
+        ValueError: arguments that do not go together.
     """
     prompts = [name for name in ("inputs", "input_ids", "inputs_embeds") if given[name] is not None]
     if len(prompts) != 1:
@@ -112,11 +112,6 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
         alone = [name for name in ("streamer", "watcher", "callback_on_step_end", "pixel_values") if given[name] is not None]
         if rows > 1 and alone:
             raise ValueError(f"`decoding='verified'` got {rows} rows; expected one together with {' and '.join(map('`{}`'.format, alone))}")
-    vocab_size = model.config.get_text_config().vocab_size
-    for name in ("mask_token_id", "pad_token_id"):
-        token = getattr(config, name)
-        if token is not None and token >= vocab_size and (name == "pad_token_id" or config.noise == "mask"):
-            raise ValueError(f"`{name}` is {token}; expected a token id from 0 to {vocab_size - 1}")
 
 
 def allowed_tokens(config, use_max_length: bool, prompt_length: int) -> int:
