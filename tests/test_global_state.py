@@ -121,8 +121,8 @@ def training(model):
         with torch.autocast("cpu", enabled=False):  # a backward pass belongs outside
             found += torch.autograd.grad(losses.diffusion + losses.causal, wanted)
     torch.manual_seed(1)
-    for mode in ("diffusion", "autoregressive"):
-        found += [value for value in model.score(**batch, mode=mode, samples=3) if value is not None]
+    for how in ({"samples": 3}, {"mode": "autoregressive"}):
+        found += [value for value in model.score(**batch, **how) if value is not None]
     return found
 
 
