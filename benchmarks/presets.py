@@ -61,7 +61,7 @@ def measure_lines(model, recipe, args: argparse.Namespace) -> None:
     for name, settings in LINES.items():
         if (args.only and args.only not in name) or (args.recipe == "sudoku" and "decoding" in settings):
             continue  # a checkpoint trained without the causal loss cannot write from left to right
-        settings = {"canvas_length": args.canvas_length, "max_new_tokens": args.canvas_length, **settings}
+        settings = {"generation_config": {"canvas_length": args.canvas_length}, "max_new_tokens": args.canvas_length, **settings}
         started = time.perf_counter()
         results = recipe.evaluate(model, args.cases, **settings)
         seconds = time.perf_counter() - started

@@ -303,7 +303,8 @@ ARGUMENTS: dict[str, Kind] = {
     "watcher": Kind("a `generation.watch.watcher.Watcher`, or a list of them, each once", _watchers),
     "constraint": Kind("a `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins` of `generation`, a list with one for each prompt, or a "
                        "`generation.rules.constraint.Constraint`", _constraint),
-    "first_step": integer(0),
+    "first_step": Kind("an integer >= 0, or a list of them, one for each canvas of `decoder_input_ids`",
+                       functools.partial(_one_or_more, lambda value: _integer(value, 0, LARGEST))),
     "self_conditioning_logits": floats("(batch, canvas_length, vocab_size), or (canvas_length, vocab_size) for every row", 2, 3),
     "stopping": Kind("a `generation.rules.stopping.StoppingRule`, an instance with the methods `start` and `update`",
                      _with_methods("start", "update")),
@@ -362,6 +363,15 @@ def read(name: str, value: Any, kind: Kind) -> Any:
         raise ValueError(f"`{name}` is {shown(value)}; expected {kind.expected}") from None
 
 
+def read_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by their names, those that are named in `ARGUMENTS` as they are used.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    return {name: read(name, value, ARGUMENTS[name]) if name in ARGUMENTS else value for name, value in given.items()}
+
+
 def reads_arguments(function: Callable) -> Callable:
     """Has the arguments of a function that are named in `ARGUMENTS` read before it runs."""
     signature = inspect.signature(function)
@@ -369,12 +379,10 @@ def reads_arguments(function: Callable) -> Callable:
     @functools.wraps(function)
     def reading(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
-        for name, value in bound.arguments.items():
-            if name in ARGUMENTS:
-                bound.arguments[name] = read(name, value, ARGUMENTS[name])
+        bound.arguments |= read_arguments(bound.arguments)
         return function(*bound.args, **bound.kwargs)
 
     return reading
 
 
-__all__ = ["ARGUMENTS", "FIELDS", "Kind", "meant", "read", "reads_arguments", "shown", "unknown"]
+__all__ = ["ARGUMENTS", "FIELDS", "Kind", "meant", "read", "read_arguments", "reads_arguments", "shown", "unknown"]

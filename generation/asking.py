@@ -1,12 +1,20 @@
 """A prompt as a caller has it, a text or a chat, as ids; and the id that ends an answer to it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import shown
+
+
+class Ends(NamedTuple):
+    """How an answer ends: `turn`, the id that is written; `stops`, all that end a text; `pad`, what stands behind it."""
+
+    turn: int
+    stops: tuple[int, ...]
+    pad: int
 
 
 def check_text(name: str, value: Any) -> None:
@@ -69,4 +77,4 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int
     return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
 
 
-__all__ = ["check_text", "end_of_turn", "prompt_ids"]
+__all__ = ["Ends", "check_text", "end_of_turn", "prompt_ids"]

@@ -136,11 +136,15 @@ def check_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | No
         )
 
 
-def check_canvas(canvas: torch.Tensor, shape: tuple[int, int], vocab_size: int) -> None:
-    """A caller's first canvas must be integer ids of the vocabulary, one canvas a row."""
-    check_ids("decoder_input_ids", canvas, vocab_size)
-    if tuple(canvas.shape) != shape:
-        raise ValueError(f"`decoder_input_ids` has shape {tuple(canvas.shape)}; expected {shape}, one canvas a row")
+def split_canvases(given: torch.Tensor, shape: tuple[int, int], vocab_size: int) -> tuple[torch.Tensor, ...]:
+    """A caller's first canvases, each of `shape` (B, C), which must be ids of the vocabulary, one or several canvases a row."""
+    check_ids("decoder_input_ids", given, vocab_size)
+    rows, length = shape
+    if len(given) != rows or not given.shape[1] or given.shape[1] % length:
+        raise ValueError(
+            f"`decoder_input_ids` has shape {tuple(given.shape)}; expected {shape}, one canvas a row, or several canvases of this length"
+        )
+    return given.split(length, dim=1)
 
 
 def embed_conditioning(model, logits: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -158,6 +162,6 @@ def embed_conditioning(model, logits: torch.Tensor, shape: tuple[int, int, int])
 
 
 __all__ = [
-    "check_cache", "check_canvas", "check_ids", "check_images", "check_mask", "check_prompt", "check_shape",
+    "check_cache", "check_ids", "check_images", "check_mask", "check_prompt", "check_shape",
     "check_tensors", "chosen_states", "embed_conditioning", "plain_mask", "readable",
 ]  # fmt: skip

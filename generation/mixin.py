@@ -183,8 +183,10 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             inputs_embeds (`(B, P, D)`, *optional*): embeddings of the prompts instead of their ids, scaled as `get_input_embeddings()`
                 scales them. The sequences that are returned then hold the new tokens alone.
             cache (*optional*): a cache of an earlier turn, or an empty one to be filled and kept.
-            decoder_input_ids (`int64 (B, C)`, *optional*): the first canvas. Default: noise.
-            first_step (*optional*): the denoising step from which that canvas is taken on. Default: 0, as if it were noise.
+            decoder_input_ids (`int64 (B, n * C)`, *optional*): the first canvas, or the first n. Default: noise.
+            first_step (*optional*): the denoising step from which these are taken on, or a list with one for each. Default: 0, as if they
+                were noise. At `max_denoising_steps` a canvas is taken as it stands, unless a row's constraint refuses it there: that row
+                takes the last step.
             self_conditioning_logits (`(B, C, V)`, or `(C, V)` for every row, *optional*): what conditions the first step of the first
                 canvas, as the shaped logits of a step before would. Default: nothing.
             stopping (*optional*): a `generation.rules.stopping.StoppingRule`, instead of `stability_threshold`, `confidence_threshold`,
@@ -255,6 +257,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             finish_reasons=transcript.finish_reasons(),
             tokens_per_forward=transcript.lengths.float() / transcript.passes.clamp(min=1),
             denoising_steps=transcript.passes,
+            canvas_steps=torch.stack(transcript.canvas_passes, dim=1) if transcript.canvas_passes else None,
             **{FIELD: cache},
             scores=transcript.scores() if config.output_scores else None,
             logits=transcript.logits(),

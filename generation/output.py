@@ -31,6 +31,8 @@ class DiffusionGenerationOutput(CacheOutput):
             `MaxTimeCriteria`'s.
         tokens_per_forward (`float32 (B,)`): new tokens, padding excluded, per canvas pass of that row.
         denoising_steps (`int64 (B,)`): canvas passes of that row, over all its canvases.
+        canvas_steps (`int64 (B, canvases)`): those of each canvas, 0 where a row had ended or took the canvas as it was given; None with
+            another `decoding` than diffusion.
         cache: the cache, for another turn. It holds the prompt and every canvas but the last. None where rows of a
             batch left it early (pass a cache of your own, or a batch of one, to keep it), and with another `decoding` than diffusion.
         scores: `TokenScores`, with `output_scores`.
@@ -45,6 +47,7 @@ class DiffusionGenerationOutput(CacheOutput):
     finish_reasons: list[str] | None = None
     tokens_per_forward: torch.Tensor | None = None
     denoising_steps: torch.Tensor | None = None
+    canvas_steps: torch.Tensor | None = None
     cache: Cache | None = None
     scores: TokenScores | None = None
     logits: torch.Tensor | None = None

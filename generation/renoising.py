@@ -14,10 +14,9 @@ from .constraints.automaton import Automaton, make_automaton
 from .constraints.compiled import compile_constraint
 from .constraints.languages import Pins
 from .contract import check_contract, passes_in_step
-from .loop.rows import Rows
-from .rules.draws import BatchDraws, RowDraws
+from .loop.rows import plain_rows
+from .rules.draws import RowDraws
 from .rules.prediction import check_finite, dense_prediction
-from .vocabulary.filters import Filters
 from .vocabulary.walk import streamed_prediction
 
 Positions: TypeAlias = torch.Tensor | Sequence[int] | Sequence[bool] | Sequence[tuple[int, int]] | Sequence[str]
@@ -25,7 +24,7 @@ NOISE = 0.3  # share of the positions that become noise, where nothing is said
 EXPECTED = "token positions, a bool for each token, pairs (start, stop) of characters, or strings of the text"
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """`kept` bool (n,): tokens that stay; `alone`: and all that are not renoised. `told` bool (n,): which are renoised; None: the share
     `noise` of those that are not kept."""
 
@@ -35,10 +34,10 @@ class Choice(NamedTuple):
     noise: float
 
 
-def read_choice(
+def read_selection(
     text: str, offsets: Sequence[tuple[int, int]] | None, count: int, noise: float | None, keep: Positions | str | None,
     where: Positions | str,
-) -> Choice:  # fmt: skip
+) -> Selection:  # fmt: skip
     """Of a text of `count` tokens.
 
     Raises:
@@ -57,7 +56,7 @@ def read_choice(
         given = NOISE if noise is None else noise
         if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= 1:
             raise ValueError(f"`noise` is {shown(noise)}; expected a share above 0, at most 1, of the tokens that are not kept")
-        return Choice(kept, alone, None, float(given))
+        return Selection(kept, alone, None, float(given))
     told = read_positions("where", where, text, offsets, count)
     if noise is not None:
         raise ValueError(f"`noise` is {shown(noise)}, and `where` says which positions are renoised; expected one of them")
@@ -65,7 +64,7 @@ def read_choice(
         raise ValueError("`where` holds no position; expected at least one that is renoised")
     if both := (told & kept).nonzero().flatten().tolist():
         raise ValueError(f"`keep` and `where` both hold the token positions {both}; expected each in one of them at most")
-    return Choice(kept, alone, told, 0.0)
+    return Selection(kept, alone, told, 0.0)
 
 
 def read_positions(name: str, given: Positions, text: str, offsets: Sequence[tuple[int, int]] | None, count: int) -> torch.Tensor:
@@ -122,10 +121,9 @@ def likelihood(model, before: torch.Tensor, canvases: torch.Tensor) -> torch.Ten
         ValueError: as `check_contract`, and `check_prompt` of the model; logits that are NaN.
     """
     check_contract(model)
-    real, place, found = torch.ones_like(before, dtype=torch.bool), before.new_zeros(1), []
+    rows, new, found = plain_rows(before, dynamic_cache(model.config.get_text_config())), before, []
     if hasattr(model, "check_prompt"):
-        model.check_prompt(input_ids=before, attention_mask=real, cache=None)
-    rows, new = Rows(place, dynamic_cache(model.config.get_text_config()), real, before, 0, BatchDraws(), Filters()), before
+        model.check_prompt(input_ids=before, attention_mask=rows.real, cache=None)
     with passes_in_step(model):
         for canvas in canvases[:, None]:
             hidden = rows.prefill(model, {"input_ids": new}, new.shape[1], False, last_states=1)
@@ -157,16 +155,6 @@ def any_text(tokenizer, vocab_size: int) -> Automaton:
                                  vocab_size).classes  # fmt: skip
     zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     return make_automaton(classes, zero, zero + 1, zero, zero == 0)
-
-
-def begun(automaton: Automaton, state: int) -> Automaton:
-    """The texts that lead on from a state."""
-    if state == 0:
-        return automaton
-    places = torch.arange(automaton.states, dtype=torch.int64, device="cpu")
-    places[0], places[state] = state, 0
-    accepting = automaton.accepting[places]
-    return make_automaton(automaton.classes, places[automaton.source], automaton.kind, places[automaton.target], accepting)
 
 
 def hold(automaton: Automaton, ids: torch.Tensor, kept: torch.Tensor, exact: bool) -> Automaton:
@@ -203,4 +191,4 @@ def hold(automaton: Automaton, ids: torch.Tensor, kept: torch.Tensor, exact: boo
         raise ValueError("`keep` holds tokens with which `constraint` accepts no text; expected some that stand in one") from error
 
 
-__all__ = ["Choice", "Positions", "any_text", "begun", "choose", "hold", "likelihood", "read_choice"]
+__all__ = ["Positions", "Selection", "any_text", "choose", "hold", "likelihood", "read_selection"]

@@ -1,7 +1,7 @@
 """A text revised: some of its positions become noise, and the canvases that hold it are denoised from there on.
 
-The start is that of editing by noise (SDEdit, Meng et al. 2022, arXiv 2108.01073): the more of it, the more may change. The steps are those
-of `generate`, in one call for each canvas, behind the canvases revised before it.
+The start is that of editing by noise (SDEdit, Meng et al. 2022, arXiv 2108.01073): the more of it, the more may change. The rest is one
+call of `generate`, to which the first canvases are given.
 """
 
 from collections.abc import Sequence
@@ -9,21 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import ARGUMENTS, read, shown
-from .asking import check_text, end_of_turn, prompt_ids
+from .arguments import ARGUMENTS, read_arguments, shown
+from .asking import Ends, check_text, prompt_ids
 from .call.configuration import DiffusionGenerationConfig
 from .call.constrained import compile_languages
-from .call.settings import pad_id, resolve_config, resolve_stopping, stop_ids
+from .call.settings import ends_of, resolve_config
 from .call.together import allowed_tokens, is_greedy
 from .constraints.automaton import Automaton
-from .loop.transcript import AfterCanvas
-from .renoising import Positions, any_text, begun, choose, hold, likelihood, read_choice
-from .rules.constraint import is_constraint
+from .renoising import Positions, any_text, choose, hold, likelihood, read_selection
+from .rules.constraint import Constraint, is_constraint
 from .rules.draws import row_draws
 from .rules.noise import make_noise
-from .rules.stopping import StoppingRule
-from .watch.callback import gather_watchers
-from .watch.watcher import StreamerWatcher, Watcher, candidates_of, watch
 
 # What `generate` takes, and a revised text says itself or has no place for.
 REFUSED = (
@@ -45,150 +41,69 @@ class Revised(NamedTuple):
     steps: tuple[int, ...]
 
 
-class Call(NamedTuple):
-    """What every call of `generate` for one text has. `before` int64 (1, P): the prompt; `new_tokens`: how many the text may have behind
-    it; `stops`: ids that end it; `stopping`: as `generate` takes it; `others`: arguments that are no fields."""
-
-    config: DiffusionGenerationConfig
-    before: torch.Tensor
-    new_tokens: int
-    stops: list[int]
-    stopping: StoppingRule | None
-    watchers: list[Watcher]
-    others: dict[str, Any]
-
-
-class OneCall(Watcher):
-    """Tells watchers of several calls of `generate`, one for each canvas, as of one, whose prompt is int64 (1, P).
-
-    `canvas_index`: of the canvas with which the next call begins; `goes_on`: whether another call comes behind it.
-    """
-
-    def __init__(self, watchers: Sequence[Watcher], prompt: torch.Tensor):
-        self.watchers, self.prompt, self.waiting = watchers, prompt, list(watchers)
-        self.canvas_index, self.goes_on = 0, False
-        self.wants_logits = any(watcher.wants_logits for watcher in watchers)
-        self.candidates = candidates_of(watchers)
-
-    def begin(self, schedule) -> None:
-        for watcher in self.waiting:
-            watcher.begin(schedule)
-
-    def start(self, prompt: torch.Tensor) -> None:
-        for watcher in self.waiting:
-            watcher.start(self.prompt)
-        self.waiting = []
-
-    def step(self, canvas_index, step, places, state, prediction):
-        return watch(self.watchers, self.canvas_index + canvas_index, step, places, state, prediction)
-
-    def commit(self, tokens, lengths, finish_reasons) -> None:
-        for watcher in self.watchers:
-            watcher.commit(tokens, lengths, [None] if self.goes_on else finish_reasons)
-
-    def stream(self, tokens: torch.Tensor, finish_reason: str | None) -> None:
-        """Hands tokens (1, n), which no step made, to streamers alone."""
-        for watcher in self.watchers:
-            if not isinstance(watcher, StreamerWatcher):
-                continue
-            if watcher in self.waiting:
-                watcher.start(self.prompt)
-                self.waiting.remove(watcher)
-            watcher.commit(tokens, tokens.new_full((1,), tokens.shape[1]), [finish_reason])
-
-
 def revise(
     model, text: str, tokenizer, prompt: str | Sequence[dict[str, Any]] | None = None, noise: float | None = None,
     keep: Positions | str | None = None, where: Positions | str = "random", **settings,
 ) -> Revised:  # fmt: skip
     """The text with some of its positions written anew; see `DiffusionGenerationMixin.revise`."""
     # 1. Read.
-    language, seed, generator = take(settings, "constraint", "seed", "generator")
-    sees_predictions = is_constraint(language)
-    call = read_call(model, tokenizer, prompt, settings)
-    ids, offsets = read_text(tokenizer, text, call.new_tokens)
-    choice = read_choice(text, offsets, len(ids), noise, keep, where)
-    size = model.config.get_text_config().vocab_size
-    if sees_predictions and keep is not None:
-        raise ValueError(f"`constraint` is {shown(language)}, which sees predictions; expected a language, or none, together with `keep`")
-    demanded = None if language is None or sees_predictions else compile_languages(language, tokenizer, 1, 1, size)[0]
-    automaton = any_text(tokenizer, size) if demanded is None and keep is not None else demanded
+    settings = read_arguments(settings)
+    config, use_max_length = read_config(model, settings)
+    before, size = prompt_ids(prompt, tokenizer, model.device), model.config.get_text_config().vocab_size
+    ends = ends_of(config, tokenizer, size)
+    new_tokens = allowed_tokens(config, use_max_length, before.shape[1])
+    ids, offsets = read_text(tokenizer, text, new_tokens, ends.stops)
+    selection = read_selection(text, offsets, len(ids), noise, keep, where)
+    constraint = read_constraint(settings.get("constraint"), keep, tokenizer, size)
+    demanded = isinstance(constraint, Automaton)
     if keep is not None:
-        hold(automaton, ids, choice.kept, exact=choice.alone)  # refused now, not behind a pass
+        allowed = constraint if demanded else any_text(tokenizer, size)
+        constraint = hold(allowed, ids, selection.kept, exact=selection.alone)  # refused now, not behind a pass
     # 2. Renoise.
-    draws = row_draws(seed, generator, 1, 1, fixed=is_greedy(call.config))
-    length = call.config.canvas_length or model.config.canvas_length
-    canvases = lay_out(ids, call, tokenizer, length)
-    renoised = choice.told
+    draws = row_draws(settings.get("seed"), settings.get("generator"), 1, 1, fixed=is_greedy(config))
+    canvases = lay_out(ids, new_tokens, ends, config.canvas_length or model.config.canvas_length).to(before.device)
+    renoised = selection.told
     if renoised is None:
-        log_probs = likelihood(model, call.before, canvases).flatten()[: len(ids)] if where == "uncertain" else None
-        renoised = choose(draws, ~choice.kept, choice.noise, log_probs)
-    kept = ~renoised if choice.alone else choice.kept
-    source = make_noise(call.config.noise, size, call.config.mask_token_id)
-    drawn = torch.cat([draws.at(place, -1).noise(source, (1, length), canvases.device) for place in range(len(canvases))])
-    there = torch.nn.functional.pad(renoised, (0, canvases.numel() - len(ids))).view(canvases.shape).to(canvases.device)
-    noisy = torch.where(there, drawn, canvases)
+        log_probs = likelihood(model, before, canvases).flatten()[: len(ids)] if where == "uncertain" else None
+        renoised = choose(draws, ~selection.kept, selection.noise, log_probs)
+    if selection.alone:
+        constraint = hold(allowed, ids, ~renoised, exact=True)
+    source, (count, length) = make_noise(config.noise, size, config.mask_token_id), canvases.shape
+    drawn = torch.cat([draws.at(place, -1).noise(source, (1, length), canvases.device) for place in range(count)])
+    there = torch.nn.functional.pad(renoised, (0, canvases.numel() - len(ids))).view(count, length)
+    noised = there.sum(dim=1).tolist()
     # 3. Denoise.
-    seeds = row_draws(draws.seeds[0], None, 1, len(canvases)).seeds  # one a canvas
-    told, written, steps, state = OneCall(call.watchers, call.before), [], [], 0
-    for place in range(len(canvases)):
-        start, last = place * length, place == len(canvases) - 1
-        told.canvas_index, told.goes_on = place, not last
-        ahead = None if automaton is None else begun(automaton, state)
-        if keep is not None:
-            ahead = hold(ahead, ids[start:], kept[start:], choice.alone)
-        of_text = ids[start : start + length].tolist()
-        if not bool(there[place].any()) and stands(ahead, of_text, last):
-            tokens, ended = canvases[place, : call.new_tokens - start].tolist(), last
-            told.stream(canvases[place, None, : len(tokens)], "stop" if last else None)
-            steps.append(0)
-        else:
-            share = int(there[place].sum()) / max(len(of_text), 1)
-            first_step = min(round((1 - share) * call.config.max_denoising_steps), call.config.max_denoising_steps - 1)
-            # Behind a canvas with others behind it no call goes on; and without a constraint the text does not end there.
-            ends = {} if last else {"stopping_criteria": [AfterCanvas(lambda ids, scores: True)]}
-            least = max((call.config.min_new_tokens or 0) - start, 0 if last or demanded is not None else length)
-            output = model.generate(
-                torch.cat((call.before, call.before.new_tensor([written])), dim=1), generation_config=call.config,
-                decoder_input_ids=noisy[place : place + 1], first_step=first_step, max_new_tokens=call.new_tokens - start,
-                min_new_tokens=least, canvas_length=length, return_dict_in_generate=True, tokenizer=tokenizer,
-                watcher=told if call.watchers else None, seed=seeds[place], constraint=language if sees_predictions else ahead,
-                stopping=call.stopping, **ends, **call.others,
-            )  # fmt: skip
-            tokens = output.sequences[0, call.before.shape[1] + len(written) :][: int(output.lengths[0])].tolist()
-            steps.append(int(output.denoising_steps[0]))
-            ended = last or tokens[-1] in call.stops
-        tokens = tokens[: next((index for index, token in enumerate(tokens) if token in call.stops), len(tokens))]
-        state, written = None if automaton is None else automaton.run(tokens, state), written + tokens
-        if ended:
-            break
-    for watcher in call.watchers:
-        watcher.end()
-    tokens = torch.tensor(written, dtype=torch.int64, device="cpu")
+    unended = 0 if demanded else (count - 1) * length  # without a language no canvas but the last ends the text
+    settings |= {
+        "decoder_input_ids": torch.where(there.to(canvases.device), drawn, canvases).view(1, -1),
+        "first_step": [begin(noised[place], min(len(ids) - place * length, length), config) for place in range(count)],
+        "max_new_tokens": new_tokens, "max_length": None, "min_new_tokens": max(config.min_new_tokens or 0, unended),
+        "constraint": constraint, "seed": draws.seeds[0], "generator": None, "tokenizer": tokenizer, "return_dict_in_generate": True,
+    }  # fmt: skip
+    output = model.generate(before, **settings)
+    # 4. Compare.
+    written = output.sequences[0, before.shape[1] :][: int(output.lengths[0])].to("cpu")
+    written = written[:-1] if int(written[-1]) in ends.stops else written
     changed = torch.ones_like(renoised)
-    both = min(len(ids), len(tokens))
-    changed[:both] = ids[:both] != tokens[:both]
-    return Revised(tokenizer.decode(written, skip_special_tokens=True), tokens, renoised, changed, tuple(steps))
+    both = min(len(ids), len(written))
+    changed[:both] = ids[:both] != written[:both]
+    steps = output.canvas_steps[0].tolist()
+    steps[count - 1 :] = [sum(steps[count - 1 :])] if len(steps) >= count else []
+    return Revised(tokenizer.decode(written.tolist(), skip_special_tokens=True), written, renoised, changed, tuple(steps))
 
 
-def take(settings: dict[str, Any], *names: str) -> list[Any]:
-    """Arguments of `generate` among settings, which lose them, read as it reads them; None for each that is not there."""
-    return [read(name, settings.pop(name, None), ARGUMENTS[name]) for name in names]
-
-
-def read_call(model, tokenizer, prompt, settings: dict[str, Any]) -> Call:
-    """From the arguments of `generate` among those of `revise`.
+def read_config(model, settings: dict[str, Any]) -> tuple[DiffusionGenerationConfig, bool]:
+    """The configuration of the call, and whether `max_length` counts (`resolve_config`); `settings`: arguments of `generate`.
 
     Raises:
         ValueError: one that a revised text does not take, or that `generate` refuses.
     """
     if given := [name for name in REFUSED if settings.get(name) is not None]:
         raise ValueError(f"`{given[0]}` is given to `revise`; expected None: `generate` takes it")
-    others = {name: settings.pop(name) for name in ("logits_processor",) if name in settings}
-    stopping, asked = take(settings, "stopping", "generation_config")
-    told = take(settings, "callback_on_step_end", "callback_on_step_end_tensor_inputs", "streamer", "watcher")
-    stopping = resolve_stopping(stopping, settings)
-    config, use_max_length = resolve_config(asked, model.generation_config, settings)
+    if settings.get("seed") is not None and settings.get("generator") is not None:
+        raise ValueError("`seed` and `generator` are both given; expected one of them")
+    fields = {name: value for name, value in settings.items() if name not in ARGUMENTS}
+    config, use_max_length = resolve_config(settings.get("generation_config"), model.generation_config, fields)
     for name, fits, expected in (
         ("decoding", config.decoding == "diffusion", "'diffusion', since canvases are denoised"),
         ("backend", config.backend != "reference", "another than the reference, which draws for whole batches"),
@@ -198,20 +113,14 @@ def read_call(model, tokenizer, prompt, settings: dict[str, Any]) -> Call:
     ):  # fmt: skip
         if not fits:
             raise ValueError(f"`{name}` is {getattr(config, name)!r}; expected {expected}")
-    before = prompt_ids(prompt, tokenizer, model.device)
-    stops = stop_ids(config, model.config.get_text_config().vocab_size)
-    if not stops:
-        raise ValueError("`eos_token_id` holds no id of the vocabulary; expected at least one, with which a text ends")
-    watchers = gather_watchers(model, config.max_denoising_steps, *told)
-    new_tokens = allowed_tokens(config, use_max_length, before.shape[1])
-    return Call(config, before, new_tokens, stops, stopping, watchers, others)
+    return config, use_max_length
 
 
-def read_text(tokenizer, text: str, most: int) -> tuple[torch.Tensor, list[tuple[int, int]] | None]:
+def read_text(tokenizer, text: str, most: int, stops: Sequence[int]) -> tuple[torch.Tensor, list[tuple[int, int]] | None]:
     """Int64 (n,), and the characters that each token writes; None where the tokenizer does not say.
 
     Raises:
-        ValueError: it is no text, empty, of more than `most` tokens, or not what its tokens write.
+        ValueError: it is no text, empty, of more than `most` tokens, not what its tokens write, or holding one of the ids `stops`.
     """
     if not isinstance(text, str) or not text:
         raise ValueError(f"`text` is {shown(text)}; expected a string that is not empty")
@@ -223,25 +132,37 @@ def read_text(tokenizer, text: str, most: int) -> tuple[torch.Tensor, list[tuple
         raise ValueError(
             f"`text` is {shown(text)}, which the tokens of `tokenizer` write as {shown(found)}; expected a text as they write it"
         )
+    if held := sorted(set(ids) & set(stops)):
+        raise ValueError(f"`text` holds the ids {held}, which end a text by `eos_token_id`; expected a text without an end in it")
     if len(ids) > most:
         raise ValueError(f"`text` has {len(ids)} tokens; expected at most {most}, as `max_new_tokens` or `max_length` allow")
     return torch.tensor(ids, dtype=torch.int64, device="cpu"), encoded["offset_mapping"] if fast else None
 
 
-def lay_out(ids: torch.Tensor, call: Call, tokenizer, length: int) -> torch.Tensor:
+def read_constraint(given: Any, keep: Positions | str | None, tokenizer, vocab_size: int) -> Automaton | Constraint | None:
+    """What the text must be beside what is kept, as `constraint` of `generate` says it: a language, compiled; or one that sees predictions.
+
+    Raises:
+        ValueError: one that sees predictions, together with `keep`; as `compile_languages`.
+    """
+    if not is_constraint(given):
+        return compile_languages(given, tokenizer, 1, 1, vocab_size)[0]
+    if keep is not None:
+        raise ValueError(f"`constraint` is {shown(given)}, which sees predictions; expected a language, or none, together with `keep`")
+    return given
+
+
+def lay_out(ids: torch.Tensor, new_tokens: int, ends: Ends, length: int) -> torch.Tensor:
     """Int64 (canvases, C), as `generate` would have committed them: the text, the token that ends it where one may stand behind it, and
     padding."""
-    end, pad = end_of_turn(tokenizer, call.stops), pad_id(call.config, call.stops)
-    flat = torch.cat((ids, ids.new_tensor([end] * (len(ids) < call.new_tokens))))
-    return torch.nn.functional.pad(flat, (0, -len(flat) % length), value=pad).view(-1, length).to(call.before.device)
+    ended = torch.nn.functional.pad(ids, (0, int(len(ids) < new_tokens)), value=ends.turn)
+    return torch.nn.functional.pad(ended, (0, -len(ended) % length), value=ends.pad).view(-1, length)
 
 
-def stands(ahead: Automaton | None, tokens: list[int], last: bool) -> bool:
-    """Whether a canvas may stay as it is: `tokens` lead on to a text of `ahead`, or, on the last canvas, are one."""
-    if ahead is None:
-        return True
-    state = ahead.run(tokens)
-    return state is not None and (not last or bool(ahead.accepting[state]))
+def begin(noised: int, tokens: int, config: DiffusionGenerationConfig) -> int:
+    """The step that has the noise proportion of a canvas of `tokens`; without noise the one at which it stands as it is."""
+    steps = config.max_denoising_steps
+    return min(round((1 - noised / tokens) * steps), steps - 1) if noised else steps
 
 
 __all__ = ["Revised", "revise"]

@@ -192,7 +192,8 @@ class DiffusionGemmaEvaluation(TemplateLM):
             for batch in batches.get_batched(self.batch_size):
                 collated = BlockDiffusionCollator(pad_token_id=self.pad_token_id)([pair for _, *pair in batch])
                 inputs = {name: tensor.to(self.device) for name, tensor in collated.items()}
-                score = self.model.score(**inputs, mode=self.mode, samples=self.samples, canvas_length=self.settings.get("canvas_length"))
+                how = {"samples": self.samples, "canvas_length": self.settings.get("canvas_length")} if self.mode == "diffusion" else {}
+                score = self.model.score(**inputs, mode=self.mode, **how)
                 totals = (score.log_prob.double() * score.tokens).tolist()
                 flags = [greedy and self._is_written(*pair) for _, *pair in batch] if score.greedy is None else score.greedy.tolist()
                 for (texts, *_), *answer in zip(batch, totals, flags, strict=True):

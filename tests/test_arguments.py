@@ -32,7 +32,9 @@ def model():
 
 
 def generate(model, ids, length=2 * CANVAS, **settings):
-    output = model.generate(ids, max_new_tokens=length, max_denoising_steps=5, seed=0, return_dict_in_generate=True, **settings)
+    output = model.generate(
+        ids, max_new_tokens=length, generation_config={"max_denoising_steps": 5}, seed=0, return_dict_in_generate=True, **settings
+    )
     return output.sequences[:, ids.shape[1] :]
 
 
@@ -248,7 +250,13 @@ def test_verified_decoding_equals_autoregressive_decoding(seed, length):
     """Token for token, past several windows, also where random weights make every draft wrong."""
     model = small_model(seed)
     ids = prompts(1, 9, seed)[0]
-    settings = {"max_new_tokens": length, "do_sample": False, "eos_token_id": [1], "pad_token_id": 0, "max_denoising_steps": 3}
+    settings = {
+        "max_new_tokens": length,
+        "do_sample": False,
+        "eos_token_id": [1],
+        "pad_token_id": 0,
+        "generation_config": {"max_denoising_steps": 3},
+    }
     plain = model.generate(ids, decoding="autoregressive", **settings)
     assert torch.equal(model.generate(ids, decoding="verified", **settings), plain)
 
@@ -351,20 +359,31 @@ def test_other_decodings_refuse_caches_that_they_do_not_make(model, decoding):
         ({"confidence": 0.5}, "confidence"), ({"sampler": "fixed_steps", "entropy_bound": 0.3}, "entropy_bound"),
         ({"sampler": "confidence", "corrector_steps": 2}, "corrector_steps"), ({"mask_token_id": 4}, "mask_token_id"),
         ({"sampler": "fixed_steps", "sampler_config": {"entropy_bound": 0.3}}, "sampler_config"),
+        *(({"decoding": "autoregressive", name: value}, name) for name, value in (
+            ("max_denoising_steps", 3), ("entropy_bound", 0.3), ("t_min", 0.1), ("t_max", 0.9), ("stability_threshold", 2),
+            ("confidence_threshold", 0.1), ("canvas_length", 5), ("sampler", "confidence"), ("joint_threshold", 0.1), ("patience", 3),
+            ("ignore_after_eos", False), ("noise", "uniform"), ("sampler_config", {"entropy_bound": 0.3}),
+        )),
     ],
 )  # fmt: skip
 def test_an_argument_that_nothing_of_the_call_reads_is_refused(model, settings, name):
-    """Each was ignored, silently; a config may hold them for calls with another sampler."""
-    with pytest.raises(ValueError, match=f"`{name}` is .*, and `(sampler|noise)` is .*; expected .*, which alone reads it"):
+    """Each was ignored, silently; a config may hold them for calls with another sampler or decoding."""
+    with pytest.raises(ValueError, match=f"`{name}` is .*, and `(sampler|noise|decoding)` is .*; expected .*, which nothing else reads"):
         model.generate(prompts(1, 6)[0], max_new_tokens=5, **settings)
-    config = DiffusionGenerationConfig(**settings, max_denoising_steps=2, max_new_tokens=5)
+    config = DiffusionGenerationConfig(**{"max_denoising_steps": 2, "max_new_tokens": 5, **settings})
     model.generate(prompts(1, 6)[0], generation_config=config)
 
 
 def test_several_prompts_verified_are_each_as_alone(model):
     """Rows keep different numbers of tokens a round. There were no scores, silently."""
     ids, mask = prompts(3, 9, padded=4)
-    settings = {"max_new_tokens": 13, "do_sample": False, "max_denoising_steps": 3, "eos_token_id": [1], "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": 13,
+        "do_sample": False,
+        "generation_config": {"max_denoising_steps": 3},
+        "eos_token_id": [1],
+        "return_dict_in_generate": True,
+    }
     plain = model.generate(ids, attention_mask=mask, decoding="autoregressive", output_scores=True, **settings)
     several = model.generate(ids, attention_mask=mask, decoding="verified", output_scores=True, **settings)
     assert torch.equal(several.sequences, plain.sequences)

@@ -28,7 +28,9 @@ def nothing_compiled():
 
 def generate(model, rows=1, length=9, **settings):
     ids, mask = prompts(rows, length, padded=3 if rows > 1 else 0)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=20, max_denoising_steps=4, seed=list(range(rows)), **settings)
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, generation_config={"max_denoising_steps": 4}, seed=list(range(rows)), **settings
+    )
 
 
 def layers(model):

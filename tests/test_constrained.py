@@ -15,7 +15,7 @@ from transformers import DynamicCache, pipeline
 from generation import Automaton, Choice, JsonSchema, Pins, Regex, Template, Watcher, stream_text
 
 ENDS, PAD = [1, 106, 50], 0
-SETTINGS = {"max_denoising_steps": 3, "eos_token_id": ENDS, "pad_token_id": PAD}
+SETTINGS = {"generation_config": {"max_denoising_steps": 3}, "eos_token_id": ENDS, "pad_token_id": PAD}
 DATE = r"(19|20)\d\d-(0[1-9]|1[0-2])-([0-2]\d|3[01])"
 NOTE = {
     "type": "object", "additionalProperties": False, "required": ["name", "quantity"],
@@ -171,8 +171,8 @@ def test_every_way_of_decoding_obeys(model, tokenizer, decoding):
 def test_verified_drafts_give_the_text_of_greedy_autoregression(trained, tokenizer):
     ids = ask(tokenizer, "Write 3 March 1998 as an ISO date.")
     found = [
-        trained.generate(ids, constraint=Regex(r"(19|20)\d\d/\d\d?/\d\d?"), tokenizer=tokenizer, max_new_tokens=30, canvas_length=32,
-                         do_sample=False, decoding=decoding)
+        trained.generate(ids, constraint=Regex(r"(19|20)\d\d/\d\d?/\d\d?"), tokenizer=tokenizer, max_new_tokens=30,
+                         generation_config={"canvas_length": 32}, do_sample=False, decoding=decoding)
         for decoding in ("autoregressive", "verified")
     ]  # fmt: skip
     assert torch.equal(*found)

@@ -18,7 +18,7 @@ from generation.vocabulary.walk import VocabularyHead
 VOCAB, HIDDEN, CANVAS, CAP = 37, 12, 7, 9.0
 IDS = torch.tensor([[3, 8, 21, 5, 30], [11, 2, 17, 29, 6]])
 REQUIRED = ("prefill", "prepare_canvas", "denoise", "compute_logits", "soft_embed")
-GREEDY = {"do_sample": False, "max_new_tokens": 17, "max_denoising_steps": 6}
+GREEDY = {"do_sample": False, "max_new_tokens": 17, "generation_config": {"max_denoising_steps": 6}}
 
 
 class Toy(DiffusionGenerationMixin):

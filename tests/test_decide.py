@@ -176,3 +176,14 @@ def test_lone_surrogate_is_named(model, tokenizer, prompt):
             call()
     with pytest.raises(ValueError, match="`text` holds the lone surrogate"):
         model.revise("a\udfff", tokenizer)
+
+
+def test_steps_that_the_models_settings_do_not_allow_are_refused_by_their_own_name(model, tokenizer, monkeypatch):
+    """It failed by the name of an argument that nobody had given."""
+    for name, value in {"cache_implementation": "static", "backend": "reference", "stop_strings": ["x"]}.items():
+        config = type(model.generation_config)(**{**model.generation_config.to_dict(), name: value})
+        monkeypatch.setattr(model, "generation_config", config)
+        model.decide(PROMPT, THREE, tokenizer, reads=1)
+        with pytest.raises(ValueError, match=f"`steps` is 2, .* the model's generation config; .*{name}"):
+            model.decide(PROMPT, THREE, tokenizer, reads=1, steps=2)
+        monkeypatch.undo()

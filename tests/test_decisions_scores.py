@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from generation import Choice
+from generation.asking import Ends
 from generation.constraints.compiled import compile_constraint
 from generation.decisions.allowed import canvas_automaton
-from generation.decisions.layout import Ends, lay_out
+from generation.decisions.layout import lay_out
 from generation.decisions.questions import Asked
 from generation.decisions.scores import name_ids, named_log_probs, option_scores
 from generation.decisions.spelling import Spelling, spelling_of

@@ -152,10 +152,9 @@ def watched(model, narrow, sampler="entropy_bound", **further):
     look, alone = Look(), further.get("decoding") == "verified"
     fields = {
         "max_new_tokens": CANVAS,
-        "max_denoising_steps": 3,
+        "generation_config": {"max_denoising_steps": 3, "sampler": sampler},
         "return_dict_in_generate": True,
         "output_scores": True,
-        "sampler": sampler,
     }
     if further.get("decoding") != "autoregressive":
         fields["watcher"] = look

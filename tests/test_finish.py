@@ -41,7 +41,13 @@ def call(ends, **settings):
     """A prompt a row, and the arguments with which it ends at its place of `ends`."""
     ids = prompts(len(ends), PROMPT)[0]
     script = Script([[OTHER] * (ALLOWED + 9) if end is None else [OTHER] * end + [END] for end in ends], ids)
-    given = {"max_new_tokens": ALLOWED, "eos_token_id": END, "do_sample": False, "max_denoising_steps": 2, "logits_processor": [script]}
+    given = {
+        "max_new_tokens": ALLOWED,
+        "eos_token_id": END,
+        "do_sample": False,
+        "generation_config": {"max_denoising_steps": 2},
+        "logits_processor": [script],
+    }
     return ids, given | settings
 
 
@@ -146,7 +152,7 @@ def test_of_two_reasons_at_one_token_the_stop_counts(model):
 def test_a_stop_string_is_a_stop_also_in_the_last_allowed_token():
     tokenizer, own = build_tokenizer(), small_model(vocab_size=640)
     ids, line = prompts(2, PROMPT)[0], tokenizer("one; two", add_special_tokens=False)["input_ids"]
-    given = {"max_new_tokens": len(line), "eos_token_id": [], "pad_token_id": PAD, "max_denoising_steps": 2}
+    given = {"max_new_tokens": len(line), "eos_token_id": [], "pad_token_id": PAD, "generation_config": {"max_denoising_steps": 2}}
     given |= {"tokenizer": tokenizer, "logits_processor": [Script([line, line], ids)], "return_dict_in_generate": True}
     for stop, length in ((";", next(n for n in range(len(line)) if ";" in tokenizer.decode(line[:n]))), ("two", len(line))):
         output = own.generate(ids, stop_strings=[stop], **given)

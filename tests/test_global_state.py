@@ -18,7 +18,13 @@ from generation import CanvasStreamer
 from generation.vocabulary.sums import _draw
 from modeling_diffusiongemma import BlockDiffusionCollator, Rollout, block_diffusion_loss
 
-SETTINGS = {"max_new_tokens": CANVAS + 3, "max_denoising_steps": 4, "pad_token_id": PAD, "eos_token_id": 1, "seed": 5}
+SETTINGS = {
+    "max_new_tokens": CANVAS + 3,
+    "generation_config": {"max_denoising_steps": 4},
+    "pad_token_id": PAD,
+    "eos_token_id": 1,
+    "seed": 5,
+}
 SCORED = {"return_dict_in_generate": True, "output_scores": True}
 
 
@@ -115,8 +121,8 @@ def training(model):
         with torch.autocast("cpu", enabled=False):  # a backward pass belongs outside
             found += torch.autograd.grad(losses.diffusion + losses.causal, wanted)
     torch.manual_seed(1)
-    for mode in ("diffusion", "autoregressive"):
-        found += [value for value in model.score(**batch, mode=mode, samples=3) if value is not None]
+    for how in ({"samples": 3}, {"mode": "autoregressive"}):
+        found += [value for value in model.score(**batch, **how) if value is not None]
     return found
 
 

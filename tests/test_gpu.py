@@ -113,7 +113,14 @@ def test_what_is_written_under_a_constraint_fits_on_cuda(dtype, settings):
     tokenizer = AutoTokenizer.from_pretrained(default_checkpoint())
     model, ids = small_model(vocab_size=len(tokenizer) + 3).cuda().to(dtype), prompts(4, 9)[0].cuda()
     schema = JsonSchema({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
-    settings = {"max_new_tokens": 37, "max_denoising_steps": 4, "eos_token_id": [1], "pad_token_id": 0, "seed": [1, 2, 3, 4], **settings}
+    settings = {
+        "max_new_tokens": 37,
+        "generation_config": {"max_denoising_steps": 4},
+        "eos_token_id": [1],
+        "pad_token_id": 0,
+        "seed": [1, 2, 3, 4],
+        **settings,
+    }
     if settings.get("do_sample") is False or settings.get("decoding") == "autoregressive":
         settings = {**settings, "do_sample": False}
         del settings["seed"]

@@ -495,7 +495,13 @@ def logits(model):
 def test_all_ways_of_decoding_agree(name, monkeypatch):
     """Greedily, over two canvases; few steps, since random weights make small differences grow."""
     ids, mask = prompts(2, 9, padded=3)
-    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20, "max_denoising_steps": 2, "eos_token_id": None}
+    settings = {
+        "attention_mask": mask,
+        "do_sample": False,
+        "max_new_tokens": 20,
+        "generation_config": {"max_denoising_steps": 2},
+        "eos_token_id": None,
+    }
     settings |= {"return_dict_in_generate": True, "output_scores": True}
     with changed(name) as model:
         assert (model.why_dense(CPU) is None) == CHANGES[name].plain, model.why_dense(CPU)

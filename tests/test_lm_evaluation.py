@@ -160,7 +160,7 @@ def test_log_likelihood_is_the_sum_over_tokens_in_any_batch(small, batch_size):
 
 @pytest.mark.parametrize("mode", ["autoregressive", "diffusion"])
 def test_greedy_flag_is_what_greedy_decoding_writes(small, mode):
-    lm = small(mode=mode, canvas_length=8, max_denoising_steps=4, samples=2)
+    lm = small(mode=mode, samples=2, **({"canvas_length": 8, "max_denoising_steps": 4} if mode == "diffusion" else {}))
     context = lm.tok_encode("The day is")
     written = lm._sequences([context], None, do_sample=False, max_new_tokens=11, eos_token_id=[], decoding=mode)[0]
     other = [*written[:-1], written[-1] ^ 1]

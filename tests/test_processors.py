@@ -64,7 +64,9 @@ def model():
 
 
 def generate(model, ids=IDS, **settings):
-    return model.generate(ids, **{"attention_mask": MASK, "max_new_tokens": 15, "max_denoising_steps": 4, "seed": 0, **settings})
+    return model.generate(
+        ids, **{"attention_mask": MASK, "max_new_tokens": 15, "generation_config": {"max_denoising_steps": 4}, "seed": 0, **settings}
+    )
 
 
 def logits(seed=0):

@@ -6,7 +6,7 @@ import torch
 from generation import Choice, DiffusionGenerationConfig, Regex, Template, Trace
 from generation.constraints.automaton import closed
 from generation.constraints.compiled import compile_constraint
-from generation.renoising import any_text, begun, choose, hold, read_choice
+from generation.renoising import any_text, choose, hold, read_selection
 from generation.rules.draws import row_draws
 from generation.watch.watcher import Watcher
 
@@ -42,7 +42,7 @@ def ids_of(tokenizer, text):
 
 def positions(tokenizer, text, keep=None, where="random", noise=None):
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return read_choice(text, encoded["offset_mapping"], len(encoded["input_ids"]), noise, keep, where)
+    return read_selection(text, encoded["offset_mapping"], len(encoded["input_ids"]), noise, keep, where)
 
 
 def test_every_form_of_positions_means_the_same_tokens(tokenizer):
@@ -196,6 +196,20 @@ def test_a_canvas_without_noise_is_left_alone(trained, tokenizer):
     assert put[-1] == "end" and put.count("end") == 1
 
 
+def test_several_canvases_are_one_call(trained, tokenizer, monkeypatch):
+    """There was a call for each canvas: the prompt was read again for every one, and what sees a call saw several."""
+    read, prefill, watcher = [], trained.prefill, Steps()
+
+    def counted(*args, **given):
+        read.append(given["input_ids"].shape[1])
+        return prefill(*args, **given)
+
+    monkeypatch.setattr(trained, "prefill", counted)
+    revised = trained.revise(TEXT, tokenizer, CHAT, where=["54"], keep="others", watcher=watcher, cache_implementation="static", **SHORT)
+    assert read[0] > 9 and set(read[1:]) == {9} and len(read) == len(revised.steps)
+    assert [token for tokens, _ in watcher.kept for token in tokens][: len(revised.tokens)] == revised.tokens.tolist()
+
+
 def test_a_canvas_without_noise_that_the_constraint_refuses_is_denoised(trained, tokenizer):
     ids = ids_of(tokenizer, TEXT)
     language = Regex(r'\{"name": "Zelda[a-z]*", "quantity": \d+\}')
@@ -250,19 +264,12 @@ def test_kept_ids_and_any_text_are_an_automaton_of_their_texts(tokenizer):
     assert closed(exact, [1], 0).accepts([*text, 1, 0, 0])
 
 
-def test_an_automaton_begun_later_accepts_what_leads_on(tokenizer):
-    language = compile_constraint(Regex("(one|two) (three|four)s?"), tokenizer, SIZE)
-    ids = ids_of(tokenizer, "two fours")
-    for cut in range(len(ids)):
-        later = begun(language, language.run(ids[:cut]))
-        assert later.accepts(ids[cut:]) and not later.accepts([*ids[cut:], ids[0]])
-
-
 WRONG = {
     "a text of another kind": ({"text": 7}, "`text` is 7"),
     "an empty text": ({"text": ""}, "`text` is ''"),
     "a special token": ({"text": "a <turn|> b"}, "`text` is 'a <turn|> b', which the tokens"),
     "a text that is too long": ({"max_new_tokens": 5}, "`text` has .* expected at most 5"),
+    "a text with an end in it": ({"eos_token_id": [1, 205]}, r"`text` holds the ids \[205\], which end a text"),
     "no noise": ({"noise": 0}, "`noise` is 0; expected a share above 0"),
     "too much noise": ({"noise": 1.1}, "`noise` is 1.1"),
     "noise by name": ({"noise": "mask"}, "`noise` is 'mask'"),
@@ -295,8 +302,9 @@ WRONG = {
     "one token at a time": ({"decoding": "autoregressive"}, "`decoding` is 'autoregressive'"),
     "the reference": ({"backend": "reference"}, "`backend` is 'reference'"),
     "an unknown argument": ({"colour": 1}, "unknown arguments `colour`"),
-    "no end": ({"eos_token_id": []}, "`eos_token_id` holds no id"),
+    "no end": ({"eos_token_id": []}, r"`eos_token_id` is \[\]; expected at least one id"),
     "a watcher of another kind": ({"watcher": 3}, "`watcher` is 3"),
+    "a seed and a generator": ({"seed": 1, "generator": torch.Generator()}, "`seed` and `generator` are both given"),
     "two seeds": ({"seed": [1, 2]}, "`seed` is"),
 }  # fmt: skip
 

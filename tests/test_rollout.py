@@ -134,6 +134,44 @@ def test_all_that_the_config_says_of_temperature_and_end_counts():
     assert bool(rollout.state.finished.all()), "all positions are sure at the first step, before the argmax canvas has stood"
 
 
+def test_all_else_that_the_config_says_counts_or_is_refused():
+    """Sampler, noise, filters, `do_sample` and `canvas_length` of the model's generation config were ignored, silently."""
+    model = small_model()
+    model.generation_config.update(
+        sampler="confidence", confidence=1.0, noise="mask", mask_token_id=4, top_k=1, canvas_length=6, ignore_after_eos=True, eos_token_id=9
+    )
+    rollout = Rollout(model, rows=2)
+    noised = rollout.batch(lambda count: drawn(count, 6))[1]
+    assert noised.shape == (2, 6) and bool((noised == 4).all())
+    logits = torch.randn(2, 6, model.config.text_config.vocab_size)
+    rollout.advance(logits)
+    assert bool(rollout.state.accepted.all()), "one id alone is left, of which the sampler is sure"
+    assert not rollout.state.entropy.any() and torch.equal(rollout.state.canvas, logits.argmax(dim=-1))
+    rollout.batch(lambda count: drawn(count, 6))
+    certain = torch.full_like(logits, -1e4)
+    certain[..., 9] = 0.0
+    certain[:, 1:] = 1e-3 * torch.randn(2, 5, certain.shape[-1])  # nobody waits for what lies behind the end
+    for _ in range(2):
+        rollout.advance(certain)
+    assert bool(rollout.state.finished.all())
+    model.generation_config.update(sampler="entropy_bound", top_k=0, do_sample=False)
+    greedy = Rollout(model, rows=2)
+    greedy.batch(lambda count: drawn(count, 6))
+    greedy.advance(logits)
+    assert torch.equal(greedy.state.canvas[greedy.state.accepted], logits.argmax(dim=-1)[greedy.state.accepted])
+    for name, value in {
+        "repetition_penalty": 1.3,
+        "bad_words_ids": [[5]],
+        "min_new_tokens": 3,
+        "sampler": "fixed_steps",
+        "pad_token_id": 100,
+    }.items():
+        refusing = small_model()
+        refusing.generation_config.update(**{name: value})
+        with pytest.raises(ValueError, match=f"`{name}` "):
+            Rollout(refusing, rows=2)
+
+
 def test_other_samplers_choose_the_positions(model):
     with torch.no_grad():
         for sampler, few in ((ConfidenceSampler(1.0), 1), (EntropyBoundSampler(1e-6), 1), (EntropyBoundSampler(1e6), CANVAS)):

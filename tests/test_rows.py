@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Logi
 import modeling_diffusiongemma
 from jobs import TEXT_JOBS
 
-WIDTH = {"canvas_length": 64, "max_new_tokens": 64}
+WIDTH = {"generation_config": {"canvas_length": 64}, "max_new_tokens": 64}
 
 
 @pytest.fixture(scope="module")

@@ -66,12 +66,16 @@ def test_trained_model_finds_the_right_answer_likelier_than_a_wrong_one(mode):
     torch.manual_seed(0)
     scored = model.score(
         **BlockDiffusionCollator(tokenizer)([(request, "2052-10-02"), (request, "2052-10-03"), (request, "1952-10-02")]),
-        mode=mode, canvas_length=16,
+        mode=mode, **({"canvas_length": 16} if mode == "diffusion" else {}),
     )  # fmt: skip
     assert int(scored.log_prob.argmax()) == 0 and bool((scored.log_prob <= 0).all())
 
 
-@pytest.mark.parametrize("settings, name", [({"mode": "greedy"}, "mode"), ({"samples": 1}, "samples")])
+@pytest.mark.parametrize("settings, name", [
+    ({"mode": "greedy"}, "mode"), ({"samples": 1}, "samples"),
+    ({"mode": "autoregressive", "samples": 4}, "`samples` is 4, and `mode` is 'autoregressive'"),
+    ({"mode": "autoregressive", "canvas_length": 5}, "`canvas_length` is 5, and `mode` is 'autoregressive'"),
+])  # fmt: skip
 def test_bad_settings_are_refused(model, settings, name):
     with pytest.raises(ValueError, match=name):
         model.score(**BlockDiffusionCollator(pad_token_id=0)(PAIRS), **settings)

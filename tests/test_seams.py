@@ -4,11 +4,12 @@ import pytest
 import torch
 from small_models import prompts, small_model
 
-from generation import StepEvent, Wanted, Watcher, mixin, stream_events
+from generation import StepEvent, Trace, Wanted, Watcher, mixin, stream_events
+from generation.constraints.automaton import make_automaton
 from generation.vocabulary.filters import Filters
 from generation.watch.watcher import WholeCanvas
 
-VOCAB = 5001  # two pieces of the vocabulary
+VOCAB, PAD, END = 5001, 0, 1  # two pieces of the vocabulary
 SETTINGS = {"max_new_tokens": 20, "max_denoising_steps": 4, "seed": [3, 4, 5], "eos_token_id": [], "pad_token_id": 0}
 
 
@@ -167,9 +168,73 @@ def test_a_canvas_is_taken_on_from_its_first_step(model, way):
     given = {**SETTINGS, "seed": 1, "confidence_threshold": 1e-9, **way}
     events = list(stream_events(model, ids, decoder_input_ids=canvas, first_step=3, **given))
     assert [(event.canvas, event.step) for event in events if isinstance(event, StepEvent)] == [(0, 3), *((1, step) for step in range(4))]
-    for wrong in ({"first_step": 4, "decoder_input_ids": canvas}, {"first_step": 2}):
-        with pytest.raises(ValueError, match=r"`first_step` is \d; expected a step before `max_denoising_steps`, 4, and a canvas"):
+    for wrong in ({"first_step": 5, "decoder_input_ids": canvas}, {"first_step": 2}):
+        with pytest.raises(ValueError, match=r"`first_step` is \d; expected a step up to `max_denoising_steps`, 4, .* and a canvas"):
             model.generate(ids, **given, **wrong)
+
+
+class Heard(Watcher):
+    """The canvas and the number of every step, and what was committed."""
+
+    def __init__(self):
+        self.steps, self.commits = [], []
+
+    def step(self, canvas_index, step, places, state, prediction):
+        self.steps.append((canvas_index, step))
+
+    def commit(self, tokens, lengths, finish_reasons):
+        self.commits.append(tokens)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=str)
+def test_several_canvases_begin_as_they_are_given(model, settings):
+    """Each from its own step; one that has none left is committed as it stands, and nothing but its tokens is told of it."""
+    ids, canvases = prompts(3, 9)[0], torch.arange(90).view(3, 30) + 20
+    watcher, trace = Heard(), Trace()
+    given = {**SETTINGS, "max_new_tokens": 40, "seed": 1, "confidence_threshold": 1e-9, "eos_token_id": [], **settings}
+    first = {"decoder_input_ids": canvases, "first_step": [3, 4, 1]}
+    output = model.generate(ids, watcher=[watcher, trace], return_dict_in_generate=True, **first, **given)
+    assert output.canvas_steps.tolist() == [[1, 0, 3, 4]] * 3 and output.denoising_steps.tolist() == [8] * 3
+    assert torch.equal(output.sequences[:, 19:29], canvases[:, 10:20])
+    assert watcher.steps == [(0, 3), *((2, step) for step in (1, 2, 3)), *((3, step) for step in range(4))]
+    assert torch.equal(watcher.commits[1], canvases[:, 10:20]) and [canvas.first_step for canvas in trace.canvases] == [3, 1, 0]
+    alone = model.generate(ids[1:2], decoder_input_ids=canvases[1:2], first_step=[3, 4, 1], **given)
+    assert torch.equal(alone[0], output.sequences[1])
+
+
+def test_rows_whose_constraint_refuses_a_canvas_that_stands_take_the_last_step(model):
+    """And no other row does: what a row writes does not hang on its neighbours."""
+    ids, canvas = prompts(3, 9)[0], torch.full((3, 10), PAD)
+    canvas[:, 0], canvas[:, 1] = torch.tensor([17, 18, 19]), END
+    classes = torch.zeros(model.config.text_config.vocab_size, dtype=torch.int64)
+    classes[17] = 1
+    edge, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    seventeen = make_automaton(classes, edge, one, one, torch.tensor([False, True]))
+    given = {**SETTINGS, "pad_token_id": PAD, "eos_token_id": END, "max_new_tokens": 10, "return_dict_in_generate": True}
+    output = model.generate(ids, decoder_input_ids=canvas, first_step=4, constraint=[seventeen, seventeen, None], **given)
+    assert output.canvas_steps.tolist() == [[0], [1], [0]]
+    assert output.sequences[:, 9].tolist() == [17, 17, 19] and output.lengths.tolist() == [2, 2, 2]
+
+
+CANVASES = torch.full((1, 20), 17)
+UNFIT = {
+    "half a canvas": ({"decoder_input_ids": CANVASES[:, :15]}, r"`decoder_input_ids` has shape \(1, 15\); expected \(1, 10\)"),
+    "no canvas": ({"decoder_input_ids": CANVASES[:, :0]}, r"`decoder_input_ids` has shape \(1, 0\)"),
+    "too many": ({"decoder_input_ids": CANVASES, "max_new_tokens": 10}, "`decoder_input_ids` holds 2 canvases .* expected at most 1"),
+    "steps for others": ({"decoder_input_ids": CANVASES, "first_step": [1]}, r"`first_step` is \[1\]; expected one for each of the 2"),
+    "a step beyond": ({"decoder_input_ids": CANVASES, "first_step": [1, 5]}, r"`first_step` is \[1, 5\]; expected a step up to"),
+    "scores of no step": (
+        {"decoder_input_ids": CANVASES, "first_step": [4, 0], "output_scores": True, "return_dict_in_generate": True},
+        r"`first_step` is \[4, 0\], and `output_scores` is given",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", UNFIT)
+def test_canvases_that_do_not_fit_are_refused_by_name(model, fault):
+    given, message = UNFIT[fault]
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts(1, 9)[0], **{**SETTINGS, **given})
 
 
 @pytest.mark.parametrize("records", [False, True], ids=["plain", "recorded"])

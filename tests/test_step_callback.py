@@ -254,7 +254,13 @@ def test_a_recorded_step_equals_an_unrecorded_one(rows, request, monkeypatch):
 
 def test_drafts_that_are_verified_may_be_changed_and_a_pass_without_steps_has_none(model):
     ids = prompts(1, 9)[0]
-    settings = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": [], "pad_token_id": PAD, "max_denoising_steps": 3}
+    settings = {
+        "max_new_tokens": 15,
+        "do_sample": False,
+        "eos_token_id": [],
+        "pad_token_id": PAD,
+        "generation_config": {"max_denoising_steps": 3},
+    }
     fill = torch.full((1, CANVAS), 17)
     expected = model.generate(ids, decoding="autoregressive", **settings)
     found = model.generate(ids, decoding="verified", callback_on_step_end=lambda *told: {"argmax": fill}, **settings)
@@ -355,7 +361,13 @@ def test_an_informed_sampler_may_be_an_instance(model):
 
 def test_drafts_that_are_verified_may_come_of_any_sampler_and_stopping_rule(model):
     ids = prompts(2, 9)[0]
-    settings = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": [], "pad_token_id": PAD, "max_denoising_steps": 3}
+    settings = {
+        "max_new_tokens": 15,
+        "do_sample": False,
+        "eos_token_id": [],
+        "pad_token_id": PAD,
+        "generation_config": {"max_denoising_steps": 3},
+    }
     expected = model.generate(ids, decoding="autoregressive", **settings)
     assert torch.equal(model.generate(ids, decoding="verified", sampler=EveryOther(), stopping=Never(), **settings), expected)
 
@@ -457,7 +469,7 @@ def test_a_stopping_rule_replaces_the_thresholds_and_does_not_go_with_them(model
         with pytest.raises(ValueError, match="`stopping` is .*; expected a `generation.rules.stopping.StoppingRule`"):
             run(model, None, stopping=wrong)
     with pytest.raises(ValueError, match="`decoding` is 'autoregressive', which has no steps; expected another with `stopping`"):
-        run(model, None, stopping=Never(), decoding="autoregressive")
+        model.generate(prompts(1, 9)[0], stopping=Never(), decoding="autoregressive")
 
 
 # Thresholds that are None, and the self-conditioning of the first step, as in transformers' class
@@ -538,7 +550,7 @@ def test_a_row_is_conditioned_by_its_logits(model):
         ({"self_conditioning_logits": torch.zeros(VOCAB)}, "expected a floating tensor of shape"),
         ({"self_conditioning_logits": torch.full((CANVAS, VOCAB), -float("inf"))}, "holds NaN, inf, or -inf for every id"),
         ({"self_conditioning_logits": torch.zeros(CANVAS, VOCAB), "canvas_length": 5}, r"expected \(2, 5, 100\) or \(5, 100\)"),
-        ({"self_conditioning_logits": torch.zeros(CANVAS, VOCAB), "decoding": "autoregressive"}, "`decoding` is 'autoregressive'"),
+        ({"self_conditioning_logits": torch.zeros(CANVAS, VOCAB), "decoding": "verified", "do_sample": False}, "`decoding` is 'verified'"),
     ],
 )  # fmt: skip
 def test_self_conditioning_without_a_meaning_is_refused_by_name(model, settings, reason):

@@ -182,7 +182,7 @@ def test_generated_calls_fit(model, tokenizer, settings):
     inputs = encode(tokenizer)
     hot = {"temperature": 8.0} if settings.get("do_sample", True) else {}
     for seed in range(3):
-        settings = {"canvas_length": 64, "max_denoising_steps": 3, "max_new_tokens": 64, **hot, **settings}
+        settings = {"generation_config": {"canvas_length": 64, "max_denoising_steps": 3}, "max_new_tokens": 64, **hot, **settings}
         sequences = model.generate(**inputs, **settings, seed=seed, constraint=ToolCalls(TOOLS, "required"), tokenizer=tokenizer)
         judge(tokenizer, sequences[0, inputs["input_ids"].shape[1] :].tolist(), "required")
 

@@ -157,16 +157,6 @@ def why_dense(model, config: DiffusionGenerationConfig, shaping: Shaping, watche
     return why
 
 
-def temperature_of(config: DiffusionGenerationConfig) -> float:
-    """What multiplies the schedule."""
-    return 1.0 if config.temperature in (None, 0) else config.temperature
-
-
-def schedule_of(config: DiffusionGenerationConfig) -> TemperatureSchedule:
-    scale = temperature_of(config)
-    return TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps)
-
-
 def stopping_of(config: DiffusionGenerationConfig) -> StoppingRule:
     """As many steps as there are equal none: a longer memory would only take space."""
     stopping = StableAndConfident(min(config.stability_threshold, config.max_denoising_steps), config.confidence_threshold)
@@ -184,16 +174,21 @@ def make_rules(
     Raises:
         ValueError: a token id outside the vocabulary, a processor that has no meaning here, a sampler of another vocabulary.
     """
+    for name in ("mask_token_id", "pad_token_id"):
+        token = getattr(config, name)
+        if token is not None and token >= vocab_size and (name == "pad_token_id" or config.noise == "mask"):
+            raise ValueError(f"`{name}` is {token}; expected a token id from 0 to {vocab_size - 1}")
     stops = stop_ids(config, vocab_size)
     eos = torch.tensor(stops, dtype=torch.int64, device=device)
     sampler = SAMPLERS[config.sampler].of(config, vocab_size) if isinstance(config.sampler, str) else config.sampler
     if isinstance(sampler, PredictorCorrectorSampler) and sampler.vocab_size != vocab_size:
         raise ValueError(f"`sampler` has a `vocab_size` of {sampler.vocab_size}; expected the model's, {vocab_size}")
+    scale = 1.0 if config.temperature in (None, 0) else config.temperature
     ignores = config.ignore_after_eos or (config.ignore_after_eos is None and config.backend != "reference")
     return Rules(
         max_denoising_steps=config.max_denoising_steps,
-        temperature=temperature_of(config),
-        schedule=schedule_of(config),
+        temperature=scale,
+        schedule=TemperatureSchedule(config.t_min * scale, config.t_max * scale, config.max_denoising_steps),
         sampler=sampler,
         stopping=stopping_of(config) if stopping is None else stopping,
         sure_end=(eos, config.confidence_threshold) if ignores else None,
@@ -212,11 +207,15 @@ def make_plan(
     """The plan for a prompt, of which each row may get `new_tokens`. `counted`: somebody outside knows the rows by their places.
 
     Raises:
-        ValueError: as `make_rules`.
+        ValueError: as `make_rules`; more canvases given than rows may get.
     """
     model_config, reference = model.config, config.backend == "reference"
     (rows, prompt_length), device = prompt.real.shape, prompt.real.device
     vocab_size = model_config.get_text_config().vocab_size
+    lengths = Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size)
+    if len(prompt.canvases) > lengths.canvases:
+        got = f"`decoder_input_ids` holds {len(prompt.canvases)} canvases of {lengths.canvas} tokens"
+        raise ValueError(f"{got}; expected at most {lengths.canvases}, as `max_new_tokens` or `max_length` allow {new_tokens} tokens")
     rules = make_rules(config, vocab_size, prompt_length, device, logits_processor, stopping)
     why = why_dense(model, config, rules.shaping, watchers, device)
     # Rows stay where somebody else counts on them: a caller's cache, processors and criteria, adapters, a cache of fixed rows.
@@ -224,7 +223,7 @@ def make_plan(
     stays = stays or prompt.cache is not None or config.cache_implementation not in (None, "dynamic")
     stays = stays or (hasattr(model, "peft_config") and mixes_adapters(model))
     return Plan(
-        Lengths(prompt_length, new_tokens, config.canvas_length or model_config.canvas_length, vocab_size),
+        lengths,
         rules,
         Execution(
             why_dense=why,
@@ -241,6 +240,4 @@ def make_plan(
     )  # fmt: skip
 
 
-__all__ = [
-    "Execution", "Lengths", "Plan", "Rules", "make_plan", "make_rules", "mixes_adapters", "schedule_of", "stopping_of", "why_dense",
-]  # fmt: skip
+__all__ = ["Execution", "Lengths", "Plan", "Rules", "make_plan", "make_rules", "mixes_adapters", "why_dense"]

@@ -99,6 +99,15 @@ class Progress:
         states = torch.tensor(found, dtype=torch.int64, device=self.states.device)
         return self._keep(going, self.rows[going], self.count, states)
 
+    def accept(self, canvas: torch.Tensor) -> torch.Tensor:
+        """Bool (b,): rows in which `canvas` int64 (b, C) may be written as it is, so that the text can end where a row may get no more;
+        True without a constraint."""
+        count, behind, found = self.reach.count, int(self.reach.behind), torch.ones_like(canvas[:, 0], dtype=torch.bool)
+        for automaton, state, row in zip(self.lattice.automata, self.states.tolist(), self.rows.tolist(), strict=True):
+            state = automaton.run(canvas[row, :count].tolist(), state)
+            found[row] = state is not None and int(automaton.fewest[state]) <= behind
+        return found
+
     def _keep(self, kept: torch.Tensor, rows: torch.Tensor, count: int, states: torch.Tensor, reach: Reach | None = None) -> "Progress":
         """Of those with a constraint the ones at the places `kept`, which are now `rows` of `count`; `states`, `reach`: of all so far."""
         lattice, orders = self.lattice, self.orders

@@ -7,7 +7,7 @@ import torch
 from transformers import Cache
 from transformers.utils import logging
 
-from ..checks import check_canvas, check_images, check_prompt, embed_conditioning
+from ..checks import check_images, check_prompt, embed_conditioning, split_canvases
 from .configuration import DiffusionGenerationConfig
 
 logger = logging.get_logger(__name__)
@@ -24,27 +24,35 @@ class Prompt:
         real: bool (B, L + P), cached tokens included.
         inputs: what `prefill` takes for it: `input_ids` or `inputs_embeds`, and images.
         cache: the caller's, or None.
-        canvas: the first canvas, int64 (B, C), or None for noise; denoised from `first_step` on.
-        soft_embeds: what conditions the first step of it, `(B, C, D)`, or None.
+        canvases: what the first canvases begin with, int64 (B, C) each; those behind them are noise.
+        first_steps: of each of these the step from which it is denoised; the number of steps there are for one that stands as it is.
+        soft_embeds: what conditions the first step of the first canvas, `(B, C, D)`, or None.
     """
 
     ids: torch.Tensor
     real: torch.Tensor
     inputs: dict[str, torch.Tensor]
     cache: Cache | None
-    canvas: torch.Tensor | None
-    first_step: int
+    canvases: tuple[torch.Tensor, ...] = ()
+    first_steps: tuple[int, ...] = ()
     soft_embeds: torch.Tensor | None = None
 
     def repeat(self, copies: int) -> "Prompt":
         """Every row `copies` times, side by side (`num_return_sequences`)."""
         if copies == 1:
             return self
-        fields = {"ids": self.ids, "real": self.real, "canvas": self.canvas, "soft_embeds": self.soft_embeds}
+
+        def repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.repeat_interleave(copies, dim=0)
+
         return replace(
-            self, inputs={name: value.repeat_interleave(copies, dim=0) for name, value in self.inputs.items()},
-            **{name: None if value is None else value.repeat_interleave(copies, dim=0) for name, value in fields.items()},
+            self, ids=repeated(self.ids), real=repeated(self.real), inputs={name: repeated(value) for name, value in self.inputs.items()},
+            canvases=tuple(map(repeated, self.canvases)), soft_embeds=repeated(self.soft_embeds),
         )  # fmt: skip
+
+    def canvas(self, index: int) -> tuple[torch.Tensor | None, int]:
+        """What a canvas begins with, of all rows, None for noise; and its first step."""
+        return (self.canvases[index], self.first_steps[index]) if index < len(self.canvases) else (None, 0)
 
     def inputs_of(self, row: int) -> dict[str, torch.Tensor]:
         """`inputs` of one row; of a batch of one all, since images are no rows."""
@@ -56,8 +64,8 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
 
     Raises:
         ValueError: an empty prompt, a mask of another shape or padding on the right, embeddings of another size, images without their
-            tokens or tokens without images, a canvas of another shape or with ids that there are not, logits of another shape or with NaN;
-            and whatever `check_prompt` of the model raises.
+            tokens or tokens without images, canvases of another shape or with ids that there are not, or another number of them than of
+            first steps, logits of another shape or with NaN; and whatever `check_prompt` of the model raises.
     """
     cache, mask, text_config = given["cache"], given["attention_mask"], model.config.get_text_config()
     seen = 0 if cache is None else int(cache.get_seq_length())
@@ -74,13 +82,16 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
         real = check_prompt("inputs_embeds", embeds, mask, seen)
         ids = torch.zeros((embeds.shape[0], 0), dtype=torch.int64, device=embeds.device)
         inputs = {"inputs_embeds": embeds, **inputs}
-    canvas, copies, soft_embeds = given["decoder_input_ids"], config.num_return_sequences or 1, None
+    copies, soft_embeds, canvases, first_steps = config.num_return_sequences or 1, None, (), given["first_step"] or 0
     shape = (len(ids), config.canvas_length or model.config.canvas_length)
-    if canvas is not None:
-        check_canvas(canvas, shape, text_config.vocab_size)
+    if given["decoder_input_ids"] is not None:
+        canvases = split_canvases(given["decoder_input_ids"], shape, text_config.vocab_size)
+    first_steps = [first_steps] * len(canvases) if isinstance(first_steps, int) else first_steps
+    if len(first_steps) != len(canvases):
+        raise ValueError(f"`first_step` is {first_steps}; expected one for each of the {len(canvases)} canvases of `decoder_input_ids`")
     if given["self_conditioning_logits"] is not None:
         soft_embeds = embed_conditioning(model, given["self_conditioning_logits"], (*shape, text_config.vocab_size))
-    prompt = Prompt(ids, real, inputs, cache, canvas, given["first_step"] or 0, soft_embeds).repeat(copies)
+    prompt = Prompt(ids, real, inputs, cache, canvases, tuple(first_steps), soft_embeds).repeat(copies)
     if hasattr(model, "check_prompt"):
         model.check_prompt(**prompt.inputs, attention_mask=prompt.real, cache=cache)
     return prompt

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..arguments import ARGUMENTS, FIELDS, read, shown, unknown
+from ..asking import Ends, end_of_turn
 from ..rules.stopping import Never, StoppingRule
-from .configuration import RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
+from .configuration import DIFFUSION_FIELDS, FURTHER_FIELDS, RELEASED_DEFAULTS, WHY_REFUSED, DiffusionGenerationConfig, refusals
 from .together import check_fields
 
 logger = logging.get_logger(__name__)
@@ -21,11 +22,15 @@ FOREIGN_ARGUMENTS = (
 
 THRESHOLDS = ("stability_threshold", "confidence_threshold")
 FURTHER_STOPS = ("joint_threshold", "patience")
-# Arguments that only one value of another reads.
-READ_BY = {
-    **dict.fromkeys(("entropy_bound", "sampler_config"), ("sampler", "entropy_bound")), "confidence": ("sampler", "confidence"),
-    **dict.fromkeys(("corrector_steps", "corrector_positions"), ("sampler", "predictor_corrector")), "mask_token_id": ("noise", "mask"),
-}  # fmt: skip
+# Arguments that only some values of another read: of which, and which.
+READ_BY = (
+    ("decoding", ("diffusion", "verified"),
+     (*DIFFUSION_FIELDS, "sampler_config", *(name for name in FURTHER_FIELDS if name not in ("decoding", "backend")))),
+    ("sampler", ("entropy_bound",), ("entropy_bound", "sampler_config")),
+    ("sampler", ("confidence",), ("confidence",)),
+    ("sampler", ("predictor_corrector",), ("corrector_steps", "corrector_positions")),
+    ("noise", ("mask",), ("mask_token_id",)),
+)  # fmt: skip
 
 
 def resolve_config(
@@ -66,10 +71,11 @@ def resolve_config(
     use_max_length = use_max_length or (config.max_new_tokens is None and config.max_length is not None)
     config.update(defaults_only=True, **RELEASED_DEFAULTS)
     _refuse(config.refused())
-    for name, (reader, value) in READ_BY.items():
-        if name in kwargs and getattr(config, reader) != value:
-            got = f"`{name}` is {shown(kwargs[name])}, and `{reader}` is {shown(getattr(config, reader))}"
-            raise ValueError(f"{got}; expected {value!r}, which alone reads it, or `{name}` unset")
+    for reader, values, names in READ_BY:
+        given = [name for name in names if name in kwargs]
+        if given and getattr(config, reader) not in values:
+            got = f"`{given[0]}` is {shown(kwargs[given[0]])}, and `{reader}` is {shown(getattr(config, reader))}"
+            raise ValueError(f"{got}; expected {' or '.join(map(repr, values))}, or `{given[0]}` unset, which nothing else reads")
     check_fields(config, whole=True)
     return config, use_max_length
 
@@ -106,4 +112,16 @@ def pad_id(config: DiffusionGenerationConfig, stops: Sequence[int]) -> int:
     return config.pad_token_id if config.pad_token_id is not None else stops[0] if stops else 0
 
 
-__all__ = ["pad_id", "resolve_config", "resolve_stopping", "stop_ids"]
+def ends_of(config: DiffusionGenerationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Ends:
+    """How a text ends that has a whole canvas, or several, to itself.
+
+    Raises:
+        ValueError: nothing ends one.
+    """
+    stops = stop_ids(config, vocab_size)
+    if not stops:
+        raise ValueError(f"`eos_token_id` is {config.eos_token_id}; expected at least one id of the vocabulary, with which a text ends")
+    return Ends(end_of_turn(tokenizer, stops), tuple(stops), pad_id(config, stops))
+
+
+__all__ = ["ends_of", "pad_id", "resolve_config", "resolve_stopping", "stop_ids"]

@@ -52,7 +52,7 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     and with the model.
 
     Raises:
-        ValueError: arguments that do not go together, or a token id outside the vocabulary.
+        ValueError: arguments that do not go together.
     """
     prompts = [name for name in ("inputs", "input_ids", "inputs_embeds") if given[name] is not None]
     if len(prompts) != 1:
@@ -71,6 +71,10 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     of_steps = [name for name in ("callback_on_step_end", "stopping") if given[name] is not None]
     if config.decoding == "autoregressive" and of_steps:
         raise ValueError(f"`decoding` is 'autoregressive', which has no steps; expected another with `{of_steps[0]}`")
+    for watcher in given["watcher"] or ():
+        if config.decoding == "autoregressive" and getattr(watcher, "needs_steps", False):
+            name = type(watcher).__name__
+            raise ValueError(f"`watcher` is a {name}, and `decoding` is 'autoregressive', which has no denoising steps; expected another")
     if copies > 1 and (cache is not None or given["pixel_values"] is not None):
         raise ValueError(f"`num_return_sequences` is {copies}; expected 1 together with `cache` or images")
     if config.compile_config is not None and not hasattr(model, "compiling"):
@@ -93,20 +97,21 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
             raise ValueError(f"`constraint` is given, and {type(model).__name__} has no method `get_input_embeddings`; expected None")
         if config.decoding != "diffusion":
             raise ValueError(f"`decoding` is {config.decoding!r}; expected 'diffusion' with a `constraint` that sees predictions")
-    first_step = given["first_step"]
-    if first_step and (canvas is None or first_step >= config.max_denoising_steps):
-        expected = f"a step before `max_denoising_steps`, {config.max_denoising_steps}, and a canvas as `decoder_input_ids`"
+    first_step, steps = given["first_step"] or 0, config.max_denoising_steps
+    first_steps = first_step if isinstance(first_step, list) else [first_step]
+    if any(first_steps) and (canvas is None or max(first_steps) > steps):
+        expected = f"a step up to `max_denoising_steps`, {steps}, at which a canvas stands as it is, and a canvas as `decoder_input_ids`"
         raise ValueError(f"`first_step` is {first_step}; expected {expected}")
+    conditioned = given["self_conditioning_logits"] is not None
+    read_of_steps = {"self_conditioning_logits": conditioned, "output_scores": config.output_scores, "output_logits": config.output_logits}
+    if steps in first_steps and any(read_of_steps.values()):
+        name = next(name for name, asked in read_of_steps.items() if asked)
+        raise ValueError(f"`first_step` is {first_step}, and `{name}` is given; expected it unset: a canvas that stands takes no step")
     if config.decoding == "verified":
         rows = copies * len(given[prompts[0]])
         alone = [name for name in ("streamer", "watcher", "callback_on_step_end", "pixel_values") if given[name] is not None]
         if rows > 1 and alone:
             raise ValueError(f"`decoding='verified'` got {rows} rows; expected one together with {' and '.join(map('`{}`'.format, alone))}")
-    vocab_size = model.config.get_text_config().vocab_size
-    for name in ("mask_token_id", "pad_token_id"):
-        token = getattr(config, name)
-        if token is not None and token >= vocab_size and (name == "pad_token_id" or config.noise == "mask"):
-            raise ValueError(f"`{name}` is {token}; expected a token id from 0 to {vocab_size - 1}")
 
 
 def allowed_tokens(config, use_max_length: bool, prompt_length: int) -> int:

@@ -2,8 +2,9 @@
 
 import torch
 
+from ..asking import Ends
 from ..constraints.automaton import Automaton, make_automaton
-from .layout import Ends, Field, Layout
+from .layout import Field, Layout
 from .spelling import Edge, Spelling
 
 

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import shown
-from ..asking import end_of_turn, prompt_ids
+from ..asking import prompt_ids
 from .calibration import Calibration
-from .layout import Ends, lay_out
+from .layout import lay_out
 from .questions import Asked, Decisions, make_decision, read_questions
 from .reading import How, Prepared, read_canvases, settle
 from .spelling import spelling_of
@@ -27,10 +27,10 @@ def decide(
         raise ValueError(f"`decide` got the unknown arguments {wrong}; expected {list(How._fields)} or `calibration`")
     calibration = model.calibration if calibration is None else calibration
     chosen = How(**how)
-    settled = settle(model, chosen)
     if prompt is None:
         raise ValueError("`prompt` is None; expected a text or a list of messages")
     ids = prompt_ids(prompt, tokenizer, model.device)
+    settled = settle(model, chosen, tokenizer)
     scores, canvases = score_questions(settled, ids, asked, tokenizer, chosen)
     answers = {
         one.name: make_decision(one.options, each, calibration.apply(each, one.name, one.kind))
@@ -46,9 +46,8 @@ def score_questions(
     """Of every question its scores, float64 (reads, options), and on how many canvases they stand; `as_json`: as an object, or the option
     alone."""
     spelling = spelling_of(tokenizer, settled.vocab_size)
-    ends = Ends(end_of_turn(tokenizer, settled.stops), settled.stops, settled.pad)
-    layouts = lay_out(asked, tokenizer, spelling, settled.length, ends, as_json)
-    found = read_canvases(settled, ids, layouts, spelling, ends, how, images)
+    layouts = lay_out(asked, tokenizer, spelling, settled.length, settled.ends, as_json)
+    found = read_canvases(settled, ids, layouts, spelling, how, images)
     return [found[place] for place in range(len(asked))], len(layouts)
 
 

@@ -14,16 +14,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..asking import Ends
 from .questions import Asked
 from .spelling import Edge, Spelling
-
-
-class Ends(NamedTuple):
-    """How an answer ends: `turn`, the id that is written; `stops`, all that end a text; `pad`, what stands behind it."""
-
-    turn: int
-    stops: tuple[int, ...]
-    pad: int
 
 
 class Field(NamedTuple):
@@ -136,4 +129,4 @@ def _field(place: int, rows: list[list[int]], spelling: Spelling) -> Field:
     return Field(place, begin, stop - begin, tuple(spelling.read(row[begin:stop]) for row in rows), False)
 
 
-__all__ = ["Ends", "Field", "Layout", "answer_text", "lay_out"]
+__all__ = ["Field", "Layout", "answer_text", "lay_out"]

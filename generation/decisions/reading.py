@@ -8,21 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from ..arguments import shown
+from ..asking import Ends
 from ..call.caches import dynamic_cache
 from ..call.configuration import DiffusionGenerationConfig
 from ..call.prompt import IMAGES
-from ..call.settings import pad_id, resolve_config, stop_ids
+from ..call.settings import ends_of, resolve_config
 from ..checks import check_ids, check_images
 from ..contract import check_contract, passes_in_step
-from ..loop.rows import select_cache
+from ..loop.rows import Rows, plain_rows, select_cache
 from ..rules.draws import RowDraws, row_draws
 from ..rules.noise import Noise, make_noise
 from ..watch.watcher import Watcher
 from .allowed import canvas_automaton
-from .layout import Ends, Layout
+from .layout import Layout
 from .scores import Named, name_ids, named_log_probs, option_scores
 from .spelling import Spelling
 
@@ -55,18 +56,16 @@ class How(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A model for the length of a call, and of it: `length`, positions of a canvas; `stops`, the ids that end a text, and `pad`, which
-    stands behind; `noise`; `vocab_size`."""
+    """A model for the length of a call, and of it: `length`, positions of a canvas; how its `ends` are written; `noise`; `vocab_size`."""
 
     model: object
     length: int
-    stops: tuple[int, ...]
-    pad: int
+    ends: Ends
     noise: Noise
     vocab_size: int
 
 
-def settle(model, how: How) -> Prepared:
+def settle(model, how: How, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """What a call needs to know of a model, whose generation config says pad, stop ids and the kind of noise.
 
     Raises:
@@ -76,16 +75,13 @@ def settle(model, how: How) -> Prepared:
     check_contract(model)
     config, _ = resolve_config(None, model.generation_config or DiffusionGenerationConfig(), {})
     vocab_size = model.config.get_text_config().vocab_size
-    stops = tuple(stop_ids(config, vocab_size))
-    if not stops:
-        raise ValueError(f"`eos_token_id` of the model's generation config is {config.eos_token_id}; expected an id that ends an answer")
-    noise = make_noise(config.noise, vocab_size, config.mask_token_id)
-    return Prepared(model, how.canvas_length or model.config.canvas_length, stops, pad_id(config, stops), noise, vocab_size)
+    ends, noise = ends_of(config, tokenizer, vocab_size), make_noise(config.noise, vocab_size, config.mask_token_id)
+    return Prepared(model, how.canvas_length or model.config.canvas_length, ends, noise, vocab_size)
 
 
 @torch.no_grad()
 def read_canvases(
-    given: Prepared, ids: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, ends: Ends, how: How,
+    given: Prepared, ids: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, how: How,
     images: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[int, torch.Tensor]:  # fmt: skip
     """The scores of every question by its place: float64 (reads, options), nats.
@@ -101,51 +97,56 @@ def read_canvases(
     images = {name: images[name] for name in IMAGES if (images or {}).get(name) is not None}
     check_ids("input_ids", ids, given.vocab_size)
     check_images(ids, images.get("pixel_values"), getattr(model.config, "image_token_id", None))
-    seen = 0 if how.cache is None else int(how.cache.get_seq_length())
-    length = seen + ids.shape[1]
+    count = ids.shape[1] - (how.steps > 1)  # the last token is left for `generate` to prefill, which takes no prompt without any
+    inputs = {"input_ids": ids[:, :count], **images}
+    if "mm_token_type_ids" in images:
+        inputs["mm_token_type_ids"] = images["mm_token_type_ids"][:, :count]
+    cache = dynamic_cache(model.config.get_text_config()) if how.cache is None else select_cache(how.cache, ids.new_zeros(1))
+    rows, last = plain_rows(inputs["input_ids"], cache), ids[:, count:]
     if hasattr(model, "check_prompt"):
-        model.check_prompt(input_ids=ids, attention_mask=_ones(1, length, device), cache=how.cache, **images)
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    cache = dynamic_cache(model.config.get_text_config()) if how.cache is None else select_cache(how.cache, first)
+        model.check_prompt(input_ids=ids, attention_mask=rows.commit(last).real, cache=how.cache, **images)
     draws = row_draws(how.seed, None, 1, how.reads)  # a seed for each read
     canvases = _noised(layouts, given, draws, device)
-    rows, soft_embeds = len(canvases), None
-    held = 0 if how.steps == 1 else 1  # tokens that `generate` prefills, which takes no prompt without any
     with passes_in_step(model):
-        if ids.shape[1] > held:
-            now = {name: value[:, : ids.shape[1] - held] if name == "mm_token_type_ids" else value for name, value in images.items()}
-            hidden = _prefill(model, ids[:, : ids.shape[1] - held], cache, seen, now)
-            cache = select_cache(cache, first.expand(rows))
-        elif seen:
-            cache = select_cache(cache, first.expand(rows))
+        if count:
+            hidden = rows.prefill(model, inputs, count, False, last_states=1)
+    rows = rows.select(torch.zeros(len(canvases), dtype=torch.int64, device="cpu"))
+    rows = rows.commit(last.expand(len(canvases), -1))
     if how.steps > 1:
-        taken = Taken(how.steps - 2)
-        automata = [canvas_automaton(layout, spelling, ends, given.vocab_size) for layout in layouts]
-        constraint = [automaton for automaton in automata for _ in range(how.reads)]
-        model.generate(
-            input_ids=ids[:, -1:].expand(rows, -1), attention_mask=_ones(rows, length, device), cache=cache, watcher=taken,
-            decoder_input_ids=canvases, constraint=constraint, max_denoising_steps=how.steps, canvas_length=given.length,
-            max_new_tokens=given.length, stability_threshold=None, confidence_threshold=None, seed=[*draws.seeds] * len(layouts),
-            decoding="diffusion", num_return_sequences=1,
-        )  # fmt: skip
-        if taken.canvas is None:
-            raise ValueError(f"`max_time` of the model's generation config ended a canvas before {how.steps} steps; expected more")
-        pinned, open_ = (
-            torch.stack([getattr(layout, name) for layout in layouts]).to(device).repeat_interleave(how.reads, dim=0)
-            for name in ("ids", "open")
-        )
-        canvases, soft_embeds = torch.where(open_, taken.canvas, pinned), taken.soft_embeds
+        canvases, soft_embeds = _after_steps(given, rows, canvases, layouts, spelling, how, [*draws.seeds] * len(layouts))
+    else:
+        soft_embeds = hidden.new_zeros((*canvases.shape, hidden.shape[-1]))
     with passes_in_step(model):
-        positions = torch.arange(length, length + given.length, dtype=torch.int64, device=device)[None]
-        real = _ones(rows, length + given.length, device)
-        view = model.prepare_canvas(cache, (rows, given.length), real, positions, slots=0)
-        if soft_embeds is None:
-            soft_embeds = hidden.new_zeros((rows, given.length, hidden.shape[-1]))
+        view = rows.view(model, given.length, False, 0)
         states = model.denoise(canvases, soft_embeds=soft_embeds, view=view).last_hidden_state
         found = {}
         for layout, read in zip(layouts, states.split(how.reads), strict=True):
-            found |= _scores(model, read, layout, name_ids(layout, spelling, ends))
+            found |= _scores(model, read, layout, name_ids(layout, spelling, given.ends))
     return found
+
+
+def _after_steps(
+    given: Prepared, rows: Rows, canvases: torch.Tensor, layouts: Sequence[Layout], spelling: Spelling, how: How, seeds: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the last of several steps reads, canvases and their soft embeddings; `rows` with the one token that is not in the cache yet."""
+    taken = Taken(how.steps - 2)
+    automata = [canvas_automaton(layout, spelling, given.ends, given.vocab_size) for layout in layouts]
+    try:
+        given.model.generate(
+            input_ids=rows.committed[:, -1:], attention_mask=rows.real, cache=rows.cache, watcher=taken, decoder_input_ids=canvases,
+            constraint=[automaton for automaton in automata for _ in range(how.reads)], max_denoising_steps=how.steps,
+            canvas_length=given.length, max_new_tokens=given.length, stability_threshold=None, confidence_threshold=None, seed=seeds,
+            decoding="diffusion", num_return_sequences=1,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"`steps` is {how.steps}, which are steps of `generate` by the model's generation config; {error}") from error
+    if taken.canvas is None:
+        raise ValueError(f"`max_time` of the model's generation config ended a canvas before {how.steps} steps; expected more")
+    pinned, open_ = (
+        torch.stack([getattr(layout, name) for layout in layouts]).to(canvases.device).repeat_interleave(how.reads, dim=0)
+        for name in ("ids", "open")
+    )
+    return torch.where(open_, taken.canvas, pinned), taken.soft_embeds
 
 
 def _scores(model, states: torch.Tensor, layout: Layout, named: Named) -> dict[int, torch.Tensor]:
@@ -157,17 +158,6 @@ def _scores(model, states: torch.Tensor, layout: Layout, named: Named) -> dict[i
         begin = int((places < field.begin).sum())
         found[field.place] = option_scores(log_probs[:, begin : begin + field.width], automata)
     return found
-
-
-def _prefill(model, ids: torch.Tensor, cache: Cache, seen: int, images: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    positions = torch.arange(seen, seen + ids.shape[1], dtype=torch.int64, device=ids.device)[None]
-    mask = _ones(1, seen + ids.shape[1], ids.device)
-    output = model.prefill(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, last_states=1, **images)
-    return output.last_hidden_state
-
-
-def _ones(rows: int, length: int, device: torch.device) -> torch.Tensor:
-    return torch.ones((rows, length), dtype=torch.bool, device=device)
 
 
 def _noised(layouts: Sequence[Layout], given: Prepared, draws: RowDraws, device: torch.device) -> torch.Tensor:

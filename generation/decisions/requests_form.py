@@ -190,7 +190,7 @@ def decide_request(
     how = How(**{name: getattr(config, name, getattr(DiffusionDecisionConfig, name)) for name in ("reads", "steps", "seed")})
     calibration = Calibration(config.temperature, getattr(config, "bias", {}))
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-    settled, found = settle(model, how), []
+    settled, found = settle(model, how, tokenizer), []
     for by, ids in enumerate((input_ids, *further_orders)):
         scores, _ = score_questions(settled, ids.to(model.device), asked, tokenizer, how, as_json, rest)
         found.append([])

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..asking import Ends
 from ..constraints.automaton import Automaton
 from ..constraints.lattice import make_lattice
 from ..rules.draws import BatchDraws
 from ..rules.prediction import Wanted, check_finite
 from ..vocabulary.walk import streamed_prediction
-from .layout import Ends, Layout
+from .layout import Layout
 from .spelling import Spelling, text_automaton
 
 

@@ -28,7 +28,8 @@ def denoise_canvas(
 
     Args:
         recording: of `take_step`, for this canvas and the next ones.
-        first_step: the step to begin with.
+        first_step: the step to begin with; behind the last one a canvas stands as it is, but in rows whose constraint refuses it, which
+            take the last step.
 
     Returns:
         The state of all B rows.
@@ -37,8 +38,13 @@ def denoise_canvas(
         ValueError: logits that are NaN.
     """
     rows = rows.on_canvas(plan)
+    last_step = plan.rules.max_denoising_steps - 1
+    if first_step > last_step:
+        state, first_step = state._replace(finished=rows.accept(state.canvas)), last_step
+        if bool(state.finished.all()):
+            return state
     everyone, done, flags, clock = rows, state, FlagReader(plan.execution.late_flags), plan.steps(state.canvas.device)
-    view, last_step = view_canvas(model, plan, rows), plan.rules.max_denoising_steps - 1
+    view = view_canvas(model, plan, rows)
     records = recording is not None and rows.filters.hidden_before == 0  # what changes from canvas to canvas is not recorded
     if rows.progress is not None:
         records = records and rows.progress.everywhere and rows.left(plan) >= plan.lengths.canvas
@@ -72,13 +78,13 @@ def begin_canvas(
     plan: Plan, rows: Rows, hidden: torch.Tensor, canvas_index: int, given: torch.Tensor | None = None,
     conditioning: torch.Tensor | None = None,
 ) -> CanvasState:  # fmt: skip
-    """The state of a canvas of noise, or of the canvas `given` int64 (B, C). `hidden` `(B, n, D)`: what `prefill` gave for what comes
-    before; soft embeddings are of its size and dtype: zero, or `conditioning` `(B, C, D)`."""
+    """The state of a canvas of noise, or of the canvas `given` int64 (B, C) to all rows of the batch. `hidden` `(b, n, D)`: what `prefill`
+    gave for what comes before; soft embeddings are of its size and dtype: zero, or `conditioning` `(b, C, D)`."""
     shape = (len(rows.places), plan.lengths.canvas)
     noise = rows.draws.at(canvas_index, -1).noise(plan.rules.noise, shape, hidden.device)  # drawn in any case, as transformers does
     soft_embeds = hidden.new_zeros((*shape, hidden.shape[-1])) if conditioning is None else conditioning.to(hidden)
     logits = (hidden.new_zeros((*shape, plan.lengths.vocab_size), dtype=torch.float32),) if plan.execution.keep_logits else ()
-    return start_canvas(noise if given is None else given, soft_embeds, plan.rules.stopping, logits)
+    return start_canvas(noise if given is None else given[rows.places], soft_embeds, plan.rules.stopping, logits)
 
 
 def view_canvas(model, plan: Plan, rows: Rows):

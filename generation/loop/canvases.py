@@ -19,10 +19,10 @@ def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: T
     """Block diffusion. Returns the cache, or None once rows have left it."""
     recording = Recording(partial(take_step, model, plan)) if plan.execution.record else None
     pending, length, whole = prompt.inputs, rows.real.shape[1] - int(rows.cache.get_seq_length()), True
-    given, conditioning, first_step = prompt.canvas, prompt.soft_embeds, prompt.first_step
     for canvas_index in range(plan.lengths.canvases):
         hidden = rows.prefill(model, pending, length, plan.execution.count_padding, last_states=1)
-        state = begin_canvas(plan, rows, hidden, canvas_index, given, conditioning)
+        given, first_step = prompt.canvas(canvas_index)
+        state = begin_canvas(plan, rows, hidden, canvas_index, given, prompt.soft_embeds if canvas_index == 0 else None)
         state = denoise_canvas(model, plan, rows, state, canvas_index, watchers, recording, first_step)
         tokens = transcript.add_canvas(rows, state)
         ended = transcript.ended[rows.places]
@@ -32,7 +32,7 @@ def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: T
         if plan.execution.compact and rows.can_leave() and bool(ended.any()):
             staying = (~ended).nonzero().flatten().cpu()
             rows, tokens, whole = rows.select(staying), tokens[staying.to(tokens.device)], False
-        pending, length, given, conditioning, first_step = {"input_ids": tokens}, tokens.shape[1], None, None, 0
+        pending, length = {"input_ids": tokens}, tokens.shape[1]
     return rows.cache if whole else None
 
 

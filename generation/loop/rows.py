@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 from ..call.plan import Plan
 from ..call.progress import Progress
 from ..rules.constraint import Constraint
-from ..rules.draws import Draws
+from ..rules.draws import BatchDraws, Draws
 from ..vocabulary.filters import Filters
 
 
@@ -57,6 +57,10 @@ class Rows(NamedTuple):
         """These, with what their constraints leave possible on the canvas that they begin."""
         return self if self.progress is None else self._replace(progress=self.progress.on(plan.lengths.canvas, self.left(plan)))
 
+    def accept(self, canvas: torch.Tensor) -> torch.Tensor:
+        """Bool (b,): whether a row may write `canvas` int64 (b, C), as it is, on the one that it begins."""
+        return torch.ones_like(self.places, dtype=torch.bool) if self.progress is None else self.progress.accept(canvas)
+
     def can_leave(self) -> bool:
         """Whether the cache can be narrowed to some of the rows."""
         return type(self.cache) is DynamicCache and not getattr(self.cache, "offloading", False)
@@ -97,6 +101,12 @@ class Rows(NamedTuple):
         return model.prepare_canvas(self.cache, (len(self.places), length), over.real, positions, slots=slots)
 
 
+def plain_rows(ids: torch.Tensor, cache: Cache) -> Rows:
+    """Rows that are read and not written: ids int64 (b, P) behind those in the cache, all of them text."""
+    real = torch.ones((len(ids), int(cache.get_seq_length()) + ids.shape[1]), dtype=torch.bool, device=ids.device)
+    return Rows(torch.arange(len(ids), device=ids.device), cache, real, ids, 0, BatchDraws(), Filters())
+
+
 def select_cache(cache: Cache, rows: torch.Tensor) -> Cache:
     """A cache of some of the rows; the given one stays as it is."""
     selected = copy.copy(cache)
@@ -105,4 +115,4 @@ def select_cache(cache: Cache, rows: torch.Tensor) -> Cache:
     return selected
 
 
-__all__ = ["Rows", "select_cache"]
+__all__ = ["Rows", "plain_rows", "select_cache"]

@@ -92,7 +92,8 @@ def answer(criterion: Callable, input_ids: torch.Tensor) -> torch.Tensor:
 class Transcript:
     """Collects what one call of `generate` writes, of all B rows of the batch. Which of them are still computed `Rows` knows.
 
-    `reasons` int64 (B,): why each row has ended, `GOING` where it goes on. `passes` int64 (B,): canvas passes of each.
+    `reasons` int64 (B,): why each row has ended, `GOING` where it goes on. `passes` int64 (B,): canvas passes of each;
+    `canvas_passes`: those of each canvas that diffusion alone wrote.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Transcript:
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
         self.tokenizer, self.criteria = tokenizer, criteria
         self.reasons, self.passes, self.lengths = (prompt.new_zeros(prompt.shape[0]) for _ in range(3))
+        self.canvas_passes: list[torch.Tensor] = []
         # By name of what is collected: the rows' places, the first token's, and the values (b, n, ...) themselves.
         self._values: dict[str, list[tuple[torch.Tensor, int, torch.Tensor]]] = {}
         for watcher in watchers:
@@ -117,7 +119,9 @@ class Transcript:
     def add_canvas(self, rows: Rows, state: CanvasState) -> torch.Tensor:
         """Takes in a denoised canvas. Returns the tokens to commit, padded behind a row's end."""
         values = {name: getattr(state, name) for name in SCORE_FIELDS}
-        return self.add(rows, state.argmax, torch.where(self.ended[rows.places], 0, state.passes), values, *state.logits)
+        passes = torch.where(self.ended[rows.places], 0, state.passes)
+        self.canvas_passes.append(torch.zeros_like(self.passes).index_copy(0, rows.places, passes))
+        return self.add(rows, state.argmax, passes, values, *state.logits)
 
     def add(
         self, rows: Rows, tokens: torch.Tensor, passes: torch.Tensor, scores: dict[str, torch.Tensor] | None = None,

@@ -136,6 +136,8 @@ class Trace(Watcher):
     `DiffusionGenerationOutput`.
     """
 
+    needs_steps = True
+
     def __init__(self, alternatives: int = 0):
         """Raises ValueError for a number that is none, or below 0."""
         if not isinstance(alternatives, int) or isinstance(alternatives, bool) or alternatives < 0:
@@ -169,21 +171,20 @@ class Trace(Watcher):
         self._ticks.append(tick(state.canvas.device))
 
     def commit(self, tokens: torch.Tensor, lengths: torch.Tensor, finish_reasons: Sequence[str | None]) -> None:
-        """Raises ValueError for tokens that no denoising step made."""
-        if not self._pieces:
-            raise ValueError("`watcher` is a Trace, and `decoding` is 'autoregressive', which has no denoising steps; expected another")
+        if self._pieces:  # or the canvas was taken as it was given, and there is nothing to tell of it
+            self.canvases.append(self._canvas(tokens, lengths))
+        self.finish_reasons = list(finish_reasons)
+        self._pieces, self._ticks = [], [tick(tokens.device)]
+
+    def _canvas(self, tokens: torch.Tensor, lengths: torch.Tensor) -> CanvasTrace:
         ended = torch.tensor([reason is not None for reason in self.finish_reasons], dtype=torch.bool, device="cpu")
         passes, *values = (fill_forward(len(ended), pieces) for pieces in self._on_host())
         taken = torch.diff(passes, dim=0, prepend=torch.zeros_like(passes[:1])) > 0
         temperatures = self._schedule.temperatures().cpu()[self._first_step :][: len(taken)]
-        self.canvases.append(
-            CanvasTrace(
-                self._first_step, taken & ~ended, *values[: len(OF_STATE)], temperatures, seconds_between(self._ticks),
-                tokens.to("cpu", torch.int32), lengths.cpu(), *values[len(OF_STATE) :],
-            )
+        return CanvasTrace(
+            self._first_step, taken & ~ended, *values[: len(OF_STATE)], temperatures, seconds_between(self._ticks),
+            tokens.to("cpu", torch.int32), lengths.cpu(), *values[len(OF_STATE) :],
         )  # fmt: skip
-        self.finish_reasons = list(finish_reasons)
-        self._pieces, self._ticks = [], [tick(tokens.device)]
 
     def _on_host(self):
         """Of each thing recorded: rows and values (t, b, ...) of the steps with the same rows, in their order."""

@@ -16,10 +16,10 @@ class Watcher:
 
     `wants_logits`: whether `step` reads whole logits (`Prediction.shaped`), which costs the walk over the vocabulary.
     `candidates`: how many of the most probable ids of a position it reads (`Prediction.candidates`, which may hold more); not together with
-    a `constraint` that sees predictions.
+    a `constraint` that sees predictions. `needs_steps`: whether it is of no use where there are no denoising steps.
     """
 
-    wants_logits, candidates = False, 0
+    wants_logits, candidates, needs_steps = False, 0, False
 
     def begin(self, schedule: TemperatureSchedule) -> None:
         """Generation begins, before `start`; `schedule` has the temperature of every denoising step."""

@@ -10,19 +10,25 @@ generation takes; deep supervision over refinement steps (Wang et al. 2025, arXi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from generation.call.plan import schedule_of, stopping_of
+from generation.arguments import FIELDS, read, shown
+from generation.call.plan import make_rules
+from generation.call.settings import resolve_config
 from generation.rules.draws import BatchDraws
-from generation.rules.noise import Noise, UniformNoise
+from generation.rules.noise import Noise
 from generation.rules.prediction import dense_prediction, narrowed
-from generation.rules.samplers import EntropyBoundSampler, Sampler
+from generation.rules.samplers import Sampler
 from generation.rules.state import CanvasState, advance, start_canvas
 
 from .canvases import cut_canvases, random_canvas
 
 Inputs = dict[str, torch.Tensor]
+
+# Fields of a generation config that read the tokens before a position, or count them.
+LOOKS_BEHIND = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "min_new_tokens", "min_length")
 
 
 class Rollout:
@@ -33,39 +39,47 @@ class Rollout:
         losses = block_diffusion_loss(model, **inputs, noised=noised, soft_embeds=soft_embeds)
         rollout.advance(losses.logits)
 
-    Canvases begin as noise and follow the released schedule: temperatures, entropy bound and stopping rules of the model's
-    `generation_config`. Random numbers are torch's global ones.
+    Canvases begin as noise and are denoised by the rules of the model's `generation_config`, as `generate` would: temperatures, sampler,
+    noise, filters, greedy or not, and stopping rules; but a row waits for what lies behind an end that the canvas is sure of, too, unless
+    `ignore_after_eos` is True there. Random numbers are torch's global ones.
 
     Args:
         model: `DiffusionGemmaForMaskedBlockLM`; its weights of the moment are used.
         rows: how many are under way at once.
         max_steps: denoising steps after which a row is given up; at most the schedule's `max_denoising_steps`.
-        canvas_length: default: the config's.
-        noise (*optional*): what canvases begin with and unaccepted positions become. Default: uniform random ids.
-        sampler (*optional*): makes the next canvas, whichever step a row is at.
+        canvas_length: default: the generation config's, or else the model's.
+        noise (*optional*): what canvases begin with and unaccepted positions become. Default: the generation config's.
+        sampler (*optional*): makes the next canvas, whichever step a row is at. Default: the generation config's.
 
     Raises:
-        ValueError: `rows` or `max_steps` out of range, a sampler that counts steps or needs more than a prediction holds by itself.
+        ValueError: `rows` or `max_steps` out of range, a sampler that counts steps or needs more than a prediction holds by itself, a
+            generation config that `generate` would refuse, or one that looks at what stands before a position.
     """
 
     def __init__(
         self, model, rows: int, max_steps: int = 24, canvas_length: int | None = None, noise: Noise | None = None,
         sampler: Sampler | None = None,
     ):  # fmt: skip
-        config = model.generation_config.filled()
+        config, _ = resolve_config(None, model.generation_config, {})
+        rules = make_rules(config, model.config.text_config.vocab_size, 0, model.device, None)
+        sampler = rules.sampler if sampler is None else sampler
         if rows < 1:
             raise ValueError(f"`rows` is {rows}; expected at least 1")
         if not 1 <= max_steps <= config.max_denoising_steps:
             raise ValueError(f"`max_steps` is {max_steps}; expected 1 to {config.max_denoising_steps}, the schedule's steps")
-        if sampler is not None and (sampler.counts_steps or sampler.informed):
+        if sampler.counts_steps or sampler.informed:
             raise ValueError(
                 f"`sampler` is {sampler!r}; expected one that asks for no step, such as `EntropyBoundSampler`: rows are at different steps"
             )
-        self.model, self.rows, self.max_steps = model, rows, max_steps
-        self.canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
-        self.noise = UniformNoise(model.config.text_config.vocab_size) if noise is None else noise
-        self.sampler = EntropyBoundSampler(config.entropy_bound) if sampler is None else sampler
-        self.stopping, self.temperatures = stopping_of(config), schedule_of(config).temperatures()
+        if looks := [name for name in LOOKS_BEHIND if getattr(config, name) not in (None, 0, 1.0)]:
+            got = f"`{looks[0]}` of the model's generation config is {shown(getattr(config, looks[0]))}"
+            raise ValueError(f"{got}; expected it unset: a rollout has no text before its canvases")
+        self.model, self.rows, self.max_steps, self.sampler = model, rows, max_steps, sampler
+        canvas_length = read("canvas_length", canvas_length, FIELDS["canvas_length"])
+        self.canvas_length = canvas_length or config.canvas_length or model.config.canvas_length
+        self.noise = rules.noise if noise is None else noise
+        self.rules = rules if config.ignore_after_eos else replace(rules, sure_end=None)
+        self.stopping, self.temperatures = rules.stopping, rules.schedule.temperatures()
         self.inputs: Inputs | None = None
         self.state: CanvasState | None = None
 
@@ -105,12 +119,13 @@ class Rollout:
     def advance(self, logits: torch.Tensor) -> None:
         """Takes every row one denoising step further, by the logits `(rows, C, V)` of its canvas."""
         state, draws = self.state, BatchDraws()
-        temperatures = self.temperatures.to(logits.device)[state.passes]
-        shaped = logits.detach().float() / temperatures[:, None, None]
-        soft_embeds = self.model.soft_embed(narrowed(shaped, self.model.dtype))
-        prediction = dense_prediction(shaped, draws)._replace(soft_embeds=soft_embeds.to(self.model.dtype))  # other bits under autocast
+        temperatures, shaping = self.temperatures.to(logits.device)[state.passes], self.rules.shaping
+        shaped = shaping(logits.detach().float(), shaping.filters, None, None, temperatures[:, None, None], 0)
+        soft_embeds = self.model.soft_embed(narrowed(shaped, self.model.dtype)).to(self.model.dtype)  # other bits under autocast
+        prediction = dense_prediction(shaped, draws, self.rules.greedy)._replace(soft_embeds=soft_embeds)
         noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
-        self.state = advance(state, prediction, 0, len(self.temperatures), noise, self.sampler, self.stopping)
+        steps, sure_end = len(self.temperatures), self.rules.sure_end
+        self.state = advance(state, prediction, 0, steps, noise, self.sampler, self.stopping, sure_end)
 
 
 __all__ = ["Rollout"]
