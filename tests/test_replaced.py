@@ -124,6 +124,37 @@ def test_fewer_layers_than_the_config_says_are_refused():
         model.generate(IDS, attention_mask=MASK, max_new_tokens=4)
 
 
+CHANGED = {
+    "rms_norm_eps": 0.5, "hidden_activation": "relu", "num_attention_heads": 2, "head_dim": 4, "intermediate_size": 12, "num_experts": 2,
+    "layer_types": ["full_attention"] * 4, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("ran", [False, True])
+def test_value_that_the_model_was_not_built_with_is_refused(name, ran):
+    """It changed what is saved, and nothing of what is computed, silently; or ended in an error of torch."""
+    model = copy.deepcopy(ours())
+    if ran:
+        logits(model)
+    setattr(model.config.text_config, name, CHANGED[name])
+    for run in (lambda: logits(model), lambda: model.generate(IDS, attention_mask=MASK, max_new_tokens=4)):
+        with pytest.raises(ValueError, match=f"`{name}` in the config is .*, and the model was built with"):
+            run()
+
+
+def test_config_that_wants_tuples_gets_them(without_gradients):
+    """transformers' classes read it, where `return_dict` is not given; here it was passed over."""
+    model = copy.deepcopy(ours())
+    model.config.return_dict = False
+    for module in (model, model.model):
+        plain = module(IDS, MASK, decoder_input_ids=IDS, return_dict=True)
+        found = module(IDS, MASK, decoder_input_ids=IDS)
+        assert type(found) is tuple and torch.equal(found[0], plain[0])
+    assert type(model(IDS, labels=torch.where(MASK.cumsum(1) < 3, -100, IDS))) is tuple
+    model.generate(IDS, attention_mask=MASK, max_new_tokens=4)
+
+
 COMPILED = {
     "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")),
     "in place": lambda model: model.compile(backend="eager"),

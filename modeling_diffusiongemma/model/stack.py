@@ -16,6 +16,7 @@ from generation.checks import chosen_states
 
 from ..layers.attention import Attention
 from ..layers.caches import LayerCache
+from ..layers.configuration import built_from
 from ..layers.experts import Experts, Router
 from ..layers.layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from ..layers.view import View
@@ -93,6 +94,7 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
         self.layers = nn.ModuleList(BlockLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryPositions(config)
+        self.built = built_from(config)
         self.post_init()
 
     @property
