@@ -122,11 +122,41 @@ def test_fewer_layers_than_the_config_says_are_refused():
     model.model.decoder.layers = model.model.decoder.layers[:2]
     with pytest.raises(ValueError, match="says 4 as `num_hidden_layers`, and the model has 2 layers"):
         model.generate(IDS, attention_mask=MASK, max_new_tokens=4)
+    model.config.text_config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="`layer_types` in the config names 4 layers, and `num_hidden_layers` is 2"):
+        logits(model)
+    model.config.text_config.layer_types = model.config.text_config.layer_types[:2]
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("module, expected", [("", 4), (".self_attn", 3), (".router", 3)])
+def test_tensor_in_the_place_of_a_tuple_is_refused(module, expected):
+    """Of as many rows as there were outputs, it was taken apart into its rows: in the canvas pass the first stood for all, silently."""
+    model = copy.deepcopy(ours())
+    canvas, prompt = tokens(expected, 5), tokens(expected, 11)
+    called = model.get_submodule(f"model.decoder.layers.1{module}")
+    called.register_forward_hook(lambda module, args, output: output[0])
+    with pytest.raises(ValueError, match=rf"gives a Tensor; expected a tuple of {expected} .*`\(changed, \*output\[1:\]\)`"):
+        model(prompt, decoder_input_ids=canvas)
+
+
+def test_attributes_of_transformers_modules_count():
+    """Scale of the attention and cap of the head, which transformers' modules hold; here they were set on nothing."""
+    oracle, model = copy.deepcopy(pair())
+    plain = logits(model)
+    for each in (oracle, model):
+        each.final_logit_softcapping *= 0.5
+        for layer in each.model.decoder.layers:
+            layer.self_attn.scaling *= 0.5
+    for layer in oracle.model.encoder.language_model.layers:
+        layer.self_attn.scaling *= 0.5
+    close(logits(model), logits(oracle))
+    assert (logits(model) - plain).abs().max() > 0.1 and model.config.text_config.final_logit_softcapping == 15.0
 
 
 CHANGED = {
     "rms_norm_eps": 0.5, "hidden_activation": "relu", "num_attention_heads": 2, "head_dim": 4, "intermediate_size": 12, "num_experts": 2,
-    "layer_types": ["full_attention"] * 4, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1.0}},
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1.0}},
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 # Fields of the text config that are read where a model is built, or once: changed afterwards, they would change what is saved alone.
 BUILT_FROM = (
-    "attention_bias", "head_dim", "hidden_activation", "hidden_size", "intermediate_size", "layer_types", "moe_intermediate_size",
+    "attention_bias", "head_dim", "hidden_activation", "hidden_size", "intermediate_size", "moe_intermediate_size",
     "num_attention_heads", "num_experts", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
 )  # fmt: skip
 

@@ -47,6 +47,9 @@ def make_view(stack, cache: Cache, seen: int, shape, position_ids, dtype, rule: 
     if len(stack.layers) != config.num_hidden_layers:
         held = f"the config says {config.num_hidden_layers} as `num_hidden_layers`, and the model has {len(stack.layers)} layers"
         raise ValueError(f"{held}; expected as many: all of a model's layers run, and one of fewer is built from a config of its own")
+    if len(config.layer_types) != config.num_hidden_layers:
+        held = f"`layer_types` in the config names {len(config.layer_types)} layers, and `num_hidden_layers` is {config.num_hidden_layers}"
+        raise ValueError(f"{held}; expected as many")
     if not torch.compiler.is_compiling():
         check_built(config, stack.built)
     if seen and len(cache.layers) < config.num_hidden_layers and not torch.compiler.is_compiling():

@@ -124,6 +124,15 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """`DiffusionGemmaBlockModel.prepare_canvas`."""
         return self.model.prepare_canvas(*args, **kwargs)
 
+    @property
+    def final_logit_softcapping(self) -> float:
+        """The config's; set, it is set there."""
+        return self.config.text_config.final_logit_softcapping
+
+    @final_logit_softcapping.setter
+    def final_logit_softcapping(self, cap: float) -> None:
+        self.config.text_config.final_logit_softcapping = cap
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Soft-capped logits, float32 `(..., V)`: `cap * tanh(head(x) / cap)`."""
         cap = softcap(self.config.text_config)
