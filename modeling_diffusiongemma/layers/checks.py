@@ -55,7 +55,7 @@ def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Te
             raise ValueError(f"{got}; expected as many image tokens as soft tokens")
 
 
-def parts(outputs, module: str, expected: tuple[str, ...]):
+def check_outputs(outputs, module: str, expected: tuple[str, ...]):
     """The `outputs` of a `module` that gives a tuple, so many as `expected` names; ValueError for anything else that a hook or another
     `forward` made of them: a tensor would be taken for its rows."""
     if not isinstance(outputs, tuple | list) or len(outputs) != len(expected):
@@ -78,4 +78,4 @@ def check_cached_shapes(cache: Cache, config) -> None:
             raise ValueError(f"`cache` holds {found[0]} heads of {found[1]} in layer {layer_idx}; expected {expected[0]} of {expected[1]}")
 
 
-__all__ = ["check_cached_shapes", "check_patches", "parts", "refuses_unknown"]
+__all__ = ["check_cached_shapes", "check_outputs", "check_patches", "refuses_unknown"]

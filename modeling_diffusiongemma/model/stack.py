@@ -16,7 +16,7 @@ from generation.checks import chosen_states
 
 from ..layers.attention import Attention
 from ..layers.caches import LayerCache
-from ..layers.checks import parts
+from ..layers.checks import check_outputs
 from ..layers.configuration import built_from
 from ..layers.experts import Experts, Router
 from ..layers.layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
@@ -56,12 +56,12 @@ class BlockLayer(GradientCheckpointingLayer):
         """Args and Returns as `Attention.forward`, for the whole layer, and the router's probabilities, float32 `(N, E)`. `layer_scalar`
         is the prompt pass's, None in the canvas pass."""
         attended = self.self_attn(self.input_layernorm(hidden_states), rotary, mask=mask, cached=cached, is_causal=is_causal)
-        attended, new, weights = parts(attended, "self_attn", ("states", "keys and values", "weights"))
+        attended, new, weights = check_outputs(attended, "self_attn", ("states", "keys and values", "weights"))
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
 
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_states)))
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, D)
-        probabilities, shares, chosen = parts(self.router(tokens), "router", ("probabilities", "weights", "ids"))
+        probabilities, shares, chosen = check_outputs(self.router(tokens), "router", ("probabilities", "weights", "ids"))
         routed = self.experts(self.pre_feedforward_layernorm_2(tokens), chosen, shares)
         routed = self.post_feedforward_layernorm_2(routed.view_as(hidden_states))
         hidden_states = hidden_states + self.post_feedforward_layernorm(dense + routed)
@@ -134,7 +134,7 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
             states.append(hidden_states if layer_idx in chosen else None)
             seen = {"rotary": view.rotary[layer_type], "mask": view.masks[layer_type], "cached": cached, "is_causal": cache is not None}
             outputs = layer(hidden_states, **seen) if entry is None else entry(layer_idx)(hidden_states, partial(layer, **seen))
-            hidden_states, new, weights, probabilities = parts(outputs, f"layers[{layer_idx}]", LAYER_OUTPUTS)
+            hidden_states, new, weights, probabilities = check_outputs(outputs, f"layers[{layer_idx}]", LAYER_OUTPUTS)
             if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)
             if keep_weights:
