@@ -6,6 +6,7 @@ python examples/change_a_step.py --prompt "To JSON: 12 lamps for Ida, due 4 May 
 
 import argparse
 import json
+import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -108,4 +109,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

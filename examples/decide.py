@@ -66,10 +66,7 @@ def main() -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path, padding_side="left")
     asked = {name: Choice(labels(question, False)) for name, question in request["questions"].items()}
     chat = [{"role": "user", "content": render(request)}]
-    try:
-        found = model.decide(chat, asked, tokenizer, reads=args.reads)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    found = model.decide(chat, asked, tokenizer, reads=args.reads)
     print(render(request), "", sep="\n")
     print(f"{'question':10}{'option':22}{'said':>8}{'error':>8}{'true':>8}")
     for name, true in truth(request).items():
@@ -81,4 +78,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ Three answers, each from hooks alone (docs/inside.md says what a hook sees):
 
 import argparse
 import contextlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from html import escape
@@ -193,4 +194,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -147,5 +147,5 @@ def _judged(job, prompt: str, answer: str) -> bool:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

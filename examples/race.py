@@ -12,6 +12,7 @@ Lists of days (`jobs/days.py`), which take 154 to 242 tokens, by the predictor o
 
 import argparse
 import random
+import sys
 import time
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -75,4 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

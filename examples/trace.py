@@ -19,6 +19,7 @@ stands once its best guess is the one that is committed, and changes no more:
 """
 
 import argparse
+import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,4 +69,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

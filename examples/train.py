@@ -19,10 +19,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluate import print_table
+from evaluate import positive, print_table
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, Rollout, block_diffusion_loss, default_checkpoint
 from modeling_diffusiongemma.weights.saving import finish, replacing
 from recipes import RECIPES, progress
+
+
+def device(given: str) -> torch.device:
+    try:
+        return torch.device(given)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"got {given!r}; expected a device of torch's, such as cpu or cuda") from None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,21 +38,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="folder for the checkpoint and the state of training")
     parser.add_argument("--data", help="sudoku: the puzzles' .npz file")
     parser.add_argument("--init", help="checkpoint to begin with (default: the recipe's; most begin with random weights)")
-    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps; the learning rate ends at 0 there")
-    parser.add_argument("--batch-size", type=int, help="examples a step (default: the recipe's)")
-    parser.add_argument("--hidden-size", type=int, help="default: the recipe's")
-    parser.add_argument("--layers", type=int, help="default: the recipe's")
+    parser.add_argument("--steps", type=positive, default=10_000, help="optimizer steps; the learning rate ends at 0 there")
+    parser.add_argument("--batch-size", type=positive, help="examples a step (default: the recipe's)")
+    parser.add_argument("--hidden-size", type=positive, help="of random weights (default: the recipe's)")
+    parser.add_argument("--layers", type=positive, help="of random weights (default: the recipe's)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="Muon for the matrices, not AdamW")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the layers")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
     parser.add_argument("--save-every", type=float, default=300, help="seconds between saved states")
-    parser.add_argument("--log-every", type=int, default=50, help="steps between lines of the log")
-    parser.add_argument("--eval-cases", type=int, default=200, help="held-out inputs (a job) to evaluate on at the end")
+    parser.add_argument("--log-every", type=positive, default=50, help="steps between lines of the log")
+    parser.add_argument("--eval-cases", type=positive, default=200, help="held-out inputs (a job) to evaluate on at the end")
     return parser.parse_args(arguments)
 
 
@@ -103,11 +110,13 @@ def save(out: Path, recipe, model, optimizer, step: int, rng: random.Random, sec
 def train(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.data is not None and not args.recipe.startswith("sudoku"):
+        raise ValueError(f"`--data` is {args.data!r} for the recipe {args.recipe!r}, which draws its own; expected it unset")
     recipe = RECIPES[args.recipe](args.data)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     sizes = {key: getattr(args, key) or default for key, default in recipe.defaults.items()}
-    batch_size, device = sizes.pop("batch_size"), torch.device(args.device)
+    batch_size, device = sizes.pop("batch_size"), args.device
     torch.manual_seed(args.seed)
     rng, step, seconds, log = random.Random(args.seed), 0, 0.0, []
     state = None
@@ -118,6 +127,8 @@ def train(args: argparse.Namespace) -> None:
         print(f"continuing {out} at step {state['step']}", flush=True)
     else:
         start = args.init or (recipe.start and default_checkpoint(recipe.start))
+        if start and (args.hidden_size or args.layers):
+            raise ValueError(f"`--hidden-size` or `--layers` is given, and training begins with the weights of {start}; expected neither")
         if start:
             model = DiffusionGemmaForMaskedBlockLM.from_pretrained(start, dtype=torch.float32, **recipe.overrides)
             if len(recipe.tokenizer) > model.config.text_config.vocab_size:
@@ -199,4 +210,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    train(parse())
+    try:
+        train(parse())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -27,7 +27,7 @@ The form of an answer: `response_format` (chat completions and completions) and 
 a JSON schema or any JSON object, and vLLM's `structured_outputs`: one of `json`, `regex`, `choice`, `json_object`, and of our own
 `template`. Every answer fits, streamed ones too, by `generate`'s `constraint`; what a schema may hold: docs/constraints.md. `suffix` of a
 completion is what its text ends with, and is written towards. A form leaves no room for a thought or a call: not with `tools`, nor
-with `enable_thinking`.
+with `enable_thinking`, of the request or of `--reasoning on`.
 
 `trace` of a request, which may be "html", "svg" or "safetensors", brings along how the answer came about, as `trace` of the answer: the
 page or the picture as text, or the file in base64, for `generation.Trace.load`. An OpenAI client sends it in `extra_body`. Not with

@@ -53,6 +53,25 @@ def test_evaluate_names_what_is_wrong_before_it_measures(here, line, reason):
     assert reason in error and "evaluating" not in error
 
 
+@pytest.mark.parametrize(
+    "script, line, reason",
+    [
+        ("trace.py", "--canvas-length 0", "`canvas_length` is 0"),
+        ("inside.py", "--out nowhere/a.svg", "nowhere/a.svg"),
+        ("decide.py", "--checkpoint nowhere/at/all", "nowhere/at/all"),
+        ("train.py", "sudoku --out OUT --data nowhere.npz", "`data` is 'nowhere.npz'"),
+        ("train.py", "text --out OUT --data a.npz", "`--data` is 'a.npz' for the recipe 'text'"),
+        ("train.py", "text-further --out OUT --layers 2", "`--hidden-size` or `--layers` is given"),
+        ("train.py", "text --out OUT --batch-size 0", "integer >= 1"),
+        ("train.py", "text --out OUT --device tpu9", "expected a device of torch's"),
+    ],
+)
+def test_examples_name_what_is_wrong_in_one_line(here, tmp_path, script, line, reason):
+    """Some ended in a traceback, or passed over an option."""
+    error = here(script, *line.replace("OUT", str(tmp_path)).split())[1]
+    assert reason in error and "Traceback" not in error
+
+
 def test_steps_are_changed_as_each_way_says(here):
     printed, error = here("change_a_step.py", "--seed", "0")
     ways = re.split(r"\n(?=\S)", printed)[1:]

@@ -122,6 +122,67 @@ def test_fewer_layers_than_the_config_says_are_refused():
     model.model.decoder.layers = model.model.decoder.layers[:2]
     with pytest.raises(ValueError, match="says 4 as `num_hidden_layers`, and the model has 2 layers"):
         model.generate(IDS, attention_mask=MASK, max_new_tokens=4)
+    model.config.text_config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="`layer_types` in the config names 4 layers, and `num_hidden_layers` is 2"):
+        logits(model)
+    model.config.text_config.layer_types = model.config.text_config.layer_types[:2]
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("module, expected", [("", 4), (".self_attn", 3), (".router", 3)])
+def test_tensor_in_the_place_of_a_tuple_is_refused(module, expected):
+    """Of as many rows as there were outputs, it was taken apart into its rows: in the canvas pass the first stood for all, silently."""
+    model = copy.deepcopy(ours())
+    canvas, prompt = tokens(expected, 5), tokens(expected, 11)
+    called = model.get_submodule(f"model.decoder.layers.1{module}")
+    called.register_forward_hook(lambda module, args, output: output[0])
+    with pytest.raises(ValueError, match=rf"gives a Tensor; expected a tuple of {expected} .*`\(changed, \*output\[1:\]\)`"):
+        model(prompt, decoder_input_ids=canvas)
+
+
+def test_attributes_of_transformers_modules_count():
+    """Scale of the attention and cap of the head, which transformers' modules hold; here they were set on nothing."""
+    oracle, model = copy.deepcopy(pair())
+    plain = logits(model)
+    for each in (oracle, model):
+        each.final_logit_softcapping *= 0.5
+        for layer in each.model.decoder.layers:
+            layer.self_attn.scaling *= 0.5
+    for layer in oracle.model.encoder.language_model.layers:
+        layer.self_attn.scaling *= 0.5
+    close(logits(model), logits(oracle))
+    assert (logits(model) - plain).abs().max() > 0.1 and model.config.text_config.final_logit_softcapping == 15.0
+
+
+CHANGED = {
+    "rms_norm_eps": 0.5, "hidden_activation": "relu", "num_attention_heads": 2, "head_dim": 4, "intermediate_size": 12, "num_experts": 2,
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("ran", [False, True])
+def test_value_that_the_model_was_not_built_with_is_refused(name, ran):
+    """It changed what is saved, and nothing of what is computed, silently; or ended in an error of torch."""
+    model = copy.deepcopy(ours())
+    if ran:
+        logits(model)
+    setattr(model.config.text_config, name, CHANGED[name])
+    for run in (lambda: logits(model), lambda: model.generate(IDS, attention_mask=MASK, max_new_tokens=4)):
+        with pytest.raises(ValueError, match=f"`{name}` in the config is .*, and the model was built with"):
+            run()
+
+
+def test_config_that_wants_tuples_gets_them(without_gradients):
+    """transformers' classes read it, where `return_dict` is not given; here it was passed over."""
+    model = copy.deepcopy(ours())
+    model.config.return_dict = False
+    for module in (model, model.model):
+        plain = module(IDS, MASK, decoder_input_ids=IDS, return_dict=True)
+        found = module(IDS, MASK, decoder_input_ids=IDS)
+        assert type(found) is tuple and torch.equal(found[0], plain[0])
+    assert type(model(IDS, labels=torch.where(MASK.cumsum(1) < 3, -100, IDS))) is tuple
+    model.generate(IDS, attention_mask=MASK, max_new_tokens=4)
 
 
 COMPILED = {

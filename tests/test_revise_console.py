@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import Page
 
 from modeling_diffusiongemma.console import session
 
@@ -98,3 +99,11 @@ def test_wilsons_interval_is_the_published_one():
     """Of 9 in 10: 0.5958 to 0.9821 (Brown, Cai and DasGupta 2001)."""
     assert revising.wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
     assert revising.wilson(0, 10)[0] == 0.0 and revising.wilson(10, 10)[1] == 1.0
+
+
+def test_snippet_of_the_page_prints_what_it_says(capsys):
+    """Behind the first one of the README, whose names it has."""
+    page = Page("docs/revising.md")
+    page.blocks.insert(0, Page("README.md").blocks[0])
+    page.run()
+    assert len(page.expected) == 1 and page.expected[0] in capsys.readouterr().out

@@ -182,6 +182,7 @@ BAD = {
     "probabilities": ({"messages": CHAT, "logprobs": True}, "`logprobs` is True"),
     "list of biases": ({"messages": CHAT, "logit_bias": [1]}, "`logit_bias` is [1]"),
     "template of its own": ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "a template is a program"),
+    "unread variable": ({"messages": CHAT, "chat_template_kwargs": {"enable_thinking": True}}, "(or the server's `--reasoning`) has"),
     "unknown form of a trace": (
         {"messages": CHAT, "trace": "gif"},
         "`trace` is 'gif' in a request to /v1/chat/completions; expected one of",

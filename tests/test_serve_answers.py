@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_diffusiongemma.console.serve_answers import Answer, UpToStop, before_stop, in_form
 from modeling_diffusiongemma.console.serve_requests import Door, Refused, check_type
+from modeling_diffusiongemma.console.tools import check_read
 
 QUESTION = CHAT[0]["content"]
 PROMPT = f"<|turn>user\n{QUESTION}<turn|>\n<|turn>model\n"
@@ -72,6 +73,18 @@ def test_stream_up_to_a_stop_string_is_the_whole_answers(stops):
             cut(text[start : start + length])
         cut(None)
         assert given.pop() is None and "".join(given) == before_stop(text, stops)
+
+
+def test_stream_that_ends_inside_a_character_has_the_text_of_an_answer(address, client):
+    """The first of two bytes, three times, was no text of a stream."""
+    first = AutoTokenizer.from_pretrained(MODEL)("é", add_special_tokens=False)["input_ids"][0]
+    biased = {"generation_config": json.dumps({"sequence_bias": [[[first], 100.0]], "max_new_tokens": 3})}
+    for path, limit in ((CHATS, "max_tokens"), ("/v1/completions", "max_tokens"), (RESPONSES, "max_output_tokens")):
+        events = [json.loads(event) for event in stream(address, path, **{limit: 3}, **biased) if event != "[DONE]"]
+        choices = [choice for event in events for choice in event.get("choices", ())]
+        pieces = [choice.get("text") or choice.get("delta", {}).get("content") for choice in choices]
+        pieces += [event["delta"] for event in events if event.get("type") == "response.output_text.delta"]
+        assert ask(client, path, **{limit: 3}, **biased)[0] == "".join(filter(None, pieces)) == 3 * "\ufffd"
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -213,6 +226,31 @@ def test_field_that_was_passed_over_or_failed_inside_is_refused(name):
     with pytest.raises(Refused) as refusal:
         Door(None, [MODEL]).check(json.dumps({"model": MODEL, **body}).encode(), path)
     assert refusal.value.args[0] == 400 and reason in refusal.value.args[1]
+
+
+@pytest.mark.parametrize("served, asked", [("a/b", "a/b@main"), ("a/b@main", "a/b"), ("a/b@dev", "a/b@dev"), ("a/b", "a/b")])
+def test_repository_is_named_with_its_revision_or_without(served, asked):
+    """Answers name it; transformers' server refused it where the model is pinned."""
+    assert json.loads(Door(None, [served], pinned=True).check(json.dumps({"model": asked}).encode(), CHATS)) == {"model": served}
+
+
+@pytest.mark.parametrize("served, asked", [(MODEL, f"{MODEL}@main"), ("a/b", "a/b@dev"), ("a/b@dev", "a/b")])
+def test_other_revision_and_revision_of_a_folder_are_not_served(served, asked):
+    """A folder was loaded a second time, or another folder that no `--allow` named."""
+    with pytest.raises(Refused) as refusal:
+        Door(None, [served]).check(json.dumps({"model": asked}).encode(), CHATS)
+    assert refusal.value.args[0] == 404
+
+
+def test_variable_that_a_chat_template_does_not_read_is_refused():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{% if enable_thinking %}{{ tools }}{% endif %}"}
+    for read in ({"enable_thinking": True}, {"continue_final_message": True}):
+        check_read(tokenizer, read)
+    with pytest.raises(ValueError, match=r"has \['documents', 'thinking'\], which .* expected some of \['enable_thinking'\]"):
+        check_read(tokenizer, {"thinking": True, "documents": [], "enable_thinking": True})
+    tokenizer.chat_template = "{{ messages }}"
+    check_read(tokenizer, {"enable_thinking": False})
 
 
 def test_fields_that_ask_for_what_happens_anyway_pass():

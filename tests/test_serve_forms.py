@@ -5,6 +5,7 @@ client.chat.completions.parse(model=default_checkpoint(), messages=[...], respon
 
 import json
 import re
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,10 @@ from servers import CHAT, MODEL, client_of, served
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.console.serve import Body
 from modeling_diffusiongemma.console.serve_forms import CHAT as CHAT_FIELDS
 from modeling_diffusiongemma.console.serve_forms import COMPLETION, RESPONSE, take_form
+from modeling_diffusiongemma.console.serve_requests import GONE
 
 pydantic = pytest.importorskip("pydantic")
 
@@ -237,7 +240,16 @@ BAD = {
 def test_wrong_form_is_refused_with_its_field(name):
     body, reason = BAD[name]
     with pytest.raises(ValueError, match=re.escape(reason)):
-        take_form({"model": MODEL, **body}, CHAT_FIELDS)
+        take_form({"model": MODEL, **body}, CHAT_FIELDS, body.get("chat_template_kwargs", {}))
+
+
+def test_thought_that_the_server_asks_for_leaves_no_room_for_a_form():
+    """`diffusiongemma serve --reasoning on`, unless a request's template arguments say otherwise; the form took the thought's place."""
+    GONE.set(threading.Event())
+    with pytest.raises(ValueError, match="`enable_thinking` and `response_format` are both given .*`--reasoning`"):
+        Body({"response_format": SCHEMA}, CHAT_FIELDS, {"enable_thinking": True})
+    asked = Body({"response_format": SCHEMA, "chat_template_kwargs": {"enable_thinking": False}}, CHAT_FIELDS, {"enable_thinking": True})
+    assert asked.template == {"enable_thinking": False} and asked.constraint is not None
 
 
 @pytest.mark.parametrize(
@@ -253,5 +265,5 @@ def test_wrong_form_is_refused_with_its_field(name):
     ],
 )
 def test_fields_of_a_form_are_taken_out(body, fields, field):
-    found = take_form(body, fields)
+    found = take_form(body, fields, {})
     assert not body and (None if found is None else found[0]) == field

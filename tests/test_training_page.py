@@ -1,6 +1,5 @@
 """The page on training runs as it stands, its commands too, and the example learns."""
 
-import json
 import re
 import shlex
 
@@ -25,9 +24,7 @@ def test_snippets_of_the_page_run_and_print_what_it_says(capsys, monkeypatch, tm
 def test_commands_of_the_page_run(capsys, monkeypatch, tmp_path):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    for name, days in (("tickets", range(1, 21)), ("unseen", range(21, 25))):
-        asked = [(f"Ticket: by {day} March 1998 send forty-two lamps", f'{{"ship": "1998-03-{day:02d}"}}') for day in days]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"prompt": a, "response": b}) for a, b in asked))
+    exec(PAGE.blocks[0], {})
     for line in PAGE.commands():
         assert main([*shlex.split(line)[1:], "--device", "cpu"]) == 0, capsys.readouterr().err
     assert "| exact match |" in capsys.readouterr().out

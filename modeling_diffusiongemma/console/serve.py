@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import MethodType
@@ -27,10 +27,10 @@ from ..checkpoints import shipped
 from ..model.head import DiffusionGemmaForMaskedBlockLM
 from .arguments import PROGRAM, UsageError, checkpoint_name, integer
 from .placement import add_placement, loading_arguments
-from .serve_answers import REFUSED, Answer, UpToStop, amend, begun, in_form
+from .serve_answers import REFUSED, Answer, ToTheEnd, UpToStop, amend, begun, in_form
 from .serve_forms import CHAT, COMPLETION, RESPONSE, take_form
 from .serve_requests import GONE, MAX_CHARACTERS, Door, check_chat, error_body
-from .tools import check_told, take_apart
+from .tools import check_read, check_told, take_apart
 
 NEEDED = ("fastapi", "jinja2", "openai", "pydantic", "rich", "uvicorn")
 SAMPLING = ("top_k", "min_p", "repetition_penalty")  # fields of vLLM's requests that are generation settings of the same name
@@ -67,9 +67,10 @@ class Ending(Watcher):
 class Body(dict):
     """The body of a request, of which is taken out what transformers' server does not know: `trace`, how its answer brings along the
     way it came about (`made`, where that has been made), `constraint`, the language that the answer has, and those of `SAMPLING`. `names`:
-    the fields that were there. What is null there is unset here."""
+    the fields that were there; `template`: what the chat template is given, by the server or the request. What is null there is unset
+    here."""
 
-    def __init__(self, body: dict[str, Any], form_fields: Collection[str]):
+    def __init__(self, body: dict[str, Any], form_fields: Collection[str], template: Mapping[str, Any]):
         super().__init__((name, value) for name, value in body.items() if value is not None)
         self.setdefault("stream", False)  # transformers streams a response that does not say
         if "max_completion_tokens" in self:
@@ -85,7 +86,8 @@ class Body(dict):
         if self.get("tool_choice") == "none":
             self.pop("tools", None), self.pop("tool_choice")
         self.trace, self.made = self.pop("trace", None), None
-        field, self.constraint = take_form(self, form_fields) or (None, None)
+        self.template = {**template, **self.get("chat_template_kwargs", {})}
+        field, self.constraint = take_form(self, form_fields, self.template) or (None, None)
         self.names = [name for name, value in (("trace", self.trace), (field, self.constraint)) if value is not None]
 
     def make(self, trace: Trace, tokenizer) -> None:
@@ -124,11 +126,19 @@ def settings_of(build: Callable, body: Body, model_settings: GenerationConfig, *
     return settings
 
 
-async def answer_asked(answer: Callable, form_fields: Collection[str], body: dict[str, Any], request_id: str):
+def resolve_checked(resolve: Callable, body: Body):
+    """As a handler's loading of the model that a request names, `resolve`, behind our check of what that model's chat template is given."""
+    found = resolve(body)
+    if body.template:
+        check_read(found[2], body.template)
+    return found
+
+
+async def answer_asked(answer: Callable, form_fields: Collection[str], template: Mapping, body: dict[str, Any], request_id: str):
     """As a handler's `answer`, in the form that is asked for, and with `trace` in it where that is."""
     from fastapi.responses import JSONResponse
 
-    response = await answer(asked := Body(body, form_fields), request_id)
+    response = await answer(asked := Body(body, form_fields, template), request_id)
     if asked["stream"]:
         pieces, announced = response.body_iterator, form_fields is not COMPLETION  # which begins with text
         response.body_iterator = in_form(await begun(pieces, asked.answer, announced), pieces, asked.answer, form_fields is RESPONSE)
@@ -143,8 +153,10 @@ def generate_asked(model: DiffusionGemmaForMaskedBlockLM, generation_config: Gen
     watchers, draws = [Ending(generation_config, asked.answer)], {"seed": asked.seed}
     if asked.trace is not None:
         watchers.append(trace := Trace(alternatives=3 if asked.trace == "html" else 0))
-    if asked.answer.stops and (streamer := kwargs.get("streamer")) is not None:
-        streamer._enqueue = UpToStop(streamer._enqueue, asked.answer.stops)
+    if (streamer := kwargs.get("streamer")) is not None:
+        if asked.answer.stops:
+            streamer._enqueue = UpToStop(streamer._enqueue, asked.answer.stops)
+        ToTheEnd(streamer)
     if asked.seed is not None and getattr(generation_config, "backend", None) == "reference":  # which has no seeds of rows
         draws = {"generator": torch.Generator(model.device).manual_seed(asked.seed)}
     try:
@@ -242,7 +254,8 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
     handlers = ((server._chat_handler, CHAT), (server._completion_handler, COMPLETION), (server._response_handler, RESPONSE))
     for handler, form_fields in handlers:
         handler.get_processor_inputs_from_messages = partial(read_checked, handler.get_processor_inputs_from_messages)
-        handler.handle_request = partial(answer_asked, handler.handle_request, form_fields)
+        handler.handle_request = partial(answer_asked, handler.handle_request, form_fields, handler.chat_template_kwargs)
+        handler._resolve_model = partial(resolve_checked, handler._resolve_model)
         handler._build_generation_config = partial(settings_of, handler._build_generation_config)
     pinned = manager.force_model
     models = [pinned] if pinned is not None else [name.path for name in ours.allow] or [*shipped().values()]

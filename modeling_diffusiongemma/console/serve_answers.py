@@ -12,6 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.cli.serving.utils import response_events_to_chunks
+
 from .serve_requests import error_body
 
 CUT_SHORT = ("length", "time")  # why an answer is not whole
@@ -63,6 +65,28 @@ class UpToStop:
     def give(self, text: str) -> None:
         if text and not self.stopped:
             self.hand_on(text)
+
+
+class ToTheEnd:
+    """The decode stream and the end of transformers' `streamer`, which leaves out the last bytes of an answer where they are no whole
+    character: they become what they are in an answer that is no stream, replacement characters."""
+
+    def __init__(self, streamer):
+        self.streamer, self.stream, self.finish, self.waiting = streamer, streamer._decode_stream, streamer.end, []
+        streamer._decode_stream, streamer.end = self, self.end
+
+    def step(self, tokenizer, token: int) -> str | None:
+        self.waiting.append(token)
+        if (piece := self.stream.step(tokenizer, token)) is not None:
+            self.waiting.clear()
+        return piece
+
+    def end(self) -> None:
+        parser = self.streamer._parser
+        left = self.streamer._tokenizer.decode(self.waiting, skip_special_tokens=parser is None)
+        for piece in response_events_to_chunks(parser.feed(left)) if parser is not None else [left] if left else ():
+            self.streamer._enqueue(piece)
+        self.finish()
 
 
 def amend(body: dict[str, Any], answer: Answer) -> dict[str, Any]:
@@ -117,4 +141,4 @@ def _piece_in_form(piece: str, answer: Answer) -> str:
     return piece
 
 
-__all__ = ["REFUSED", "Answer", "UpToStop", "amend", "before_stop", "begun", "in_form"]
+__all__ = ["REFUSED", "Answer", "ToTheEnd", "UpToStop", "amend", "before_stop", "begun", "in_form"]

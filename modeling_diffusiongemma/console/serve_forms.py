@@ -5,7 +5,7 @@ Sources: OpenAI's `response_format` and `text` ("Structured model outputs", plat
 platform.openai.com/docs/guides/function-calling); vLLM's `structured_outputs` (docs.vllm.ai, "Structured Outputs").
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from generation.constraints.languages import Choice, JsonSchema, Language, Regex, Template, ToolCalls
@@ -16,8 +16,9 @@ NAMING = ("name", "description", "strict")  # what a schema is called: not part 
 STRUCTURED = ("json", "regex", "choice", "json_object", "template")
 
 
-def take_form(body: dict[str, Any], fields: Collection[str]) -> tuple[str, Language] | None:
+def take_form(body: dict[str, Any], fields: Collection[str], template: Mapping[str, Any]) -> tuple[str, Language] | None:
     """Takes those of `fields` out of a request's body that say a form: the name of the one that says one, and the answer's language.
+    `template`: what the chat template is given.
 
     Raises:
         ValueError: a field is not as its source describes it; two say a form; the answer may be a call of `tools`, or begins with a
@@ -39,8 +40,11 @@ def take_form(body: dict[str, Any], fields: Collection[str]) -> tuple[str, Langu
         raise ValueError(f"`{field}` and `{others[0]}` are both given; expected one of them")
     if body.get("tools"):
         raise ValueError(f"`tools` and `{field}` are both given; expected one of them: an answer of that form cannot be a call")
-    if (body.get("chat_template_kwargs") or {}).get("enable_thinking"):
-        raise ValueError(f"`enable_thinking` and `{field}` are both given; expected one of them: all of the answer has that form")
+    if template.get("enable_thinking"):
+        raise ValueError(
+            f"`enable_thinking` and `{field}` are both given (the first by `chat_template_kwargs`, or the server's `--reasoning`); "
+            "expected one of them: all of the answer has that form"
+        )
     return field, found[field]
 
 

@@ -6,6 +6,7 @@ It knows nothing of transformers: `Door` is an ASGI application around another, 
 import asyncio
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -54,10 +55,10 @@ def error_body(status: int, reason: str, code: str | None = None) -> dict[str, A
 
 
 class Door:
-    """ASGI middleware before `app` that answers what must not get in, and hands everything else on unchanged.
+    """ASGI middleware before `app` that answers what must not get in, and hands everything else on.
 
     A request may give one of `models` as its `model`, which it may leave out where this is `pinned`; all its strings but images have
-    `max_characters` at most.
+    `max_characters` at most. A repository on the Hub may be named with its revision or without: what is handed on is the name in `models`.
     """
 
     def __init__(self, app, models: Sequence[str], pinned: bool = False, max_characters: int = MAX_CHARACTERS):
@@ -77,7 +78,7 @@ class Door:
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self.read(receive)
                 if scope["path"] != "/reset":  # the one path without a body
-                    self.check(body, scope["path"])
+                    body = self.check(body, scope["path"])
                     check_type(dict(scope["headers"]).get(b"content-type", b"").decode("latin-1"))
                 return await self.attend(body, scope, receive, send)
         except Refused as refusal:
@@ -112,7 +113,8 @@ class Door:
             raise Refused(413, f"the request's body is longer than {MAX_BODY:,} bytes; expected a shorter one")
         return b"".join(chunks)
 
-    def check(self, body: bytes, path: str) -> None:
+    def check(self, body: bytes, path: str) -> bytes:
+        """The body, with its model as in `models`; raises Refused."""
         try:
             request = json.loads(body)
         except (RecursionError, ValueError) as error:
@@ -128,7 +130,8 @@ class Door:
         model = request.get("model")
         if not (isinstance(model, str) or self.pinned and model is None):
             raise Refused(400, f"`model` is {model!r}; expected one of {list(self.models)}")
-        if isinstance(model, str) and model.removesuffix("@main") not in self.models:  # answers name the revision, too
+        served = None if model is None else next((name for name in self.models if revised(name) == revised(model)), None)
+        if served is None and model is not None:
             raise Refused(404, f"`model` is {model!r}, which is not served here; expected one of {list(self.models)}", "model_not_found")
         if (trace := request.get("trace")) is not None:
             if trace not in TRACES or path not in TRACED:
@@ -152,6 +155,12 @@ class Door:
         check_settings(request.get("generation_config"))
         if path == RESPONSES:
             check_input(request)
+        return body if served == model else json.dumps({**request, "model": served}).encode()
+
+
+def revised(name: str) -> str:
+    """A model's name with its revision, as answers give it: `main` where a repository's name has none. A folder has no revision."""
+    return name if "@" in name or os.path.exists(name) else f"{name}@main"
 
 
 def check_type(header: str) -> None:

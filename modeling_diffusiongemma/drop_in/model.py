@@ -186,10 +186,6 @@ class DiffusionGemmaForBlockDiffusion(DiffusionGemmaForMaskedBlockLM):
         """`DiffusionGemmaForMaskedBlockLM.from_pretrained`."""
         return loaded(super().from_pretrained, args, kwargs)
 
-    @property
-    def final_logit_softcapping(self) -> float:
-        return self.config.text_config.final_logit_softcapping
-
     @takes_cache
     def generate(
         self, input_ids=None, cache=None, streamer=None, generation_config=None, logits_processor=None, stopping_criteria=None, **kwargs

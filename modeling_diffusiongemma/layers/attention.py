@@ -157,6 +157,7 @@ class Attention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = layer_config.head_dim
         self.num_key_value_groups = config.num_attention_heads // layer_config.num_key_value_heads
+        self.scaling = 1.0  # queries and keys are normed
         self.is_causal = False  # every causal pass brings its mask or says is_causal itself
         query_size = config.num_attention_heads * self.head_dim
         key_size = layer_config.num_key_value_heads * self.head_dim
@@ -192,7 +193,7 @@ class Attention(nn.Module):
         key, value = (states.to(query.dtype) for states in join(cached, new)[:2])  # a cache of an autocast call may be in other bits
         attend = implementation(self.config._attn_implementation).attend
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=1.0, is_causal=is_causal)
+        output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, is_causal=is_causal)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), new, weights
 
 

@@ -55,6 +55,16 @@ def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Te
             raise ValueError(f"{got}; expected as many image tokens as soft tokens")
 
 
+def check_outputs(outputs, module: str, expected: tuple[str, ...]):
+    """The `outputs` of a `module` that gives a tuple, so many as `expected` names; ValueError for anything else that a hook or another
+    `forward` made of them: a tensor would be taken for its rows."""
+    if not isinstance(outputs, tuple | list) or len(outputs) != len(expected):
+        got = f"{type(outputs).__name__} of {len(outputs)}" if isinstance(outputs, tuple | list) else type(outputs).__name__
+        how = "a hook or `forward` that changes the first returns `(changed, *output[1:])`"
+        raise ValueError(f"`{module}` gives a {got}; expected a tuple of {len(expected)} ({', '.join(expected)}): {how}")
+    return outputs
+
+
 def check_cached_shapes(cache: Cache, config) -> None:
     """What `cache` holds must be of a model with this text config."""
     if len(cache.layers) > config.num_hidden_layers:
@@ -68,4 +78,4 @@ def check_cached_shapes(cache: Cache, config) -> None:
             raise ValueError(f"`cache` holds {found[0]} heads of {found[1]} in layer {layer_idx}; expected {expected[0]} of {expected[1]}")
 
 
-__all__ = ["check_cached_shapes", "check_patches", "refuses_unknown"]
+__all__ = ["check_cached_shapes", "check_outputs", "check_patches", "refuses_unknown"]

@@ -3,8 +3,30 @@
 The defaults of transformers' class differ from the released model; build from a checkpoint's config.json.
 """
 
+import copy
+from typing import Any
+
 from transformers import DiffusionGemmaConfig, DiffusionGemmaTextConfig
 from transformers.activations import ACT2FN
+
+# Fields of the text config that are read where a model is built, or once: changed afterwards, they would change what is saved alone.
+BUILT_FROM = (
+    "attention_bias", "head_dim", "hidden_activation", "hidden_size", "intermediate_size", "moe_intermediate_size",
+    "num_attention_heads", "num_experts", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
+)  # fmt: skip
+
+
+def built_from(text: DiffusionGemmaTextConfig) -> dict[str, Any]:
+    """What a model is built from of `BUILT_FROM`."""
+    return copy.deepcopy({name: vars(text).get(name) for name in BUILT_FROM})
+
+
+def check_built(text: DiffusionGemmaTextConfig, built: dict[str, Any]) -> None:
+    """Raises ValueError where a config says something else than the model was `built_from`."""
+    for name, value in built.items():
+        if vars(text).get(name) != value:
+            got = f"`{name}` in the config is {vars(text).get(name)!r}, and the model was built with {value!r}"
+            raise ValueError(f"{got}; expected the same: another value wants another model, `from_pretrained(..., text_config={{...}})`")
 
 
 def check_config(config: DiffusionGemmaConfig) -> None:
@@ -63,4 +85,4 @@ def routing_settings(config: DiffusionGemmaConfig) -> tuple[bool, float]:
     return bool(kept), coefficient
 
 
-__all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "check_config", "routing_settings", "softcap"]
+__all__ = ["DiffusionGemmaConfig", "DiffusionGemmaTextConfig", "built_from", "check_built", "check_config", "routing_settings", "softcap"]

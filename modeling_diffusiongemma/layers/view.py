@@ -14,6 +14,7 @@ from generation.checks import check_mask, check_shape, plain_mask
 
 from .attention import implementation
 from .caches import LayerCache, StoredLayers, cached_length
+from .configuration import check_built
 from .masks import canvas_mask, prompt_mask, slot_tokens
 
 
@@ -46,6 +47,11 @@ def make_view(stack, cache: Cache, seen: int, shape, position_ids, dtype, rule: 
     if len(stack.layers) != config.num_hidden_layers:
         held = f"the config says {config.num_hidden_layers} as `num_hidden_layers`, and the model has {len(stack.layers)} layers"
         raise ValueError(f"{held}; expected as many: all of a model's layers run, and one of fewer is built from a config of its own")
+    if len(config.layer_types) != config.num_hidden_layers:
+        held = f"`layer_types` in the config names {len(config.layer_types)} layers, and `num_hidden_layers` is {config.num_hidden_layers}"
+        raise ValueError(f"{held}; expected as many")
+    if not torch.compiler.is_compiling():
+        check_built(config, stack.built)
     if seen and len(cache.layers) < config.num_hidden_layers and not torch.compiler.is_compiling():
         held = f"{seen} tokens in layers 0 to {len(cache.layers) - 1} and none behind them"
         raise ValueError(f"`cache` holds {held}; expected as many in every layer: all layers see the same tokens")

@@ -479,7 +479,7 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             hidden_states=denoised.hidden_states, attentions=denoised.attentions, router_logits=denoised.router_logits,
             encoder_last_hidden_state=prefilled.last_hidden_state, encoder_router_logits=prefilled.router_logits,
         )  # fmt: skip
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 __all__ = ["DiffusionGemmaBlockModel"]

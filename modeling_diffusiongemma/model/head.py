@@ -124,6 +124,15 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         """`DiffusionGemmaBlockModel.prepare_canvas`."""
         return self.model.prepare_canvas(*args, **kwargs)
 
+    @property
+    def final_logit_softcapping(self) -> float:
+        """The config's; set, it is set there."""
+        return self.config.text_config.final_logit_softcapping
+
+    @final_logit_softcapping.setter
+    def final_logit_softcapping(self, cap: float) -> None:
+        self.config.text_config.final_logit_softcapping = cap
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Soft-capped logits, float32 `(..., V)`: `cap * tanh(head(x) / cap)`."""
         cap = softcap(self.config.text_config)
@@ -268,7 +277,8 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             labels (`int64`, *optional*): `(B, P)`, the responses' ids and -100 elsewhere: the whole training objective as `objective`
                 says, with canvases and noise drawn here. Or, together with `decoder_input_ids`, `(B, C)`: the clean canvas, -100 where
                 a position does not count; the loss is then the canvas's alone.
-            output_hidden_states, output_attentions, return_dict (*optional*): as in transformers; the first takes indices, too.
+            output_hidden_states, output_attentions, return_dict (*optional*): as in transformers, where they are the config's if unset;
+                the first takes indices, too.
             use_cache (*optional*): the canvas reads the prompt from a cache in any case; False: one made here is not returned.
             skip_logits (*optional*): leave `.logits` out beside a loss. Default: in training on whole examples, whose logits would be
                 most of the memory.
@@ -281,6 +291,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         Raises:
             ValueError: ids out of range, empty prompts, masks or labels of the wrong shape, images without image tokens.
         """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         kept, coefficient = routing_settings(self.config)
         keep_routing = kept if output_router_logits is None else bool(output_router_logits)
         images = {"pixel_values": pixel_values, "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids}
@@ -298,7 +309,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             given = {"self_conditioning_mask": self_conditioning_mask, "position_ids": position_ids}
             given |= {"output_router_logits": keep_routing, "keep_logits": not skip_logits}
             output = self._learn_examples(input_ids, labels, attention_mask, images | given, unused)
-            return output.to_tuple() if return_dict is False else output
+            return output if return_dict else output.to_tuple()
         if labels is None and decoder_input_ids is None and not torch.compiler.is_compiling():
             behind = "the logits are of a canvas of noise behind the prompt, not of the next tokens, which `causal_logits` gives"
             logger.warning_once(f"`decoder_input_ids` is None: {behind}.")
@@ -317,7 +328,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             input_ids, attention_mask, cache, position_ids, decoder_input_ids, soft_embeds,
             decoder_attention_mask, decoder_position_ids, **images, inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions, use_cache=use_cache,
-            output_router_logits=keep_routing,
+            output_router_logits=keep_routing, return_dict=True,
         )  # fmt: skip
         logits = self.compute_logits(denoised.last_hidden_state)  # (B, C, V)
         learned = None if labels is None else self._learn_canvas(logits, labels)
@@ -329,7 +340,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             encoder_last_hidden_state=denoised.encoder_last_hidden_state, diffusion_loss=learned,
             aux_loss=aux_loss, router_logits=denoised.router_logits, encoder_router_logits=denoised.encoder_router_logits,
         )  # fmt: skip
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
 
     def _learn_examples(self, input_ids, labels, attention_mask, given, unused) -> MaskedBlockOutput:
         """`labels` `(B, P)` of whole examples: the training objective, canvases and noise drawn there. None of `unused` goes with it."""

@@ -16,10 +16,14 @@ from generation.checks import chosen_states
 
 from ..layers.attention import Attention
 from ..layers.caches import LayerCache
+from ..layers.checks import check_outputs
+from ..layers.configuration import built_from
 from ..layers.experts import Experts, Router
 from ..layers.layers import GatedMLP, RMSNorm, RotaryPositions, ScaledEmbedding, SelfConditioning
 from ..layers.view import View
 from .pretrained import DiffusionGemmaBlockPreTrainedModel
+
+LAYER_OUTPUTS = ("states", "keys and values", "attention weights", "the router's probabilities")
 
 
 class BlockLayer(GradientCheckpointingLayer):
@@ -51,12 +55,13 @@ class BlockLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, LayerCache, torch.Tensor | None, torch.Tensor]:  # fmt: skip
         """Args and Returns as `Attention.forward`, for the whole layer, and the router's probabilities, float32 `(N, E)`. `layer_scalar`
         is the prompt pass's, None in the canvas pass."""
-        attended, new, weights = self.self_attn(self.input_layernorm(hidden_states), rotary, mask=mask, cached=cached, is_causal=is_causal)
+        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, mask=mask, cached=cached, is_causal=is_causal)
+        attended, new, weights = check_outputs(attended, "self_attn", ("states", "keys and values", "weights"))
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
 
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(hidden_states)))
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, D)
-        probabilities, shares, chosen = self.router(tokens)
+        probabilities, shares, chosen = check_outputs(self.router(tokens), "router", ("probabilities", "weights", "ids"))
         routed = self.experts(self.pre_feedforward_layernorm_2(tokens), chosen, shares)
         routed = self.post_feedforward_layernorm_2(routed.view_as(hidden_states))
         hidden_states = hidden_states + self.post_feedforward_layernorm(dense + routed)
@@ -93,6 +98,7 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
         self.layers = nn.ModuleList(BlockLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryPositions(config)
+        self.built = built_from(config)
         self.post_init()
 
     @property
@@ -127,10 +133,8 @@ class BlockStack(DiffusionGemmaBlockPreTrainedModel):
         for layer_idx, (layer, layer_type, cached) in enumerate(zip(self.layers, self.config.layer_types, view.cached, strict=True)):
             states.append(hidden_states if layer_idx in chosen else None)
             seen = {"rotary": view.rotary[layer_type], "mask": view.masks[layer_type], "cached": cached, "is_causal": cache is not None}
-            if entry is None:
-                hidden_states, new, weights, probabilities = layer(hidden_states, **seen)
-            else:
-                hidden_states, new, weights, probabilities = entry(layer_idx)(hidden_states, partial(layer, **seen))
+            outputs = layer(hidden_states, **seen) if entry is None else entry(layer_idx)(hidden_states, partial(layer, **seen))
+            hidden_states, new, weights, probabilities = check_outputs(outputs, f"layers[{layer_idx}]", LAYER_OUTPUTS)
             if cache is not None:
                 cache.update(new.keys, new.values, layer_idx)
             if keep_weights:
