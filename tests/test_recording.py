@@ -189,7 +189,7 @@ def test_a_step_never_looks_at_the_device(model, settings, constrained):
     device = torch.device("meta")
     model = model.to(device)
     ids = torch.zeros((2, 9), dtype=torch.int64, device=device)
-    plan = make_plan(model, config, Prompt(ids, ids.bool(), {"input_ids": ids}, None, None, 0), 10)
+    plan = make_plan(model, config, Prompt(ids, ids.bool(), {"input_ids": ids}, None), 10)
     view = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), view)
     soft_embeds = torch.zeros((2, 10, model.config.text_config.hidden_size), dtype=model.dtype, device=device)
     state = start_canvas(torch.zeros((2, 10), dtype=torch.int64, device=device), soft_embeds, plan.rules.stopping)

@@ -162,7 +162,7 @@ def make_lattice(automata: Sequence[Automaton], device: torch.device, kinds: int
         kind=kind, bundle=torch.arange(all_bundles, device="cpu").repeat_interleave(sizes), sizes=sizes, begin=sizes.cumsum(dim=0) - sizes,
         by_kind=torch.argsort(kind, stable=True), counts=torch.bincount(kind, minlength=all_kinds), lanes=lanes,
     )  # fmt: skip
-    row = torch.arange(len(automata), device="cpu").repeat_interleave(torch.tensor(states, device="cpu"))
+    row = torch.arange(len(automata), device="cpu").repeat_interleave(torch.tensor(states, dtype=torch.int64, device="cpu"))
     fewest = torch.cat([one.fewest.cpu() for one in automata])
     by_bundle, counts = torch.argsort(bundle, stable=True), torch.bincount(bundle, minlength=all_bundles)
     scan, paths = make_scans(source, bundle, target, states, all_bundles)
