@@ -387,7 +387,7 @@ def test_what_is_no_sampler_is_refused(model, sampler):
 
 
 def test_a_sampler_does_not_go_with_arguments_of_others(model):
-    with pytest.raises(ValueError, match="`confidence` is 0.3, and `sampler` is .*EveryOther.*; expected 'confidence', or `confidence` unset"):
+    with pytest.raises(ValueError, match="`confidence` is 0.3, and `sampler` is .*EveryOther.*; expected 'confidence', or"):
         run(model, None, sampler=EveryOther(), confidence=0.3)
 
 

@@ -126,13 +126,13 @@ class Lattice:
         """Which classes can stand at each of `length` positions in some canvas that is accepted, whatever is probable: bool (B, n, K). Args
         as of `solve`."""
         messages, _ = choose_scans(state.device)
-        found = torch.zeros((len(self.counts), length), dtype=torch.float64, device=state.device)
-        _, behind, before = messages(self.scan, found, found, *self._ends(state, left))  # logs of how many paths there are
+        alike = torch.zeros((len(self.counts), length), dtype=torch.float64, device=state.device)
+        _, behind, before = messages(self.scan, alike, alike, *self._ends(state, left))  # logs of how many paths there are
+        kinds = alike.new_zeros((len(self.members.counts), length))
         for here, after in self._pieces(length):
             along = before[:, here].index_select(0, self.source).add_(behind[:, after].index_select(0, self.target))  # (E, m)
-            found[:, here] = found[:, here].index_add(0, self.bundle, (along > -float("inf")).double())
-        kinds = found.new_zeros((len(self.members.counts), length))
-        kinds.index_add_(0, self.members.kind, found.index_select(0, self.members.bundle))
+            found = torch.zeros_like(alike[:, here]).index_add_(0, self.bundle, (along > -float("inf")).double())
+            kinds[:, here] = kinds[:, here].index_add(0, self.members.kind, found.index_select(0, self.members.bundle))
         return (kinds > 0).unflatten(0, (len(self.automata), self.kinds)).transpose(1, 2)
 
     def _ends(self, state: torch.Tensor, left: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
