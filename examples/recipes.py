@@ -70,6 +70,7 @@ class TextRecipe:
     canvas = 256
     start = None  # the checkpoint to begin with; None: random weights
     overrides = {}  # of its config
+    takes_data = False  # it draws its examples
     rollouts = None  # of notes they changed nothing: what is wrong there is the copy of a word never seen
     defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
     # canvas, padded length of prompt and response, share of the batches: few shapes, so that each compiles once
@@ -353,6 +354,7 @@ class SudokuRecipe:
     name = "sudoku"
     start = None
     overrides = {}
+    takes_data = True
     rollouts = (0.5, 0.75)  # from half of the steps on, three batches in four are canvases that the model wrote itself
     defaults = {"hidden_size": 128, "layers": 6, "batch_size": 64}
     CELLS = 81

@@ -110,7 +110,7 @@ def save(out: Path, recipe, model, optimizer, step: int, rng: random.Random, sec
 def train(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.data is not None and not args.recipe.startswith("sudoku"):
+    if args.data is not None and not RECIPES[args.recipe].takes_data:
         raise ValueError(f"`--data` is {args.data!r} for the recipe {args.recipe!r}, which draws its own; expected it unset")
     recipe = RECIPES[args.recipe](args.data)
     out = Path(args.out)

@@ -14,7 +14,7 @@ from .asking import Ends, check_text, prompt_ids
 from .call.configuration import DiffusionGenerationConfig
 from .call.constrained import compile_languages
 from .call.settings import ends_of, resolve_config
-from .call.together import allowed_tokens, is_greedy
+from .call.together import allowed_tokens, check_seeds, is_greedy
 from .constraints.automaton import Automaton
 from .renoising import Positions, any_text, choose, hold, likelihood, read_selection
 from .rules.constraint import Constraint, is_constraint
@@ -100,8 +100,7 @@ def read_config(model, settings: dict[str, Any]) -> tuple[DiffusionGenerationCon
     """
     if given := [name for name in REFUSED if settings.get(name) is not None]:
         raise ValueError(f"`{given[0]}` is given to `revise`; expected None: `generate` takes it")
-    if settings.get("seed") is not None and settings.get("generator") is not None:
-        raise ValueError("`seed` and `generator` are both given; expected one of them")
+    check_seeds(settings.get("seed"), settings.get("generator"))
     fields = {name: value for name, value in settings.items() if name not in ARGUMENTS}
     config, use_max_length = resolve_config(settings.get("generation_config"), model.generation_config, fields)
     for name, fits, expected in (

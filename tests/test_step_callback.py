@@ -27,6 +27,9 @@ from modeling_diffusiongemma import default_checkpoint
 
 HIDDEN = 32
 SETTINGS = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 4, "eos_token_id": [], "pad_token_id": PAD, "confidence_threshold": 1e-9}
+# Of decoding in more than one way: what denoising alone reads stands in the config.
+GREEDY = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": [], "pad_token_id": PAD,
+          "generation_config": {"max_denoising_steps": 3}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -254,23 +257,16 @@ def test_a_recorded_step_equals_an_unrecorded_one(rows, request, monkeypatch):
 
 def test_drafts_that_are_verified_may_be_changed_and_a_pass_without_steps_has_none(model):
     ids = prompts(1, 9)[0]
-    settings = {
-        "max_new_tokens": 15,
-        "do_sample": False,
-        "eos_token_id": [],
-        "pad_token_id": PAD,
-        "generation_config": {"max_denoising_steps": 3},
-    }
     fill = torch.full((1, CANVAS), 17)
-    expected = model.generate(ids, decoding="autoregressive", **settings)
-    found = model.generate(ids, decoding="verified", callback_on_step_end=lambda *told: {"argmax": fill}, **settings)
+    expected = model.generate(ids, decoding="autoregressive", **GREEDY)
+    found = model.generate(ids, decoding="verified", callback_on_step_end=lambda *told: {"argmax": fill}, **GREEDY)
     assert torch.equal(found, expected)
     with pytest.raises(
         ValueError, match="`decoding` is 'autoregressive', which has no steps; expected another with `callback_on_step_end`"
     ):
-        model.generate(ids, decoding="autoregressive", callback_on_step_end=print, **settings)
+        model.generate(ids, decoding="autoregressive", callback_on_step_end=print, **GREEDY)
     with pytest.raises(ValueError, match="got 2 rows; expected one together with `callback_on_step_end`"):
-        model.generate(prompts(2, 9)[0], decoding="verified", callback_on_step_end=print, **settings)
+        model.generate(prompts(2, 9)[0], decoding="verified", callback_on_step_end=print, **GREEDY)
 
 
 # What is refused
@@ -361,15 +357,8 @@ def test_an_informed_sampler_may_be_an_instance(model):
 
 def test_drafts_that_are_verified_may_come_of_any_sampler_and_stopping_rule(model):
     ids = prompts(2, 9)[0]
-    settings = {
-        "max_new_tokens": 15,
-        "do_sample": False,
-        "eos_token_id": [],
-        "pad_token_id": PAD,
-        "generation_config": {"max_denoising_steps": 3},
-    }
-    expected = model.generate(ids, decoding="autoregressive", **settings)
-    assert torch.equal(model.generate(ids, decoding="verified", sampler=EveryOther(), stopping=Never(), **settings), expected)
+    expected = model.generate(ids, decoding="autoregressive", **GREEDY)
+    assert torch.equal(model.generate(ids, decoding="verified", sampler=EveryOther(), stopping=Never(), **GREEDY), expected)
 
 
 @pytest.mark.parametrize("answers", ["canvas", "floats", "flags", "narrow"])

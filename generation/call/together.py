@@ -47,6 +47,12 @@ def check_fields(config, whole: bool = False) -> None:
         raise ValueError(f"`cache_config` is {config.cache_config!r}; expected None unless `cache_implementation` is 'quantized'")
 
 
+def check_seeds(seed: Any, generator: Any) -> None:
+    """Raises ValueError where random numbers would come from both."""
+    if seed is not None and generator is not None:
+        raise ValueError("`seed` and `generator` are both given; expected one of them")
+
+
 def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     """The arguments `given` to `generate`, None for those that are not, with one another, with the fields of `config`, which are all set,
     and with the model.
@@ -60,8 +66,7 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
         raise ValueError(f"`generate` takes the prompt as `inputs`, `input_ids` or `inputs_embeds`; {found}; expected exactly one of them")
     if given["inputs_embeds"] is not None and given["pixel_values"] is not None:
         raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
-    if given["seed"] is not None and given["generator"] is not None:
-        raise ValueError("`seed` and `generator` are both given; expected one of them")
+    check_seeds(given["seed"], given["generator"])
     cache, canvas, copies = given["cache"], given["decoder_input_ids"], config.num_return_sequences or 1
     if cache is not None and config.cache_implementation is not None:
         raise ValueError(f"`cache_implementation` is {config.cache_implementation!r}; expected None, since `cache` is given")
@@ -127,4 +132,4 @@ def allowed_tokens(config, use_max_length: bool, prompt_length: int) -> int:
     return config.max_length - prompt_length
 
 
-__all__ = ["allowed_tokens", "check_arguments", "check_fields", "is_greedy"]
+__all__ = ["allowed_tokens", "check_arguments", "check_fields", "check_seeds", "is_greedy"]

@@ -63,6 +63,7 @@ class Door:
 
     def __init__(self, app, models: Sequence[str], pinned: bool = False, max_characters: int = MAX_CHARACTERS):
         self.app, self.models, self.pinned, self.max_characters = app, tuple(models), pinned, max_characters
+        self.served = {revised(name): name for name in reversed(self.models)}  # of two the first
 
     async def __call__(self, scope, receive, send) -> None:
         from starlette.responses import JSONResponse
@@ -130,7 +131,7 @@ class Door:
         model = request.get("model")
         if not (isinstance(model, str) or self.pinned and model is None):
             raise Refused(400, f"`model` is {model!r}; expected one of {list(self.models)}")
-        served = None if model is None else next((name for name in self.models if revised(name) == revised(model)), None)
+        served = None if model is None else self.served.get(revised(model))
         if served is None and model is not None:
             raise Refused(404, f"`model` is {model!r}, which is not served here; expected one of {list(self.models)}", "model_not_found")
         if (trace := request.get("trace")) is not None:
