@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import modeling_diffusiongemma
 from generation import CanvasStreamer
-from generation.watch.terminal import Cell
+from generation.watch.screens import Cell
 from jobs import TEXT_JOBS, sudoku
 from race import race
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation import CanvasStreamer, Regex, Template
-from generation.watch.terminal import Cell
+from generation.watch.screens import Cell
 from jobs import TEXT_JOBS
 from modeling_diffusiongemma import default_checkpoint
 

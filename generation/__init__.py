@@ -20,7 +20,7 @@ from .rules.schedule import TemperatureSchedule
 from .rules.state import CanvasState
 from .rules.stopping import AnyOf, Never, Settled, StableAndConfident, StoppingRule
 from .watch.events import CommitEvent, StepEvent, stream_events, stream_text
-from .watch.terminal import CanvasStreamer
+from .watch.streamer import CanvasStreamer
 from .watch.trace import Trace
 from .watch.watcher import Watcher
 

@@ -18,7 +18,7 @@ from commands import MODULE, process
 from transformers import AutoTokenizer
 
 from generation.call.configuration import PRESETS
-from generation.watch.terminal import Cell, wrapped
+from generation.watch.screens import Cell, wrapped
 from modeling_diffusiongemma import default_checkpoint
 from modeling_diffusiongemma.console import session
 from modeling_diffusiongemma.console.main import RUNS, main

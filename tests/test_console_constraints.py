@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from generation.watch.terminal import MARKS
+from generation.watch.screens import MARKS
 from modeling_diffusiongemma.console import session
 from modeling_diffusiongemma.console.usage import COMMANDS, build_parser
 

@@ -124,5 +124,8 @@ class Decisions(Mapping):
                 lines.append(f"| {name} | {option} | {probability:.3f} | {error} |")
         return "\n".join(lines)
 
+    def _repr_markdown_(self) -> str:  # what a notebook shows
+        return str(self)
+
 
 __all__ = ["CHOICE", "Asked", "Decision", "Decisions", "are_probabilities", "checked", "make_decision", "read_questions"]

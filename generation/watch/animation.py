@@ -4,6 +4,7 @@ Every denoising step is drawn once, and CSS shows one at a time, in one place. W
 Colours follow the reader's light or dark. Knows no model.
 """
 
+import base64
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -48,7 +49,18 @@ class Token(NamedTuple):
     level: int
 
 
-def draw_animation(trace: Trace, tokenizer, title: str = "", row: int = 0, seconds: float = 0.9, pause: float = 4.0) -> str:
+class Animation(str):
+    """The text of an SVG. A notebook shows the picture where one is what a cell ends with."""
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self.encode()).decode()
+        return f'<img src="data:image/svg+xml;base64,{data}" style="max-width:100%">'
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:  # of IPython: what is shown where no picture can be
+        printer.text(f"an SVG of {len(self)} characters")
+
+
+def draw_animation(trace: Trace, tokenizer, title: str = "", row: int = 0, seconds: float = 0.9, pause: float = 4.0) -> Animation:
     """The SVG of a row: the text after every step, each position coloured by what became of it and, behind it, by its entropy.
 
     Args:
@@ -75,7 +87,7 @@ def draw_animation(trace: Trace, tokenizer, title: str = "", row: int = 0, secon
             frames.append((f"{many}step {index + 1} of {len(steps)} \u00b7 {kept} of {len(tokens)} accepted", lay_out([*past, *tokens])))
         committed = canvas.tokens[: len(steps[-1])].tolist()
         past += [Token(visible(token_text(tokenizer, token)), PAST, False, 0) for token in committed]
-    return _svg(frames, title or "A canvas being denoised", seconds, pause)
+    return Animation(_svg(frames, title or "A canvas being denoised", seconds, pause))
 
 
 def steps_of(canvas: RowCanvas, tokenizer, most: float) -> list[list[Token]]:
@@ -193,4 +205,4 @@ def _words(x: float, y: float, text: str, width: int, kind: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y}"{length}>{escape(text)}</text>'
 
 
-__all__ = ["draw_animation"]
+__all__ = ["Animation", "draw_animation"]

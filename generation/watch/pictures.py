@@ -34,7 +34,17 @@ def states_of(canvas: RowCanvas) -> list[str]:
     return states
 
 
-def trace_page(trace: Trace, tokenizer, title: str = "", row: int = 0) -> str:
+class Page(str):
+    """The text of an HTML page. A notebook shows the page where one is what a cell ends with."""
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{html.escape(self)}" sandbox="allow-scripts" style="width:100%;height:28rem;border:0"></iframe>'
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:  # of IPython: what is shown where no page can be
+        printer.text(f"an HTML page of {len(self)} characters")
+
+
+def trace_page(trace: Trace, tokenizer, title: str = "", row: int = 0) -> Page:
     """The HTML page of a row of the trace.
 
     Args:
@@ -56,7 +66,7 @@ def trace_page(trace: Trace, tokenizer, title: str = "", row: int = 0) -> str:
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     values = {TITLE: html.escape(title or "A canvas being denoised"), DATA: text}
-    return re.sub("|".join(values), lambda found: values[found[0]], PAGE)
+    return Page(re.sub("|".join(values), lambda found: values[found[0]], PAGE))
 
 
 def likely_others(canvas: RowCanvas) -> list[list[list[tuple[int, float]]]]:
@@ -135,4 +145,4 @@ def draw_trace(trace: Trace, tokenizer, path: str | PathLike, row: int = 0) -> N
     figure.savefig(path, format="png")
 
 
-__all__ = ["draw_trace", "token_text", "trace_page"]
+__all__ = ["Page", "draw_trace", "token_text", "trace_page"]

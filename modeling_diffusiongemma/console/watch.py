@@ -8,7 +8,15 @@ import torch
 
 from generation.rules.state import CanvasState
 from generation.watch.events import TextAssembler
-from generation.watch.terminal import CanvasStreamer, Cell
+from generation.watch.screens import Cell, Terminal
+from generation.watch.streamer import CanvasStreamer
+
+
+class OnePlace(Terminal):
+    """Draws a canvas over the one before it."""
+
+    def below(self) -> None:
+        """Nowhere: the next canvas shows what this one became."""
 
 
 class Watch(CanvasStreamer):
@@ -25,6 +33,8 @@ class Watch(CanvasStreamer):
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
         super().__init__(tokenizer, stop_ids=tuple(stop_ids), file=sys.stderr, colour=colour)
         self.draw, self.in_place, self.on_text = draw, draw and colour, on_text
+        if self.in_place:
+            self.screen = OnePlace(sys.stderr, None)
         self._text, self._committed = None, ""
 
     def cells(self, state: CanvasState) -> list[Cell]:
@@ -36,9 +46,7 @@ class Watch(CanvasStreamer):
             super().put_state(state)
 
     def put(self, value: torch.Tensor) -> None:
-        height = self._height
         super().put(value)
-        self._height = height  # the next canvas is drawn over this one
         if self._text is None:  # the prompt
             self._text = TextAssembler(self.tokenizer)
         else:
@@ -52,12 +60,11 @@ class Watch(CanvasStreamer):
     def end(self) -> None:
         if self._text is not None:
             self._commit(self._text.rest())
-        if self.in_place and self._height:
-            self.file.write(f"\033[{self._height}A\033[J")
-        super().end()
-        if self.on_text is not None and self.in_place:
-            self.on_text(self._committed)
-        self._text, self._committed, self._height = None, "", 0
+        if self.in_place:
+            self.screen.wipe()
+            if self.on_text is not None:
+                self.on_text(self._committed)
+        self._text, self._committed = None, ""
 
 
 __all__ = ["Watch"]
