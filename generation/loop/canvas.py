@@ -49,11 +49,12 @@ def denoise_canvas(
     if rows.progress is not None:
         records = records and rows.progress.everywhere and rows.left(plan) >= plan.lengths.canvas
     step_once = recording.on(view) if records else partial(take_step, model, plan)
+    counts = everyone.progress is not None and any(watcher.needs_possible for watcher in watchers)
     for step in range(first_step, last_step + 1):
         inputs = step_inputs(plan, rows, state, clock, canvas_index, step, None if step == first_step else state.argmax)
         prediction, state = step_once(view, inputs)  # 1. predict, 2. advance
         # 3. watch
-        if watchers and everyone.progress is not None:
+        if counts:
             state = state._replace(possible=(count_possible(rows.progress, state.argmax, rows.left(plan), plan.lengths.vocab_size),))
         state = watch(watchers, canvas_index, step, rows.places, state, prediction)._replace(possible=())
         # 4. over?
