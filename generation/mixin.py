@@ -52,14 +52,15 @@ def start_rows(
 ) -> Rows:  # fmt: skip
     """All rows of the batch, nothing being written yet; with the caller's cache, or one of their own."""
     cache, copies, device = prompt.cache, config.num_return_sequences or 1, prompt.real.device
+    reference = config.backend == "reference"
     if config.decoding == "diffusion" and cache is None:
         cache = make_cache(config, model_config.get_text_config(), plan.lengths.cache, device)
-    if config.backend == "reference":
+    if reference:
         draws = BatchDraws(generator)
     else:
         draws = row_draws(seed, generator, len(prompt.ids) // copies, copies, fixed=plan.rules.greedy)
     places = torch.arange(len(prompt.ids), device=device)
-    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint, progress)
+    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint, progress, reference)
 
 
 @contextlib.contextmanager
