@@ -11,7 +11,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import reads_arguments, shown
-from .cache_names import FIELD, takes_cache
+from .cache_names import takes_cache
 from .call.caches import make_cache
 from .call.configuration import DiffusionGenerationConfig
 from .call.constrained import bind, compile_languages
@@ -231,8 +231,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         check_arguments(self, config, given)
         prompt = read_prompt(self, config, given)
         criteria = Criteria.of(stopping_criteria, config, len(prompt.ids))
-        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, streamer, watcher)
-        watchers = gather_watchers(self, config.max_denoising_steps, *told)
+        watchers = gather_watchers(self, config.max_denoising_steps, given)
         # 2. Plan.
         automata, copies = [None], config.num_return_sequences or 1
         if constraint is not None and not is_constraint(constraint):
@@ -250,19 +249,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         for each in watchers:
             each.end()
         # 4. Collect.
-        if not config.return_dict_in_generate:
-            return transcript.sequences()
-        return DiffusionGenerationOutput(
-            sequences=transcript.sequences(),
-            lengths=transcript.lengths,
-            finish_reasons=transcript.finish_reasons(),
-            tokens_per_forward=transcript.lengths.float() / transcript.passes.clamp(min=1),
-            denoising_steps=transcript.passes,
-            canvas_steps=torch.stack(transcript.canvas_passes, dim=1) if transcript.canvas_passes else None,
-            **{FIELD: cache},
-            scores=transcript.scores() if config.output_scores else None,
-            logits=transcript.logits(),
-        )
+        return transcript.output(cache) if config.return_dict_in_generate else transcript.sequences()
 
     def fill(self, template: str | Template, tokenizer, prompt: str | Sequence[dict[str, Any]] | None = None, **settings) -> Filled:
         """Fills in the blanks of a text, each from what stands on both of its sides.
