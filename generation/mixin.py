@@ -51,8 +51,7 @@ def start_rows(
     progress: Progress | None,
 ) -> Rows:  # fmt: skip
     """All rows of the batch, nothing being written yet; with the caller's cache, or one of their own."""
-    cache, copies, device = prompt.cache, config.num_return_sequences or 1, prompt.real.device
-    reference = config.backend == "reference"
+    cache, copies, device, reference = prompt.cache, prompt.copies, prompt.real.device, config.backend == "reference"
     if config.decoding == "diffusion" and cache is None:
         cache = make_cache(config, model_config.get_text_config(), plan.lengths.cache, device)
     if reference:
@@ -216,14 +215,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             ValueError: an argument that is unknown, out of range, or not honoured, by name; virtual tokens of peft; NaN logits; what a
                 callback, sampler or stopping rule of the caller's returns, if it does not fit.
         """
-        given = {
-            "inputs": inputs, "input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "cache": cache,
-            "decoder_input_ids": decoder_input_ids, "first_step": first_step, "seed": seed, "generator": generator, "streamer": streamer,
-            "watcher": watcher, "constraint": constraint, "tokenizer": tokenizer, "pixel_values": pixel_values,
-            "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids,
-            "self_conditioning_logits": self_conditioning_logits, "stopping": stopping, "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-        }  # fmt: skip
+        given = dict(locals())  # the arguments, by their names
         # 1. Read.
         check_contract(self, [name for name in IMAGES if given[name] is not None])
         stopping = resolve_stopping(stopping, kwargs)
@@ -233,15 +225,13 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         criteria = Criteria.of(stopping_criteria, config, len(prompt.ids))
         watchers = gather_watchers(self, config.max_denoising_steps, given)
         # 2. Plan.
-        automata, copies = [None], config.num_return_sequences or 1
-        if constraint is not None and not is_constraint(constraint):
-            size = self.config.get_text_config().vocab_size
-            automata, constraint = compile_languages(constraint, tokenizer, len(prompt.ids) // copies, copies, size), None
+        seeing = constraint if is_constraint(constraint) else None  # predictions; and not what the text must be
+        language, size = constraint if seeing is None else None, self.config.get_text_config().vocab_size
+        automata = compile_languages(language, tokenizer, len(prompt.ids) // prompt.copies, prompt.copies, size)
         new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
         counted = bool(criteria.of_callers())
-        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping, counted)
-        progress = bind(automata, plan, prompt.real.device)
-        rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint, progress)
+        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, seeing, stopping, counted)
+        rows = start_rows(config, plan, prompt, self.config, seed, generator, seeing, bind(automata, plan, prompt.real.device))
         # 3. Decode.
         transcript = Transcript(plan, prompt.ids, config.stop_strings, tokenizer, criteria, watchers)
         with arithmetic(self, config):
