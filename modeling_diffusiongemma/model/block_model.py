@@ -432,7 +432,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_states = chosen_states(keep_states, self.config.text_config.num_hidden_layers + 1)
-        given = cache
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
         keep_routing = routing_settings(self.config)[0] if output_router_logits is None else output_router_logits
         prompt, prefilled = input_ids if inputs_embeds is None else inputs_embeds, PassOutput()
@@ -441,22 +440,16 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             decoder_position_ids=decoder_position_ids,
         )  # fmt: skip
         # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
-        config, seen = self.config, cached_length(cache)
+        seen = cached_length(cache)
         if prompt is None and seen == 0:
             raise ValueError("`input_ids` and `inputs_embeds` are None, and no token is cached; expected a prompt, or a filled `cache`")
-        if decoder_input_ids is None:
-            if self.training and torch.is_grad_enabled():
-                raise ValueError(LEARNS_NOTHING)
-            if prompt is None:
-                raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
-            size = (prompt.shape[0], config.canvas_length)
-            decoder_input_ids = torch.randint(config.text_config.vocab_size, size, dtype=torch.int64, device=prompt.device)
-        check_ids("decoder_input_ids", decoder_input_ids, config.text_config.vocab_size)
+        decoder_input_ids = self._noise(prompt) if decoder_input_ids is None else decoder_input_ids
+        check_ids("decoder_input_ids", decoder_input_ids, self.config.text_config.vocab_size)
         rows, length = decoder_input_ids.shape
-        if length == 0 or (prompt is not None and prompt.dim() > 1 and prompt.shape[0] != rows):
+        if length == 0 or (prompt is not None and prompt.shape[0] != rows):
             expected = "at least one position" if length == 0 else f"{prompt.shape[0]} rows, as the prompt has"
             raise ValueError(f"`decoder_input_ids` has shape {(rows, length)}; expected {expected}")
-        total = seen + (0 if prompt is None or prompt.dim() < 2 else prompt.shape[1])
+        total = seen + (0 if prompt is None else prompt.shape[1])
         if prompt is None:
             check_cache(cache, rows, seen, 0)
         decoder_attention_mask = plain_mask("decoder_attention_mask", decoder_attention_mask)
@@ -466,23 +459,32 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             decoder_attention_mask = torch.cat((real.to(canvas.device), canvas), dim=1)
         check_mask("decoder_attention_mask", decoder_attention_mask, (rows, total + length))
         check_shape("decoder_position_ids", decoder_position_ids, (rows, length), (1, length))
-        check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))
+        check_shape("soft_embeds", soft_embeds, (rows, length, self.config.text_config.hidden_size))
         if prompt is not None:
             prefilled = self.prefill(
                 input_ids, attention_mask, position_ids, cache, inputs_embeds,
                 pixel_values, image_position_ids, mm_token_type_ids, output_router_logits=keep_routing,
             )  # fmt: skip
-            cache = prefilled.cache
+        filled = cache if prompt is None else prefilled.cache
         denoised = self.denoise(
-            decoder_input_ids, cache, soft_embeds, decoder_attention_mask, decoder_position_ids,
+            decoder_input_ids, filled, soft_embeds, decoder_attention_mask, decoder_position_ids,
             output_hidden_states=keep_states, output_attentions=keep_weights, output_router_logits=keep_routing,
         )  # fmt: skip
         output = BlockModelOutput(
-            last_hidden_state=denoised.last_hidden_state, **{FIELD: given if use_cache is False else cache},
+            last_hidden_state=denoised.last_hidden_state, **{FIELD: cache if use_cache is False else filled},
             hidden_states=denoised.hidden_states, attentions=denoised.attentions, router_logits=denoised.router_logits,
             encoder_last_hidden_state=prefilled.last_hidden_state, encoder_router_logits=prefilled.router_logits,
         )  # fmt: skip
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _noise(self, prompt: torch.Tensor | None) -> torch.Tensor:
+        """A canvas of uniform random ids for each row of a prompt."""
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(LEARNS_NOTHING)
+        if prompt is None:
+            raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
+        size = (prompt.shape[0], self.config.canvas_length)
+        return torch.randint(self.config.text_config.vocab_size, size, dtype=torch.int64, device=prompt.device)
 
 
 __all__ = ["DiffusionGemmaBlockModel"]
