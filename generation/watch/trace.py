@@ -204,6 +204,12 @@ class Trace(Watcher):
             raise ValueError(f"`row` is {row}; expected 0 to {len(self.finish_reasons) - 1}, the rows of the batch")
         return [canvas.of_row(row) for canvas in self.canvases if bool(canvas.taken[:, row].any())]
 
+    def kept(self, row: int) -> list[RowCanvas]:
+        """The canvases of a row of which it keeps a token; ValueError as `row`, and where there is none."""
+        if canvases := [canvas for canvas in self.row(row) if len(canvas.tokens)]:
+            return canvases
+        raise ValueError(f"`row` is {row}, which keeps no token; expected one with an answer to draw")
+
     def revisions(self, row: int = 0) -> torch.Tensor:
         """Int64 (n,), of the row's new tokens: how often each one's argmax changed after its position was first accepted."""
         return torch.cat([canvas.revisions() for canvas in self.row(row)])
