@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from .arguments import reads_arguments, shown
 from .cache_names import takes_cache
 from .call.caches import make_cache
-from .call.configuration import DiffusionGenerationConfig
+from .call.configuration import DOWNLOAD, DiffusionGenerationConfig
 from .call.constrained import bind, compile_languages
 from .call.plan import Plan, make_plan
 from .call.progress import Progress
@@ -95,21 +95,14 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
     not_called: Mapping[str, str] = {}
 
     def adjust_generation_fn(
-        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, cache_dir, force_download,
-        proxies, local_files_only, token, revision, subfolder, trust_remote_code, **kwargs,
-    ) -> None:  # fmt: skip
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, trust_remote_code=None, **kwargs
+    ) -> None:
         """Called by `from_pretrained`: takes the given generation config, or reads the checkpoint's generation_config.json."""
-        self._load_generation_config(
-            generation_config, pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download, proxies=proxies,
-            local_files_only=local_files_only, token=token, revision=revision, subfolder=subfolder,
-            _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs,
-        )  # fmt: skip
+        come_from = {"_from_auto": from_auto_class, "_from_pipeline": from_pipeline}
+        self._load_generation_config(generation_config, pretrained_model_name_or_path, **come_from, **kwargs)
         if self.generation_config.temperature is None:
             self.generation_config.temperature = 1.0  # or a pipeline's own default of 0.7 would scale the released schedule
-        self.load_decisions(
-            pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download, proxies=proxies,
-            local_files_only=local_files_only, token=token, revision=revision, subfolder=subfolder,
-        )  # fmt: skip
+        self.load_decisions(pretrained_model_name_or_path, **{name: kwargs[name] for name in DOWNLOAD if name in kwargs})
 
     def _load_generation_config(self, generation_config: GenerationConfig | None, name, **kwargs) -> None:
         if generation_config is not None:
