@@ -38,6 +38,8 @@ from transformers import AutoTokenizer
 from measure import (
     FIRST_TEXT_ID,
     SIDES,
+    check,
+    compared,
     fixed_steps,
     fresh_workers,
     heading,
@@ -176,11 +178,8 @@ def table(results: list[dict], args: argparse.Namespace) -> str:
     for result in results:
         cells = []
         for key in MEASURES:
-            values = {side: [pair[side][key] for pair in result["rounds"] if side in pair] for side in SIDES}
-            texts = [number(statistics.median(values[side])) if values[side] else result["errors"][side] for side in SIDES]
-            ratio = result["ratios"][key]
-            better = "" if ratio is None else "<br>**{median:.2f}x** ({min:.2f} to {max:.2f})".format(**ratio)
-            cells.append(" : ".join(texts) + better)
+            values = [[pair[side][key] for pair in result["rounds"] if side in pair] for side in SIDES]
+            cells.append(compared(values, [result["errors"].get(side, "") for side in SIDES], result["ratios"][key]))
         row = [result["batch_size"], result["prompt_length"], len(result["rounds"]), *cells, "yes" if result["identical_tokens"] else "NO"]
         rows.append(row)
     return (
@@ -255,10 +254,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
     smallest = {"rounds": 1, "steps": 2, "batch": 1, "prompt": 1, "threads": 1, "vocab_size": FIRST_TEXT_ID + 1, "budget": 0}
-    for name, low in smallest.items():
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < low:
-            parser.error(f"`--{name.replace('_', '-')}` is {value}; expected no number below {low}")
+    check(parser, args, smallest, "json")
     args.steps = {name: args.steps or (2 if args.quick else usual) for name, usual in (("default", 16), ("large", 3))}
     for name in ("attn_implementation", "experts_implementation"):
         given = getattr(args, name) or [None]
@@ -269,8 +265,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("`--experts-implementation` is 'dense_mm', which only ours has; expected e.g. dense_mm grouped_mm")
     if args.attn_implementation[1] == "eager" and args.only != "large":
         parser.error("`--attn-implementation` is 'eager', with which transformers fails on padding; expected it with --only large")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"`--json` is {args.json!r}; expected a file in a folder that exists")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("`--device` is 'cuda', and torch finds no CUDA device; expected cpu")
     args.prompts = {}

@@ -23,11 +23,11 @@ import gc
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import transformers
 
+import measure
 from measure import FIRST_TEXT_ID, fixed_steps, heading, is_out_of_memory, machine, markdown, now, number, peak_mib, say, timed_call, turns
 from modeling_diffusiongemma.console.device_report import device_table, prove_all
 from random_model import build, bytes_per_pass, experts_hit, full_size_config, share
@@ -148,16 +148,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in (SHRUNK if args.shrink else FULL).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    for name, low in (("batch", 1), ("prompt", 1), ("new_tokens", 1), ("steps", 2), ("rounds", 1)):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) < low:
-            parser.error(f"`--{name.replace('_', '-')}` is {value}; expected no number below {low}")
+    measure.check(parser, args, {"batch": 1, "prompt": 1, "new_tokens": 1, "steps": 2, "rounds": 1}, "trace")
     args.config = full_size_config(args.shrink)
     args.canvas_length = args.config.canvas_length
     if args.new_tokens % args.canvas_length:
         parser.error(f"`--new-tokens` is {args.new_tokens}; expected a multiple of the canvas, {args.canvas_length}")
-    if args.trace and not Path(args.trace).resolve().parent.is_dir():
-        parser.error(f"`--trace` is {args.trace!r}; expected a file in a folder that exists")
     return args
 
 

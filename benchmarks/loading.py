@@ -25,12 +25,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from measure import heading, machine
+from measure import SIDES, heading, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-SIDES = ("ours", "transformers")
 MEASURES = {"load": "load, seconds", "load_and_read": "load and read, seconds", "peak_mib": "peak memory above the imports, MiB"}
 
 

@@ -11,6 +11,7 @@ Run as a program this file is one implementation's process (`Worker` starts it),
 package. It answers requests, a line of JSON each; see `serve`.
 """
 
+import argparse
 import contextlib
 import ctypes
 import functools
@@ -360,6 +361,23 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a share, of 95 %."""
     middle, width = right / count + z * z / (2 * count), z * math.sqrt(right * (count - right) / count**3 + z * z / (4 * count * count))
     return tuple(max(0.0, min(1.0, (middle + sign * width) / (1 + z * z / count))) for sign in (-1, 1))
+
+
+def compared(ours_and_theirs: list[list[float]], missing: list[str], ratio: dict[str, float] | None) -> str:
+    """A field of a table, `ours : transformers`: the medians, or why there is none, and the `ratios` where there are any."""
+    texts = [number(statistics.median(found)) if found else why for found, why in zip(ours_and_theirs, missing, strict=True)]
+    return " : ".join(texts) + ("" if ratio is None else "<br>**{median:.2f}x** ({min:.2f} to {max:.2f})".format(**ratio))
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, lowest: dict[str, int], *files: str) -> None:
+    """Ends the program where an argument, or one of its numbers, is below what it must be, or a file could not be written in the end."""
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < low:
+            parser.error(f"`--{name.replace('_', '-')}` is {value}; expected no number below {low}")
+    for name in files:
+        if (file := getattr(args, name)) and not Path(file).resolve().parent.is_dir():
+            parser.error(f"`--{name}` is {file!r}; expected a file in a folder that exists")
 
 
 def number(value: float) -> str:

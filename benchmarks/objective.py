@@ -65,9 +65,7 @@ def best(model, ways: dict, rounds: int) -> dict[str, list[float]]:
 def canvases(rounds: int, less: int) -> str:
     """Prompts of 128 tokens, responses of 1,024: eight canvases of 128."""
     model = build(640, 192, 6, 128 // less)
-    pairs = [
-        ([5] * 128, torch.randint(128, 640, (1024 // less,), generator=torch.Generator().manual_seed(row)).tolist()) for row in range(2)
-    ]
+    pairs = [([5] * 128, random_ids(1024 // less, row, 640)) for row in range(2)]
     batch = dict(BlockDiffusionCollator(pad_token_id=0)(pairs))
     found = best(model, {way: (batch, {"canvases": way, "keep_logits": False}) for way in ("one", "all")}, rounds)
     rows = [[way, count, f"{seconds:.2f}", f"{seconds / count:.3f}", f"{peak:.0f}"] for way, (seconds, peak, count) in found.items()]
@@ -94,9 +92,7 @@ def packing(rounds: int, less: int) -> str:
 def head(rounds: int, less: int) -> str:
     """Two responses of 512 tokens at 262,144 ids on a small backbone, so that the head is what is measured."""
     model = build(2**18 // less, 64, 1, 256)
-    pairs = [
-        ([5] * 8, torch.randint(128, 2**18 // less, (512,), generator=torch.Generator().manual_seed(row)).tolist()) for row in range(2)
-    ]
+    pairs = [([5] * 8, random_ids(512, row, 2**18 // less)) for row in range(2)]
     batch = dict(BlockDiffusionCollator(pad_token_id=0)(pairs))
     found = best(
         model, {name: (batch, {"keep_logits": kept}) for name, kept in (("whole logits of the canvases", True), ("pieces", False))}, rounds

@@ -23,12 +23,13 @@ import transformers
 from measure import (
     FIRST_TEXT_ID,
     SIDES,
+    check,
+    compared,
     fixed_steps,
     fresh_workers,
     heading,
     machine,
     markdown,
-    number,
     random_checkpoint,
     random_prompts,
     ratios,
@@ -99,8 +100,7 @@ def table(results: list[dict]) -> str:
         for measure in MEASURES:
             both = [values(result, side, measure) for side in SIDES]
             ratio = ratios([tuple(taken[side][measure] for side in SIDES) for taken in result["rounds"] if len(taken) == 2], False)
-            texts = [number(statistics.median(found)) if found else "out of memory" for found in both]
-            cells.append(" : ".join(texts) + ("" if ratio is None else "<br>**{median:.2f}x** ({min:.2f} to {max:.2f})".format(**ratio)))
+            cells.append(compared(both, ["out of memory"] * 2, ratio))
         rows.append([*result["point"].values(), len(result["rounds"]), *cells])
     header = [*result["point"], "rounds", *MEASURES.values()]
     return "Each field: ours : transformers, and by how much ours is better (median, lowest and highest pair).\n\n" + markdown(header, rows)
@@ -172,12 +172,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     quick = {"context": [16, 64], "batch": [1], "canvases": [1, 2]}
     for axis, title in AXES.items():
         usual, fast = (" ".join(map(str, chosen[axis])) for chosen in (full, quick))
-        add(
-            f"--{axis}",
-            type=int,
-            nargs="+",
-            help=f"{title}; the first is used along the other axes (default: {usual}; {fast} with --quick)",
-        )
+        told = f"{title}; the first is used along the other axes (default: {usual}; {fast} with --quick)"
+        add(f"--{axis}", type=int, nargs="+", help=told)
     add("--vocab-size", type=int, help="(default: 16384; 1024 with --quick)")
     add("--steps", type=int, help="fixed denoising steps of a canvas (default: 3; 2 with --quick)")
     add("--rounds", type=int, help="(default: 3; 1 with --quick)")
@@ -193,14 +189,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, (usual, fast) in numbers.items():
         if getattr(args, name) is None:
             setattr(args, name, fast if args.quick else usual)
-    smallest = {"vocab_size": FIRST_TEXT_ID + 1, "steps": 2}
-    for name in (*numbers, "threads"):
-        value, low = getattr(args, name), smallest.get(name, 1)
-        if value is not None and min(value if isinstance(value, list) else [value]) < low:
-            parser.error(f"`--{name.replace('_', '-')}` is {value}; expected no number below {low}")
-    for name in ("json", "plot"):
-        if getattr(args, name) and not Path(getattr(args, name)).resolve().parent.is_dir():
-            parser.error(f"`--{name}` is {getattr(args, name)!r}; expected a file in a folder that exists")
+    lowest = dict.fromkeys((*numbers, "threads"), 1) | {"vocab_size": FIRST_TEXT_ID + 1, "steps": 2}
+    check(parser, args, lowest, "json", "plot")
     if args.draw and not Path(args.draw).is_file():
         parser.error(f"`--draw` is {args.draw!r}; expected a file that --json wrote")
     if args.draw and args.no_plot:

@@ -107,59 +107,89 @@ def save(out: Path, recipe, model, optimizer, step: int, rng: random.Random, sec
         torch.save(state, fresh / "state.pt")
 
 
+def load(args: argparse.Namespace, recipe, checkpoint: Path) -> tuple[DiffusionGemmaForMaskedBlockLM, dict | None]:
+    """The model, and where its training stood: as the last run left them in `checkpoint`, or what a new one begins with, and None."""
+    finish(checkpoint)
+    if (checkpoint / "state.pt").is_file():
+        model = DiffusionGemmaForMaskedBlockLM.from_pretrained(checkpoint, dtype=torch.float32)
+        return model, torch.load(checkpoint / "state.pt", weights_only=False)
+    start = args.init or (recipe.start and default_checkpoint(recipe.start))
+    if start and (args.hidden_size or args.layers):
+        raise ValueError(f"`--hidden-size` or `--layers` is given, and training begins with the weights of {start}; expected neither")
+    if not start:
+        sizes = {key: getattr(args, key) or default for key, default in recipe.defaults.items() if key != "batch_size"}
+        model = DiffusionGemmaForMaskedBlockLM(recipe.config(**sizes))
+        model.generation_config.update(**recipe.generation_config())
+        return model, None
+    model = DiffusionGemmaForMaskedBlockLM.from_pretrained(start, dtype=torch.float32, **recipe.overrides)
+    if len(recipe.tokenizer) > model.config.text_config.vocab_size:
+        model.resize_token_embeddings(len(recipe.tokenizer))
+    return model, None
+
+
+def prepare(model: DiffusionGemmaForMaskedBlockLM, args: argparse.Namespace) -> None:
+    """Measured on CPU for models of this size: every expert as two plain products, attention as batched products."""
+    model.to(args.device).train()
+    model.set_experts_implementation("dense_mm")
+    model.set_attn_implementation("eager")
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # every shape, with and without gradient, is a graph of its own
+        for layer in model.model.decoder.layers:
+            layer.compile(dynamic=False)
+
+
+class Log:
+    """Means of the losses since the last entry, by what was learned; `entries` are those of runs before, too."""
+
+    def __init__(self, entries: list[dict], seconds: float):
+        self.entries, self.before, self.started = entries, seconds, time.time()
+        self.examples, self.sums = 0, {}
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.time() - self.started
+
+    def add(self, examples: int, losses: dict[str, torch.Tensor]) -> None:
+        self.examples += examples
+        for name, loss in losses.items():
+            self.sums.setdefault(name, []).append(loss.item())
+
+    def write(self, step: int) -> None:
+        rate = self.examples / (time.time() - self.started)
+        entry = {"step": step, "seconds": round(self.seconds), "examples/s": round(rate, 1)}
+        entry |= {name: round(sum(values) / len(values), 4) for name, values in sorted(self.sums.items())}
+        self.entries.append(entry)
+        self.sums = {}
+        tqdm.write(json.dumps(entry))
+        sys.stdout.flush()
+
+
 def train(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.data is not None and not RECIPES[args.recipe].takes_data:
         raise ValueError(f"`--data` is {args.data!r} for the recipe {args.recipe!r}, which draws its own; expected it unset")
-    recipe = RECIPES[args.recipe](args.data)
-    out = Path(args.out)
+    recipe, out, device = RECIPES[args.recipe](args.data), Path(args.out), args.device
     out.mkdir(parents=True, exist_ok=True)
-    sizes = {key: getattr(args, key) or default for key, default in recipe.defaults.items()}
-    batch_size, device = sizes.pop("batch_size"), args.device
     torch.manual_seed(args.seed)
-    rng, step, seconds, log = random.Random(args.seed), 0, 0.0, []
-    state = None
-    finish(out / "checkpoint")
-    if (out / "checkpoint" / "state.pt").is_file():
-        model = DiffusionGemmaForMaskedBlockLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
-        state = torch.load(out / "checkpoint" / "state.pt", weights_only=False)
-        print(f"continuing {out} at step {state['step']}", flush=True)
-    else:
-        start = args.init or (recipe.start and default_checkpoint(recipe.start))
-        if start and (args.hidden_size or args.layers):
-            raise ValueError(f"`--hidden-size` or `--layers` is given, and training begins with the weights of {start}; expected neither")
-        if start:
-            model = DiffusionGemmaForMaskedBlockLM.from_pretrained(start, dtype=torch.float32, **recipe.overrides)
-            if len(recipe.tokenizer) > model.config.text_config.vocab_size:
-                model.resize_token_embeddings(len(recipe.tokenizer))
-        else:
-            model = DiffusionGemmaForMaskedBlockLM(recipe.config(**sizes))
-            model.generation_config.update(**recipe.generation_config())
-    model.to(device)
-    # Measured on CPU for models of this size: every expert as two plain products, attention as batched products.
-    model.set_experts_implementation("dense_mm")
-    model.set_attn_implementation("eager")
-    optimizer = Optimizers(model, args.lr, args.muon)
+    rng, step = random.Random(args.seed), 0
+    model, state = load(args, recipe, out / "checkpoint")
+    prepare(model, args)
+    optimizer, log = Optimizers(model, args.lr, args.muon), Log([], 0.0)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds, log = state["step"], state["seconds"], state["log"]
+        step, log = state["step"], Log(state["log"], state["seconds"])
         rng.setstate(state["rng"])
         torch.set_rng_state(state["torch_rng"])
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # every shape, with and without gradient, is a graph of its own
-        for layer in model.model.decoder.layers:
-            layer.compile(dynamic=False)
+        print(f"continuing {out} at step {step}", flush=True)
+    batch_size = args.batch_size or recipe.defaults["batch_size"]
     print(f"{recipe.name}: {model.num_parameters():,} parameters, {args.steps} steps of {batch_size} on {device}", flush=True)
 
     def draw(count: int) -> tuple[dict[str, torch.Tensor], dict]:
         batch, options = recipe.batch(rng, count, step / args.steps)
         return {key: value.to(device) for key, value in batch.items()}, options
 
-    model.train()
-    rollout, (rollouts_from, rollout_share) = Rollout(model, batch_size), recipe.rollouts or (1.0, 0.0)
-    examples, started, saved = 0, time.time(), time.time()
-    sums: dict[str, list[float]] = {}
+    rollout, (rollouts_from, rollout_share), saved = Rollout(model, batch_size), recipe.rollouts or (1.0, 0.0), time.time()
     if args.compile and step < args.steps:
         print("compiling the layers: the first steps take minutes (--no-compile: none, and slower steps)", file=sys.stderr, flush=True)
     bar = progress(args.steps, "step", "training", initial=step)
@@ -173,7 +203,6 @@ def train(args: argparse.Namespace) -> None:
             batch, options = draw(batch_size)
             # Self-conditioning on half of the batches rather than of the rows: the same share, half of the extra passes.
             canvas = {"self_conditioning_mask": torch.full((len(batch["input_ids"]),), rng.random() < 0.5, device=device)}
-        rows = len(batch["input_ids"])
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.bf16):
             losses = block_diffusion_loss(model, **batch, **canvas, **options, keep_logits=rolled)
             loss = losses.diffusion + (losses.causal if options["causal"] else 0)
@@ -182,23 +211,15 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step(args.lr * learning_rate(step, args.steps, args.warmup))
         if rolled:
             rollout.advance(losses.logits)
-        step, examples = step + 1, examples + rows
-        sums.setdefault("rollout" if rolled else f"canvas {options['canvas_length']}, {batch['input_ids'].shape[1]}", []).append(
-            losses.diffusion.item()
-        )
-        if options["causal"]:
-            sums.setdefault("causal", []).append(losses.causal.item())
+        step += 1
+        rows, length = batch["input_ids"].shape
+        learned = {"rollout" if rolled else f"canvas {options['canvas_length']}, {length}": losses.diffusion}
+        log.add(rows, learned | ({"causal": losses.causal} if options["causal"] else {}))
         bar.update()
         if step % args.log_every == 0 or step == args.steps:
-            spent = seconds + time.time() - started
-            entry = {"step": step, "seconds": round(spent), "examples/s": round(examples / (time.time() - started), 1)}
-            entry |= {name: round(sum(values) / len(values), 4) for name, values in sorted(sums.items())}
-            log.append(entry)
-            tqdm.write(json.dumps(entry))
-            sys.stdout.flush()
-            sums = {}
+            log.write(step)
         if time.time() - saved > args.save_every or step == args.steps:
-            save(out, recipe, model, optimizer, step, rng, seconds + time.time() - started, log)
+            save(out, recipe, model, optimizer, step, rng, log.seconds, log.entries)
             saved = time.time()
     bar.close()
 

@@ -207,7 +207,7 @@ def _watchers(value: Any) -> list:
     """A list, also of one. What is derived from `watch.watcher.Watcher` has all of this."""
 
     def read(one: Any) -> Any:
-        _demand(hasattr(one, "wants_logits") and hasattr(one, "candidates"))
+        _demand(all(hasattr(one, name) for name in ("wants_logits", "candidates", "needs_steps", "needs_possible")))
         return _with_methods("begin", "start", "step", "commit", "end")(one)
 
     watchers = _one_or_more(read, value)

@@ -11,9 +11,9 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import reads_arguments, shown
-from .cache_names import FIELD, takes_cache
+from .cache_names import takes_cache
 from .call.caches import make_cache
-from .call.configuration import DiffusionGenerationConfig
+from .call.configuration import DOWNLOAD, DiffusionGenerationConfig
 from .call.constrained import bind, compile_languages
 from .call.plan import Plan, make_plan
 from .call.progress import Progress
@@ -51,15 +51,15 @@ def start_rows(
     progress: Progress | None,
 ) -> Rows:  # fmt: skip
     """All rows of the batch, nothing being written yet; with the caller's cache, or one of their own."""
-    cache, copies, device = prompt.cache, config.num_return_sequences or 1, prompt.real.device
+    cache, copies, device, reference = prompt.cache, prompt.copies, prompt.real.device, config.backend == "reference"
     if config.decoding == "diffusion" and cache is None:
         cache = make_cache(config, model_config.get_text_config(), plan.lengths.cache, device)
-    if config.backend == "reference":
+    if reference:
         draws = BatchDraws(generator)
     else:
         draws = row_draws(seed, generator, len(prompt.ids) // copies, copies, fixed=plan.rules.greedy)
     places = torch.arange(len(prompt.ids), device=device)
-    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint, progress)
+    return Rows(places, cache, prompt.real, prompt.ids, 0, draws, plan.rules.shaping.filters, constraint, progress, reference)
 
 
 @contextlib.contextmanager
@@ -95,21 +95,14 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
     not_called: Mapping[str, str] = {}
 
     def adjust_generation_fn(
-        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, cache_dir, force_download,
-        proxies, local_files_only, token, revision, subfolder, trust_remote_code, **kwargs,
-    ) -> None:  # fmt: skip
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, trust_remote_code=None, **kwargs
+    ) -> None:
         """Called by `from_pretrained`: takes the given generation config, or reads the checkpoint's generation_config.json."""
-        self._load_generation_config(
-            generation_config, pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download, proxies=proxies,
-            local_files_only=local_files_only, token=token, revision=revision, subfolder=subfolder,
-            _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs,
-        )  # fmt: skip
+        come_from = {"_from_auto": from_auto_class, "_from_pipeline": from_pipeline}
+        self._load_generation_config(generation_config, pretrained_model_name_or_path, **come_from, **kwargs)
         if self.generation_config.temperature is None:
             self.generation_config.temperature = 1.0  # or a pipeline's own default of 0.7 would scale the released schedule
-        self.load_decisions(
-            pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download, proxies=proxies,
-            local_files_only=local_files_only, token=token, revision=revision, subfolder=subfolder,
-        )  # fmt: skip
+        self.load_decisions(pretrained_model_name_or_path, **{name: kwargs[name] for name in DOWNLOAD if name in kwargs})
 
     def _load_generation_config(self, generation_config: GenerationConfig | None, name, **kwargs) -> None:
         if generation_config is not None:
@@ -215,14 +208,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
             ValueError: an argument that is unknown, out of range, or not honoured, by name; virtual tokens of peft; NaN logits; what a
                 callback, sampler or stopping rule of the caller's returns, if it does not fit.
         """
-        given = {
-            "inputs": inputs, "input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "cache": cache,
-            "decoder_input_ids": decoder_input_ids, "first_step": first_step, "seed": seed, "generator": generator, "streamer": streamer,
-            "watcher": watcher, "constraint": constraint, "tokenizer": tokenizer, "pixel_values": pixel_values,
-            "image_position_ids": image_position_ids, "mm_token_type_ids": mm_token_type_ids,
-            "self_conditioning_logits": self_conditioning_logits, "stopping": stopping, "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-        }  # fmt: skip
+        given = dict(locals())  # the arguments, by their names
         # 1. Read.
         check_contract(self, [name for name in IMAGES if given[name] is not None])
         stopping = resolve_stopping(stopping, kwargs)
@@ -230,18 +216,15 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         check_arguments(self, config, given)
         prompt = read_prompt(self, config, given)
         criteria = Criteria.of(stopping_criteria, config, len(prompt.ids))
-        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, streamer, watcher)
-        watchers = gather_watchers(self, config.max_denoising_steps, *told)
+        watchers = gather_watchers(self, config.max_denoising_steps, given)
         # 2. Plan.
-        automata, copies = [None], config.num_return_sequences or 1
-        if constraint is not None and not is_constraint(constraint):
-            size = self.config.get_text_config().vocab_size
-            automata, constraint = compile_languages(constraint, tokenizer, len(prompt.ids) // copies, copies, size), None
+        seeing = constraint if is_constraint(constraint) else None  # predictions; and not what the text must be
+        language, size = constraint if seeing is None else None, self.config.get_text_config().vocab_size
+        automata = compile_languages(language, tokenizer, len(prompt.ids) // prompt.copies, prompt.copies, size)
         new_tokens = allowed_tokens(config, use_max_length, prompt.real.shape[1])
         counted = bool(criteria.of_callers())
-        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, constraint, stopping, counted)
-        progress = bind(automata, plan, prompt.real.device)
-        rows = start_rows(config, plan, prompt, self.config, seed, generator, constraint, progress)
+        plan = make_plan(self, config, prompt, new_tokens, logits_processor, watchers, seeing, stopping, counted)
+        rows = start_rows(config, plan, prompt, self.config, seed, generator, seeing, bind(automata, plan, prompt.real.device))
         # 3. Decode.
         transcript = Transcript(plan, prompt.ids, config.stop_strings, tokenizer, criteria, watchers)
         with arithmetic(self, config):
@@ -249,19 +232,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
         for each in watchers:
             each.end()
         # 4. Collect.
-        if not config.return_dict_in_generate:
-            return transcript.sequences()
-        return DiffusionGenerationOutput(
-            sequences=transcript.sequences(),
-            lengths=transcript.lengths,
-            finish_reasons=transcript.finish_reasons(),
-            tokens_per_forward=transcript.lengths.float() / transcript.passes.clamp(min=1),
-            denoising_steps=transcript.passes,
-            canvas_steps=torch.stack(transcript.canvas_passes, dim=1) if transcript.canvas_passes else None,
-            **{FIELD: cache},
-            scores=transcript.scores() if config.output_scores else None,
-            logits=transcript.logits(),
-        )
+        return transcript.output(cache) if config.return_dict_in_generate else transcript.sequences()
 
     def fill(self, template: str | Template, tokenizer, prompt: str | Sequence[dict[str, Any]] | None = None, **settings) -> Filled:
         """Fills in the blanks of a text, each from what stands on both of its sides.

@@ -126,9 +126,9 @@ def likelihood(model, before: torch.Tensor, canvases: torch.Tensor) -> torch.Ten
         model.check_prompt(input_ids=before, attention_mask=rows.real, cache=None)
     with passes_in_step(model):
         for canvas in canvases[:, None]:
-            hidden = rows.prefill(model, {"input_ids": new}, new.shape[1], False, last_states=1)
+            hidden = rows.prefill(model, {"input_ids": new}, new.shape[1], last_states=1)
             soft_embeds = hidden.new_zeros((*canvas.shape, hidden.shape[-1]))
-            states = model.denoise(canvas, soft_embeds=soft_embeds, view=rows.view(model, canvas.shape[1], False, 0)).last_hidden_state
+            states = model.denoise(canvas, soft_embeds=soft_embeds, view=rows.view(model, canvas.shape[1])).last_hidden_state
             if not hasattr(model, "vocabulary_head") or model.why_dense(states.device) is not None:
                 prediction = dense_prediction(model.compute_logits(states), rows.draws, True, canvas)
             else:

@@ -31,6 +31,7 @@ from servers import client_of, served  # noqa: E402
 from small_models import small_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from generation.fast.proofs import verdict  # noqa: E402
 from modeling_diffusiongemma import default_checkpoint  # noqa: E402
 
 # How many threads share a sum changes its last bit, and a random model denoising a canvas makes ten times more of it each step.
@@ -90,6 +91,21 @@ def oracle_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("oracle")
     tiny.build_oracle().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def nothing_proven():
+    """Before and afterwards."""
+    verdict.cache_clear()
+    yield
+    verdict.cache_clear()
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """As on a GPU: flags late, steps recorded."""
+    monkeypatch.setattr("generation.call.plan.records", lambda device: True)
+    monkeypatch.setattr("generation.call.plan.reads_late", lambda device: True)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import random
-import warnings
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from modeling_diffusiongemma.model import adapters
 from modeling_diffusiongemma.model.adapters import save_for_two_stacks
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of tied weights, of which the tests are about
 
 BOTH = r"model\.(encoder\.language_model|decoder)\.layers.*(q_proj|o_proj)"
 CANVAS = r"model\.decoder\.layers.*(q_proj|o_proj)"
@@ -42,13 +42,6 @@ ELSEWHERE = {
     "other modules in each": {"target_modules": rf"{PROMPT}|model\.decoder\.layers.*q_proj"},
     "prompt alone": {"target_modules": PROMPT},
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import CANVAS, PAD, VOCAB, prompts, small_model
+from test_steps import with_entropy
 
 from generation import AnyOf, DiffusionGenerationConfig, Never, Regex, Settled, StableAndConfident, Watcher
 from generation.call.processors import build_shaping
@@ -18,12 +19,6 @@ from generation.rules.draws import BatchDraws
 from generation.rules.prediction import Prediction, dense_prediction, narrowed
 from generation.rules.samplers import SAMPLERS, EntropyBoundSampler
 from generation.vocabulary.walk import VocabularyHead, streamed_prediction
-
-
-def with_entropy(entropy):
-    """A prediction of which only the entropy matters."""
-    return Prediction(*[torch.zeros_like(entropy).long()] * 2, entropy, torch.zeros_like(entropy))
-
 
 # The joint entropy
 

@@ -1,7 +1,6 @@
 """Experts in 4 bits through bitsandbytes."""
 
 import copy
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import prompts, small_model
-from tiny import ours, tokens
+from tiny import needs_bitsandbytes, ours, tokens
 from transformers import AutoModel, AutoModelForCausalLM, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
 
 from modeling_diffusiongemma import FourBitConfig, FP8Config, drop_in
@@ -19,7 +18,6 @@ from modeling_diffusiongemma.layers.experts import Experts, choose_experts, eage
 from modeling_diffusiongemma.weights import four_bit_experts
 from modeling_diffusiongemma.weights.four_bit_experts import BLOCK_SIZES, FourBitExperts, kernels
 
-needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 PLACES = ("gate_up_proj", "down_proj")
 
 

@@ -158,13 +158,6 @@ def test_compiled_product_has_the_numbers_of_the_table():
     assert torch.equal(got, expected)
 
 
-@pytest.fixture
-def nothing_proven():
-    verdict.cache_clear()
-    yield
-    verdict.cache_clear()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_table_that_lies_is_not_used(told, monkeypatch, nothing_proven, dtype):
     """One entry of 65,536 with another bit."""

@@ -10,12 +10,14 @@ import re
 import pytest
 import torch
 from small_models import small_model
+from transformers import TextStreamer
 
-from generation import CanvasStreamer, Choice, Pins, Regex, StepEvent, Template, Watcher, stream_events
+from generation import CanvasStreamer, Choice, Pins, Regex, StepEvent, Template, Watcher, stream_events, stream_text
 from generation.call.progress import count_possible, start_progress
 from generation.constraints.automaton import closed
 from generation.constraints.compiled import compile_constraint
 from generation.constraints.freedom import possible_ids
+from generation.loop import canvas
 
 ENDS, PAD = [1, 106, 50], 0
 SETTINGS = {"max_denoising_steps": 3, "eos_token_id": ENDS, "pad_token_id": PAD, "max_new_tokens": 40}
@@ -96,6 +98,8 @@ def test_rows_count_for_themselves(tokenizer):
 
 
 class Seen(Watcher):
+    needs_possible = True
+
     def __init__(self):
         self.states = []
 
@@ -108,15 +112,29 @@ def test_watchers_see_it_wherever_a_row_has_a_constraint(model, tokenizer):
     seen, size = Seen(), model.config.get_text_config().vocab_size
     languages = [None, Choice(["yes", "no"]), None]
     model.generate(prompts(3), constraint=languages, tokenizer=tokenizer, watcher=seen, seed=[1, 2, 3], **SETTINGS)
-    assert len({canvas for canvas, _, _ in seen.states}) > 1
-    for canvas, places, state in seen.states:
-        if canvas == 0:
+    assert len({index for index, _, _ in seen.states}) > 1
+    for index, places, state in seen.states:
+        if index == 0:
             (possible,) = state.possible
             assert possible.shape == state.argmax.shape and possible.dtype == torch.int64
             for place, counts in zip(places, possible.tolist(), strict=True):
                 assert set(counts) == {size} if languages[place] is None else max(counts) < 10 and min(counts) >= 1
         else:
             assert state.possible == ()
+
+
+def test_nothing_is_counted_for_who_does_not_read_it(model, tokenizer, monkeypatch):
+    """A count was paid for at every step for any watcher, a server's streamer too."""
+    given = {"constraint": Regex(DATE), "tokenizer": tokenizer, **SETTINGS}
+    seen, told = Seen(), Seen()
+    told.needs_possible = False
+    model.generate(prompts(1), watcher=[told, seen], **given)
+    assert all(len(state.possible) == 1 for _, _, state in told.states), "one watcher asks for all"
+    monkeypatch.setattr(canvas, "count_possible", lambda *_: pytest.fail("nobody reads it"))
+    told.states.clear()
+    model.generate(prompts(1), watcher=told, streamer=TextStreamer(tokenizer), **given)
+    assert told.states and all(state.possible == () for _, _, state in told.states)
+    assert re.fullmatch(DATE, "".join(stream_text(model, input_ids=prompts(1), **given)))
 
 
 def test_without_a_constraint_there_is_none(model, tokenizer):

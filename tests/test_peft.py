@@ -1,12 +1,11 @@
 """Adapters as peft's users write them: `get_peft_model` and `add_adapter`, a loss and its gradients, generation, saving, merging."""
 
 import contextlib
-import importlib.util
-import warnings
 
 import pytest
 import torch
 from small_models import prompts, small_config, small_model
+from tiny import needs_bitsandbytes
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FourBitConfi
 from modeling_diffusiongemma.weights.fp8 import FP8Experts
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of tied weights, of which the tests are about
 
 CPU = torch.device("cpu")
 ATTENTION = r"model\.decoder\.layers.*(q_proj|o_proj)"
@@ -41,14 +41,6 @@ VIRTUAL = {
     "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "max_denoising_steps": 2, "eos_token_id": None, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """peft warns of tied weights, of which the tests are about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def built(seed=0, tied=True):
@@ -273,10 +265,7 @@ def test_inputs_prepared_by_a_subclass_are_refused():
 # Quantised base models
 
 
-QUANTIZED = [
-    pytest.param(FourBitConfig, marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")),
-    FP8Config,
-]
+QUANTIZED = [pytest.param(FourBitConfig, marks=needs_bitsandbytes), FP8Config]
 
 
 def load(small_checkpoint, kind, dtype=torch.float32):

@@ -1,13 +1,12 @@
 """Adapters of experts, one expert at a time: equal to peft's way, which writes out the stacked weight, on weights of every precision."""
 
 import copy
-import importlib.util
 import itertools
-import warnings
 
 import pytest
 import tiny
 import torch
+from tiny import needs_bitsandbytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,19 +18,12 @@ from modeling_diffusiongemma.weights.fp8 import FP8Experts, scale_name
 from modeling_diffusiongemma.weights.fp8_math import quantize_weight
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of tied weights, of which the tests are about
 
 NAMES = ("gate_up_proj", "down_proj")
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 COUNT, HIDDEN, SIZE = 9, 64, 48  # experts, whose stacked weights are 9 times as large as one of them
-needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 KINDS = ["plain", "FP8", pytest.param("4 bits", marks=needs_bitsandbytes)]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class Holder(nn.Module):

@@ -1,30 +1,21 @@
 """One adapter of attention, MLP and experts in a model of each precision: used by both passes, switched, stacked, merged, saved, and loaded
 into the models of the other precisions."""
 
-import importlib.util
-import warnings
-
 import pytest
 import torch
 from small_models import prompts, small_config
+from tiny import needs_bitsandbytes
 from transformers import AutoModelForCausalLM
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FourBitConfig, FP8Config, lora_targets
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of tied weights, of which the tests are about
 
-needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 KINDS = {"plain": lambda: None, "FP8": FP8Config, "4 bits": FourBitConfig}
 EVERY = ["plain", "FP8", pytest.param("4 bits", marks=needs_bitsandbytes)]
 FEW_BITS = EVERY[1:]
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "max_denoising_steps": 2, "eos_token_id": None, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def load(small_checkpoint, kind, dtype=torch.float32):

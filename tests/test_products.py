@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_vocabulary import case
 
-from generation.fast.proofs import difference, verdict
+from generation.fast.proofs import difference
 from generation.rules.draws import BatchDraws
 from generation.vocabulary import products
 from generation.vocabulary.products import ONEDNN, ONEDNN_PRODUCTS, PLAIN, choose_products, prefers_onednn
@@ -14,11 +14,7 @@ CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(ONEDNN_PRODUCTS.missing(CPU) is not None, reason="this torch carries no oneDNN")
 
 
-@pytest.fixture(autouse=True)
-def nothing_proven():
-    verdict.cache_clear()
-    yield
-    verdict.cache_clear()
+pytestmark = pytest.mark.usefixtures("nothing_proven")
 
 
 def on_a_cpu(monkeypatch, name):

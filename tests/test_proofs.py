@@ -31,11 +31,7 @@ from modeling_diffusiongemma.weights.fp8_math import (
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.fixture(autouse=True)
-def nothing_proven():
-    verdict.cache_clear()
-    yield
-    verdict.cache_clear()
+pytestmark = pytest.mark.usefixtures("nothing_proven")
 
 
 def needs_interpreter() -> str | None:

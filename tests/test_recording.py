@@ -41,13 +41,6 @@ def model():
     return built
 
 
-@pytest.fixture
-def records(monkeypatch):
-    """As on a GPU: flags late, steps recorded."""
-    monkeypatch.setattr("generation.call.plan.records", lambda device: True)
-    monkeypatch.setattr("generation.call.plan.reads_late", lambda device: True)
-
-
 @pytest.mark.parametrize(
     "settings",
     [

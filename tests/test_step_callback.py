@@ -43,13 +43,6 @@ def text():
     return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
-@pytest.fixture
-def records(monkeypatch):
-    """As on a GPU: flags late, steps recorded."""
-    monkeypatch.setattr("generation.call.plan.records", lambda device: True)
-    monkeypatch.setattr("generation.call.plan.reads_late", lambda device: True)
-
-
 def run(model, callback, rows=1, **settings):
     ids, mask = prompts(rows, 9)
     common = {name: value for name, value in SETTINGS.items() if "stopping" not in settings or name != "confidence_threshold"}

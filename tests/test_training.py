@@ -10,20 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import PAD, VOCAB, small_model
+from train_and_be_killed import examples, losses
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_diffusiongemma import BlockDiffusionCollator, DiffusionGemmaForMaskedBlockLM
 
 ROOT = Path(__file__).parents[1]
 IGNORED = -100
-
-
-def examples(count=8, seed=0):
-    """Prompts of 3 to 6 tokens and responses of 4 to 14: one canvas or two."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 11, (count,), generator=generator).tolist()
-    drawn = torch.randint(5, 90, (count, 20), generator=generator).tolist()
-    return [{"prompt": row[: 3 + n % 4], "response": row[6 : 10 + n]} for row, n in zip(drawn, lengths, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +124,6 @@ def trainer(model, folder, steps):
     )  # fmt: skip
     data = datasets.Dataset.from_list(examples())
     return Trainer(model=model, args=arguments, data_collator=BlockDiffusionCollator(pad_token_id=PAD), train_dataset=data)
-
-
-def losses(run):
-    return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
 
 
 def test_trainer_trains_logs_saves_and_resumes(tmp_path):

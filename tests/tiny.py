@@ -5,6 +5,7 @@ passes' layer scalars are all random, so that mixing any two of them up shows.
 """
 
 import functools
+import importlib.util
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ needs_flex_attention = pytest.mark.skipif(
     not shutil.which("g++") or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
     reason="flex_attention on a CPU is compiled: needs a C++ compiler and AVX2",
 )
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 LAYERS = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": len(LAYERS), "layer_types": list(LAYERS),

@@ -315,4 +315,4 @@ def _replace(path: Path, fields: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-__all__ = ["DIFFUSION_FIELDS", "HONOURED", "NEUTRAL", "PRESETS", "RELEASED_DEFAULTS", "DiffusionGenerationConfig"]
+__all__ = ["DIFFUSION_FIELDS", "DOWNLOAD", "HONOURED", "NEUTRAL", "PRESETS", "RELEASED_DEFAULTS", "DiffusionGenerationConfig"]

@@ -69,15 +69,13 @@ class Rules:
 @dataclass(frozen=True)
 class Execution:
     """How it is run. `why_dense`: what needs whole logits, None where the vocabulary is walked in pieces. `wanted`: what predictions
-    hold. `compact`: let finished rows leave the batch. `count_padding`: positions count padding, as transformers' do. `keep_scores` and
-    `keep_logits`: hand out scores and logits of what is committed; a canvas has its scores in any case. `late_flags`: look one step
-    late at which rows are finished, so that the device never waits for the host. `record`: record the denoising step once and replay
-    it. `deadline`: seconds on `time.perf_counter`."""
+    hold. `compact`: let finished rows leave the batch. `keep_scores` and `keep_logits`: hand out scores and logits of what is committed; a
+    canvas has its scores in any case. `late_flags`: look one step late at which rows are finished, so that the device never waits for the
+    host. `record`: record the denoising step once and replay it. `deadline`: seconds on `time.perf_counter`."""
 
     why_dense: str | None
     wanted: Wanted
     compact: bool
-    count_padding: bool
     keep_scores: bool
     keep_logits: bool
     late_flags: bool
@@ -229,7 +227,6 @@ def make_plan(
             why_dense=why,
             wanted=Wanted(candidates_of(watchers)) if constraint is None else constraint.wanted,
             compact=not reference and not stays,
-            count_padding=reference,
             keep_scores=bool(config.output_scores),
             keep_logits=bool(config.output_logits),
             late_flags=reads_late(device),

@@ -27,6 +27,7 @@ class Prompt:
         canvases: what the first canvases begin with, int64 (B, C) each; those behind them are noise.
         first_steps: of each of these the step from which it is denoised; the number of steps there are for one that stands as it is.
         soft_embeds: what conditions the first step of the first canvas, `(B, C, D)`, or None.
+        copies: how many rows, side by side, each prompt has.
     """
 
     ids: torch.Tensor
@@ -36,6 +37,7 @@ class Prompt:
     canvases: tuple[torch.Tensor, ...] = ()
     first_steps: tuple[int, ...] = ()
     soft_embeds: torch.Tensor | None = None
+    copies: int = 1
 
     def repeat(self, copies: int) -> "Prompt":
         """Every row `copies` times, side by side (`num_return_sequences`)."""
@@ -47,7 +49,7 @@ class Prompt:
 
         return replace(
             self, ids=repeated(self.ids), real=repeated(self.real), inputs={name: repeated(value) for name, value in self.inputs.items()},
-            canvases=tuple(map(repeated, self.canvases)), soft_embeds=repeated(self.soft_embeds),
+            canvases=tuple(map(repeated, self.canvases)), soft_embeds=repeated(self.soft_embeds), copies=copies,
         )  # fmt: skip
 
     def canvas(self, index: int) -> tuple[torch.Tensor | None, int]:
@@ -82,7 +84,7 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
         real = check_prompt("inputs_embeds", embeds, mask, seen)
         ids = torch.zeros((embeds.shape[0], 0), dtype=torch.int64, device=embeds.device)
         inputs = {"inputs_embeds": embeds, **inputs}
-    copies, soft_embeds, canvases, first_steps = config.num_return_sequences or 1, None, (), given["first_step"] or 0
+    soft_embeds, canvases, first_steps = None, (), given["first_step"] or 0
     shape = (len(ids), config.canvas_length or model.config.canvas_length)
     if given["decoder_input_ids"] is not None:
         canvases = split_canvases(given["decoder_input_ids"], shape, text_config.vocab_size)
@@ -91,7 +93,7 @@ def read_prompt(model, config: DiffusionGenerationConfig, given: Mapping[str, to
         raise ValueError(f"`first_step` is {first_steps}; expected one for each of the {len(canvases)} canvases of `decoder_input_ids`")
     if given["self_conditioning_logits"] is not None:
         soft_embeds = embed_conditioning(model, given["self_conditioning_logits"], (*shape, text_config.vocab_size))
-    prompt = Prompt(ids, real, inputs, cache, canvases, tuple(first_steps), soft_embeds).repeat(copies)
+    prompt = Prompt(ids, real, inputs, cache, canvases, tuple(first_steps), soft_embeds).repeat(config.num_return_sequences or 1)
     if hasattr(model, "check_prompt"):
         model.check_prompt(**prompt.inputs, attention_mask=prompt.real, cache=cache)
     return prompt

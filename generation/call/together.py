@@ -77,7 +77,7 @@ def check_arguments(model, config, given: Mapping[str, Any]) -> None:
     if config.decoding == "autoregressive" and of_steps:
         raise ValueError(f"`decoding` is 'autoregressive', which has no steps; expected another with `{of_steps[0]}`")
     for watcher in given["watcher"] or ():
-        if config.decoding == "autoregressive" and getattr(watcher, "needs_steps", False):
+        if config.decoding == "autoregressive" and watcher.needs_steps:
             name = type(watcher).__name__
             raise ValueError(f"`watcher` is a {name}, and `decoding` is 'autoregressive', which has no denoising steps; expected another")
     if copies > 1 and (cache is not None or given["pixel_values"] is not None):

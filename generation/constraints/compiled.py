@@ -11,8 +11,10 @@ import sys
 import tempfile
 import unicodedata
 import weakref
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -55,7 +57,7 @@ def compile_constraint(language: Language, tokenizer: PreTrainedTokenizerBase, v
         raise ValueError(f"`constraint` is {language!r}; expected a Regex, JsonSchema, Choice, Template, ToolCalls or Pins")
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise ValueError(f"`vocab_size` is {vocab_size!r}; expected a positive integer")
-    known = _known(tokenizer, vocab_size)
+    known = kept_for(tokenizer, vocab_size, _Known)
     vocabulary = _marked(known.vocabulary, language, tokenizer) if isinstance(language, ToolCalls) else known.vocabulary
     if not cache:
         return _compile(language, vocabulary)
@@ -81,24 +83,26 @@ def cache_folder() -> Path:
 
 
 class _Known:
-    """What is kept for a tokenizer and a size of the vocabulary, for as long as the tokenizer lives."""
+    """What is kept for a tokenizer and a size of the vocabulary."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, writes: list[bytes | None], vocab_size: int) -> None:
+        self.vocabulary = make_vocabulary(writes).of_size(vocab_size)
         self.automata: dict[str, Automaton] = {}
 
 
 @functools.cache
 def _memory() -> weakref.WeakKeyDictionary:
-    """The one memo: by tokenizer, then by its number of ids, which adding tokens changes, and the size of the vocabulary."""
+    """The one memo: by tokenizer, then as `kept_for` has it."""
     return weakref.WeakKeyDictionary()
 
 
-def _known(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> _Known:
+def kept_for(tokenizer: PreTrainedTokenizerBase, vocab_size: int, make: Callable[[list[bytes | None], int], Any]) -> Any:
+    """What `make` makes of the bytes that each id writes (`token_bytes`) and of the size of the vocabulary: once, until the tokenizer gets
+    further ids, and kept as long as it lives."""
     of_tokenizer = _memory().setdefault(tokenizer, {})
-    key = (len(tokenizer), tuple(tokenizer.all_special_ids), vocab_size)
+    key = (make, len(tokenizer), tuple(tokenizer.all_special_ids), vocab_size)
     if key not in of_tokenizer:
-        of_tokenizer[key] = _Known(make_vocabulary(token_bytes(tokenizer)).of_size(vocab_size))
+        of_tokenizer[key] = make(token_bytes(tokenizer), vocab_size)
     return of_tokenizer[key]
 
 
@@ -207,4 +211,4 @@ def _write(path: Path, name: str, automaton: Automaton) -> None:
         logger.warning_once(f"Compiled constraints are not kept in {path.parent}, which {FOLDER} may name: {error}")
 
 
-__all__ = ["FOLDER", "MOST_EDGES", "cache_folder", "compile_constraint", "pinned"]
+__all__ = ["FOLDER", "MOST_EDGES", "cache_folder", "compile_constraint", "kept_for", "pinned"]

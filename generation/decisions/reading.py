@@ -109,7 +109,7 @@ def read_canvases(
     canvases = _noised(layouts, given, draws, device)
     with passes_in_step(model):
         if count:
-            hidden = rows.prefill(model, inputs, count, False, last_states=1)
+            hidden = rows.prefill(model, inputs, count, last_states=1)
     rows = rows.select(torch.zeros(len(canvases), dtype=torch.int64, device="cpu"))
     rows = rows.commit(last.expand(len(canvases), -1))
     if how.steps > 1:
@@ -117,7 +117,7 @@ def read_canvases(
     else:
         soft_embeds = hidden.new_zeros((*canvases.shape, hidden.shape[-1]))
     with passes_in_step(model):
-        view = rows.view(model, given.length, False, 0)
+        view = rows.view(model, given.length)
         states = model.denoise(canvases, soft_embeds=soft_embeds, view=view).last_hidden_state
         found = {}
         for layout, read in zip(layouts, states.split(how.reads), strict=True):

@@ -4,8 +4,6 @@ A language of one text needs no more than this, so an option is not compiled (`c
 a place in its bytes, an edge an id that writes what lies between two of them. tests/test_decisions_scores.py holds both alike.
 """
 
-import functools
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..constraints.automaton import Automaton, make_automaton
-from ..constraints.tokens import token_bytes
+from ..constraints.compiled import kept_for
 
 Edge = tuple[int, int, int]  # from a state, to a state, by an id
 
@@ -42,28 +40,21 @@ class Spelling:
         ]
 
 
-@functools.cache
-def _memory() -> weakref.WeakKeyDictionary:
-    """The one memo: by tokenizer, then by its number of ids, which adding tokens changes, and the size of the vocabulary."""
-    return weakref.WeakKeyDictionary()
-
-
 def spelling_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Spelling:
     """The spelling of a tokenizer for a model of `vocab_size` ids; kept as long as the tokenizer lives.
 
     Raises:
         ValueError: `tokenizer` decodes in a way that is not known (`constraints.tokens.token_bytes`).
     """
-    of_tokenizer = _memory().setdefault(tokenizer, {})
-    key = (len(tokenizer), tuple(tokenizer.all_special_ids), vocab_size)
-    if key not in of_tokenizer:
-        writes = token_bytes(tokenizer)[:vocab_size]
-        ids: dict[bytes, list[int]] = {}
-        for token, text in enumerate(writes):
-            if text:
-                ids.setdefault(text, []).append(token)
-        of_tokenizer[key] = Spelling(writes, ids, max(map(len, ids), default=0))
-    return of_tokenizer[key]
+    return kept_for(tokenizer, vocab_size, _make_spelling)
+
+
+def _make_spelling(writes: list[bytes | None], vocab_size: int) -> Spelling:
+    ids: dict[bytes, list[int]] = {}
+    for token, text in enumerate(writes[:vocab_size]):
+        if text:
+            ids.setdefault(text, []).append(token)
+    return Spelling(writes[:vocab_size], ids, max(map(len, ids), default=0))
 
 
 def text_automaton(edges: Iterable[Edge], states: int, accepting: int, named: Mapping[int, int]) -> Automaton:

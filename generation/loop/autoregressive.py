@@ -34,7 +34,7 @@ def decode_autoregressively(model, plan: Plan, prompt: Prompt, rows: Rows, trans
     rows = rows._replace(cache=dynamic_cache(model.config.get_text_config()))
     inputs, length = prompt.inputs, rows.real.shape[1]
     while not bool(transcript.ended.all()):
-        hidden = rows.prefill(model, inputs, length, plan.execution.count_padding, last_states=1)
+        hidden = rows.prefill(model, inputs, length, last_states=1)
         shaped, raw = next_logits(model, plan, rows, hidden)
         prediction = dense_prediction(shaped, rows.draws.at(rows.generated, 0), plan.rules.greedy)
         check_finite(prediction.bad, rows.places, rows.progress is not None)

@@ -44,16 +44,17 @@ def denoise_canvas(
         if bool(state.finished.all()):
             return state
     everyone, done, flags, clock = rows, state, FlagReader(plan.execution.late_flags), plan.steps(state.canvas.device)
-    view = view_canvas(model, plan, rows)
+    view = rows.view(model, plan.lengths.canvas, plan.slots)
     records = recording is not None and rows.filters.hidden_before == 0  # what changes from canvas to canvas is not recorded
     if rows.progress is not None:
         records = records and rows.progress.everywhere and rows.left(plan) >= plan.lengths.canvas
     step_once = recording.on(view) if records else partial(take_step, model, plan)
+    counts = everyone.progress is not None and any(watcher.needs_possible for watcher in watchers)
     for step in range(first_step, last_step + 1):
         inputs = step_inputs(plan, rows, state, clock, canvas_index, step, None if step == first_step else state.argmax)
         prediction, state = step_once(view, inputs)  # 1. predict, 2. advance
         # 3. watch
-        if watchers and everyone.progress is not None:
+        if counts:
             state = state._replace(possible=(count_possible(rows.progress, state.argmax, rows.left(plan), plan.lengths.vocab_size),))
         state = watch(watchers, canvas_index, step, rows.places, state, prediction)._replace(possible=())
         # 4. over?
@@ -68,7 +69,7 @@ def denoise_canvas(
             staying = (~known.finished).nonzero().flatten()
             flags.select(staying)
             rows, state = rows.select(staying), state.select(staying.to(state.canvas.device))
-            view = view_canvas(model, plan, rows)
+            view = rows.view(model, plan.lengths.canvas, plan.slots)
     if (known := flags.last()) is not None:
         check_finite(known.bad, rows.places, rows.progress is not None)
     return done.place(rows.within(everyone), state)
@@ -85,11 +86,6 @@ def begin_canvas(
     soft_embeds = hidden.new_zeros((*shape, hidden.shape[-1])) if conditioning is None else conditioning.to(hidden)
     logits = (hidden.new_zeros((*shape, plan.lengths.vocab_size), dtype=torch.float32),) if plan.execution.keep_logits else ()
     return start_canvas(noise if given is None else given[rows.places], soft_embeds, plan.rules.stopping, logits)
-
-
-def view_canvas(model, plan: Plan, rows: Rows):
-    """What holds for every step of the canvas."""
-    return rows.view(model, plan.lengths.canvas, plan.execution.count_padding, plan.slots)
 
 
 __all__ = ["begin_canvas", "denoise_canvas"]

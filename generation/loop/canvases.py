@@ -20,7 +20,7 @@ def decode_canvases(model, plan: Plan, prompt: Prompt, rows: Rows, transcript: T
     recording = Recording(partial(take_step, model, plan)) if plan.execution.record else None
     pending, length, whole = prompt.inputs, rows.real.shape[1] - int(rows.cache.get_seq_length()), True
     for canvas_index in range(plan.lengths.canvases):
-        hidden = rows.prefill(model, pending, length, plan.execution.count_padding, last_states=1)
+        hidden = rows.prefill(model, pending, length, last_states=1)
         given, first_step = prompt.canvas(canvas_index)
         state = begin_canvas(plan, rows, hidden, canvas_index, given, prompt.soft_embeds if canvas_index == 0 else None)
         state = denoise_canvas(model, plan, rows, state, canvas_index, watchers, recording, first_step)

@@ -27,6 +27,7 @@ class Rows(NamedTuple):
         filters: which ids they may get; `hidden_before` counts from the next token.
         constraint: the caller's, which sees their predictions.
         progress: what they must write, and how far they are.
+        count_padding: whether positions count padding, as transformers' do; or each row's real tokens alone.
     """
 
     places: torch.Tensor
@@ -38,6 +39,7 @@ class Rows(NamedTuple):
     filters: Filters
     constraint: Constraint | None = None
     progress: Progress | None = None
+    count_padding: bool = False
 
     def select(self, rows: torch.Tensor) -> "Rows":
         """Those of `rows`, int64 on the host; these rows, their cache and their constraint stay as they are."""
@@ -80,25 +82,23 @@ class Rows(NamedTuple):
             committed=torch.cat((self.committed, tokens), dim=1), generated=self.generated + tokens.shape[1], progress=progress,
         )  # fmt: skip
 
-    def positions(self, length: int, count_padding: bool) -> torch.Tensor:
-        """Positions of the last `length` tokens, int64 (b or 1, length): each row's real tokens counted from 0. Rotary attention sees
-        only differences, so counting padding too, for the reference backend, changes rounding alone."""
-        if count_padding:
+    def positions(self, length: int) -> torch.Tensor:
+        """Positions of the last `length` tokens, int64 (b or 1, length), counted from 0. Rotary attention sees only differences, so
+        `count_padding`, for the reference backend, changes rounding alone."""
+        if self.count_padding:
             return torch.arange(self.real.shape[1] - length, self.real.shape[1], device=self.real.device)[None]
         return (self.real.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
 
-    def prefill(self, model, inputs: dict[str, torch.Tensor], length: int, count_padding: bool, **options: int) -> torch.Tensor:
+    def prefill(self, model, inputs: dict[str, torch.Tensor], length: int, **options: int) -> torch.Tensor:
         """Runs the last `length` tokens causally into the cache. `inputs`: `input_ids` or `inputs_embeds`, and images; `options` as
         `prefill` takes them. Returns the last hidden states `(b, n, D)`."""
-        positions = self.positions(length, count_padding)
-        prefilled = model.prefill(**inputs, attention_mask=self.real, position_ids=positions, cache=self.cache, **options)
-        return prefilled.last_hidden_state
+        given = {**inputs, "attention_mask": self.real, "position_ids": self.positions(length), "cache": self.cache, **options}
+        return model.prefill(**given).last_hidden_state
 
-    def view(self, model, length: int, count_padding: bool, slots: int) -> Any:
+    def view(self, model, length: int, slots: int = 0) -> Any:
         """What a canvas of `length` behind these rows sees: it holds for every denoising step."""
         over = self.commit(self.places.new_zeros(len(self.places), length))
-        positions = over.positions(length, count_padding)
-        return model.prepare_canvas(self.cache, (len(self.places), length), over.real, positions, slots=slots)
+        return model.prepare_canvas(self.cache, (len(self.places), length), over.real, over.positions(length), slots=slots)
 
 
 def plain_rows(ids: torch.Tensor, cache: Cache) -> Rows:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from transformers import Cache
 from transformers.generation.stopping_criteria import (
     ConfidenceCriteria,
     EosTokenCriteria,
@@ -14,9 +15,10 @@ from transformers.generation.stopping_criteria import (
 )
 
 from ..arguments import shown
+from ..cache_names import FIELD
 from ..call.configuration import DiffusionGenerationConfig
 from ..call.plan import Plan
-from ..output import TokenScores
+from ..output import DiffusionGenerationOutput, TokenScores
 from ..rules.state import CanvasState
 from ..watch.watcher import Watcher
 from .rows import Rows
@@ -213,13 +215,16 @@ class Transcript:
         """Prompt and new tokens of all rows, `(B, P + N)`, padded to the longest."""
         return torch.cat((self.prompt, self._joined("tokens", self.plan.rules.pad)), dim=1)
 
-    def scores(self) -> TokenScores | None:
-        """Scores of the new tokens; None unless they were handed in."""
-        return TokenScores(*map(self._joined, SCORE_FIELDS)) if SCORE_FIELDS[0] in self._values else None
-
-    def logits(self) -> torch.Tensor | None:
-        """Logits of the new tokens, `(B, N, V)`; None unless the plan keeps them."""
-        return self._joined("logits") if "logits" in self._values else None
+    def output(self, cache: Cache | None) -> DiffusionGenerationOutput:
+        """All of it; `cache`: for another turn."""
+        execution = self.plan.execution
+        return DiffusionGenerationOutput(
+            sequences=self.sequences(), lengths=self.lengths, finish_reasons=self.finish_reasons(),
+            tokens_per_forward=self.lengths.float() / self.passes.clamp(min=1), denoising_steps=self.passes,
+            canvas_steps=torch.stack(self.canvas_passes, dim=1) if self.canvas_passes else None, **{FIELD: cache},
+            scores=TokenScores(*map(self._joined, SCORE_FIELDS)) if execution.keep_scores else None,
+            logits=self._joined("logits") if execution.keep_logits else None,
+        )  # fmt: skip
 
     def _joined(self, name: str, blank: int = 0) -> torch.Tensor:
         """What belongs to the new tokens, `(B, N, ...)`, `blank` behind the end of a row."""

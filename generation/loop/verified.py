@@ -30,8 +30,8 @@ def decode_row(model, plan: Plan, inputs: dict[str, torch.Tensor], rows: Rows, t
 
     Speculative decoding with the model as its own draft: Leviathan et al. 2023 (arXiv 2211.17192), greedy case.
     """
-    count_padding, rows = plan.execution.count_padding, rows._replace(cache=DynamicCache())  # which can be cut back behind the window
-    hidden = rows.prefill(model, inputs, rows.real.shape[1], count_padding, last_states=1)
+    rows = rows._replace(cache=DynamicCache())  # which can be cut back behind the window
+    hidden = rows.prefill(model, inputs, rows.real.shape[1], last_states=1)
     shaped, before = next_logits(model, plan, rows, hidden)
     chosen = shaped.argmax(dim=-1)  # (1, 1)
     passes, round_index = torch.ones_like(rows.places), 0
@@ -40,7 +40,7 @@ def decode_row(model, plan: Plan, inputs: dict[str, torch.Tensor], rows: Rows, t
         state = denoise_canvas(model, plan, rows, state, round_index, watchers)
         draft = torch.cat((chosen, state.argmax[:, 1:]), dim=1)
         drafted = rows.commit(draft)
-        raw = model.compute_logits(drafted.prefill(model, {"input_ids": draft}, draft.shape[1], count_padding))  # (1, C, V), behind each
+        raw = model.compute_logits(drafted.prefill(model, {"input_ids": draft}, draft.shape[1]))  # (1, C, V), behind each
         behind = rows.commit(chosen)
         possible = raw if rows.progress is None else rows.progress.restrict_along(raw, draft, rows.left(plan) - 2)
         shapes = plan.rules.shaping(possible, behind.filters, behind.committed, draft[:, 1:], plan.rules.temperature, 1)

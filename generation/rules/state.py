@@ -30,9 +30,9 @@ class CanvasState(NamedTuple):
     the stopping rules. `passes` int64 (B,): canvas passes the row needed. `logits`: empty, or one float32 (B, C, V), the model's of the
     row's last step, where they are asked for.
 
-    What watchers are shown beside it: `possible`, empty unless a row has a constraint on its text, or one int64 (B, C): how many ids could
-    stand at each position, the rest of the argmax canvas being as it is. 1 is pinned; all of the vocabulary in rows without a constraint.
-    It is put there for them, and no step has it.
+    What watchers are shown beside it: `possible`, empty unless a row has a constraint on its text and one of them `needs_possible`, or one
+    int64 (B, C): how many ids could stand at each position, the rest of the argmax canvas being as it is. 1 is pinned; rows without a
+    constraint have all of the vocabulary. It is put there for them, and no step has it.
     """
 
     canvas: torch.Tensor

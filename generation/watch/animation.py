@@ -74,9 +74,7 @@ def draw_animation(trace: Trace, tokenizer, title: str = "", row: int = 0, secon
         raise ValueError(f"`seconds` is {seconds!r}; expected a number above 0, the time that a step is shown")
     if not (math.isfinite(pause) and pause >= 0):
         raise ValueError(f"`pause` is {pause!r}; expected 0 or a number above, the time that the last step is shown longer")
-    canvases = [canvas for canvas in trace.row(row) if len(canvas.tokens)]
-    if not canvases:
-        raise ValueError(f"`row` is {row}, which keeps no token; expected one with an answer to draw")
+    canvases = trace.kept(row)
     most = max(1e-6, max(float(canvas.entropy[:, : len(canvas.tokens)].max()) for canvas in canvases))
     frames, past = [], []
     for place, canvas in enumerate(canvases):

@@ -126,18 +126,17 @@ class StepCallback(Watcher):
         return fields
 
 
-def gather_watchers(
-    model, max_denoising_steps: int, callback: Callable | None, names: Sequence[str] | None, streamer: Any, watchers: list[Watcher] | None
-) -> list[Watcher]:
-    """Who is told of a step, one after the other: each sees what those before made of it. Args: as `generate` has read them.
+def gather_watchers(model, max_denoising_steps: int, given: Mapping[str, Any]) -> list[Watcher]:
+    """Who is told of a step, one after the other: each sees what those before made of it. `given`: the arguments of `generate`.
 
     Raises:
-        ValueError: `names` without a `callback`, or as `StepCallback`.
+        ValueError: names of what a callback gets without the callback, or as `StepCallback`.
     """
+    callback, names, streamer = (given[name] for name in ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "streamer"))
     if names is not None and callback is None:
         raise ValueError("`callback_on_step_end_tensor_inputs` is given; expected `callback_on_step_end` with it, which gets them")
     first = [] if callback is None else [StepCallback(callback, names, model, max_denoising_steps)]
-    return [*first, *([] if streamer is None else [StreamerWatcher(streamer)]), *(watchers or [])]
+    return [*first, *([] if streamer is None else [StreamerWatcher(streamer)]), *(given["watcher"] or [])]
 
 
 def changes_of(value: Any) -> int | None:

@@ -47,7 +47,8 @@ class Closed(Exception):
 class _Relay(WholeCanvas):
     """Puts events into a queue."""
 
-    def __init__(self):
+    def __init__(self, needs_possible: bool):
+        self.needs_possible = needs_possible
         self.events: queue.Queue = queue.Queue()
         self.closed, self.commits = threading.Event(), 0
 
@@ -78,14 +79,18 @@ def stream_events(model, *args, **kwargs) -> Iterator[StepEvent | CommitEvent]:
     Raises:
         ValueError: `streamer` or `watcher` is given; and whatever `generate` raises.
     """
+    return _events(_Relay(needs_possible=True), model, args, kwargs)
+
+
+def _events(relay: _Relay, model, args: tuple, kwargs: dict) -> Iterator[StepEvent | CommitEvent]:
     for name in ("streamer", "watcher"):
         if name in kwargs:
             raise ValueError(f"`{name}` is given; expected none: the events are the stream")
-    return _relayed(model, args, kwargs)
+    return _relayed(relay, model, args, kwargs)
 
 
-def _relayed(model, args: tuple, kwargs: dict) -> Iterator[StepEvent | CommitEvent]:
-    relay, end = _Relay(), object()
+def _relayed(relay: _Relay, model, args: tuple, kwargs: dict) -> Iterator[StepEvent | CommitEvent]:
+    end = object()
     failure: list[BaseException] = []
     casts = autocasts()  # which each thread has for itself
 
@@ -118,7 +123,7 @@ def stream_text(model, tokenizer, *args, **kwargs) -> Iterator[str]:
     """Yields the committed text of one prompt, canvas by canvas, without special tokens and never half a character. `generate` gets the
     tokenizer, too."""
     text = TextAssembler(tokenizer)
-    for event in stream_events(model, *args, tokenizer=tokenizer, **kwargs):
+    for event in _events(_Relay(needs_possible=False), model, args, {**kwargs, "tokenizer": tokenizer}):
         if isinstance(event, CommitEvent):
             if event.tokens.shape[0] != 1:
                 raise ValueError(f"`stream_text` got {event.tokens.shape[0]} rows; expected one prompt")

@@ -54,11 +54,9 @@ def trace_page(trace: Trace, tokenizer, title: str = "", row: int = 0) -> Page:
         ValueError: an empty trace, or a row that it has not.
     """
     canvases = trace.row(row)
-    ids = sorted(
-        {token for canvas in canvases for name in (canvas.canvas, canvas.argmax, canvas.tokens) for token in name.unique().tolist()}
-    )
     others = [likely_others(canvas) for canvas in canvases]
-    ids = sorted({*ids, *(token for found in others for step in found for position in step for token, _ in position)})
+    ids = {token for canvas in canvases for name in (canvas.canvas, canvas.argmax, canvas.tokens) for token in name.unique().tolist()}
+    ids = sorted(ids.union(token for found in others for step in found for position in step for token, _ in position))
     index = {token: place for place, token in enumerate(ids)}
     data = {
         "texts": [token_text(tokenizer, token) for token in ids],
@@ -113,9 +111,7 @@ def draw_trace(trace: Trace, tokenizer, path: str | PathLike, row: int = 0) -> N
         raise ImportError(
             "matplotlib is not installed, which draws a trace; expected it: pip install 'modeling-diffusiongemma[bench]'"
         ) from error
-    canvases = [canvas for canvas in trace.row(row) if len(canvas.tokens)]
-    if not canvases:
-        raise ValueError(f"`row` is {row}, which keeps no token; expected one with an answer to draw")
+    canvases = trace.kept(row)
     width, height = max(len(canvas.tokens) for canvas in canvases), sum(len(canvas.steps) + 6 for canvas in canvases)
     most = max(0.1, max(float(canvas.entropy[:, : len(canvas.tokens)].max()) for canvas in canvases))
     figure = Figure(figsize=(min(max(0.24 * width + 2.2, 7), 40), min(max(0.24 * height, 2.8), 40)), layout="constrained", dpi=120)

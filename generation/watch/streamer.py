@@ -28,6 +28,8 @@ class CanvasStreamer(BaseStreamer):
         delay: seconds to wait after each step.
     """
 
+    needs_possible = True
+
     def __init__(
         self, tokenizer, layout: Layout | None = None, stop_ids: Sequence[int] = (), file: TextIO | None = None,
         colour: bool | None = None, delay: float = 0.0,

@@ -126,8 +126,8 @@ class Trace(Watcher):
 
     Until a canvas is committed it keeps 11 bytes of each row, position and step where the canvas is, 0.1 MB for 48 steps of 256 positions,
     and on the host from then on. On a GPU a step costs four small kernels and an event for the time, and the host waits for the device
-    where a canvas is committed alone; but under a constraint on the text `generate` waits at every step for any watcher, to count what
-    could stand at a position. Without a trace nothing of it exists.
+    where a canvas is committed alone; but under a constraint on the text `generate` waits at every step, to count what could stand at a
+    position. Without a trace nothing of it exists.
 
     `alternatives`: how many ids beside the best are kept of each position and step, with their probabilities, 6 bytes each; a step then
     looks for them among all ids. Under a constraint on the text they are of what can stand there; not with one that sees predictions.
@@ -136,7 +136,7 @@ class Trace(Watcher):
     `DiffusionGenerationOutput`.
     """
 
-    needs_steps = True
+    needs_steps = needs_possible = True
 
     def __init__(self, alternatives: int = 0):
         """Raises ValueError for a number that is none, or below 0."""
@@ -203,6 +203,12 @@ class Trace(Watcher):
         if not 0 <= row < len(self.finish_reasons):
             raise ValueError(f"`row` is {row}; expected 0 to {len(self.finish_reasons) - 1}, the rows of the batch")
         return [canvas.of_row(row) for canvas in self.canvases if bool(canvas.taken[:, row].any())]
+
+    def kept(self, row: int) -> list[RowCanvas]:
+        """The canvases of a row of which it keeps a token; ValueError as `row`, and where there is none."""
+        if canvases := [canvas for canvas in self.row(row) if len(canvas.tokens)]:
+            return canvases
+        raise ValueError(f"`row` is {row}, which keeps no token; expected one with an answer to draw")
 
     def revisions(self, row: int = 0) -> torch.Tensor:
         """Int64 (n,), of the row's new tokens: how often each one's argmax changed after its position was first accepted."""

@@ -16,10 +16,11 @@ class Watcher:
 
     `wants_logits`: whether `step` reads whole logits (`Prediction.shaped`), which costs the walk over the vocabulary.
     `candidates`: how many of the most probable ids of a position it reads (`Prediction.candidates`, which may hold more); not together with
-    a `constraint` that sees predictions. `needs_steps`: whether it is of no use where there are no denoising steps.
+    a `constraint` that sees predictions. `needs_steps`: whether it is of no use where there are no denoising steps. `needs_possible`:
+    whether it reads `CanvasState.possible`, which under a constraint on the text is counted at every step, on the host.
     """
 
-    wants_logits, candidates, needs_steps = False, 0, False
+    wants_logits, candidates, needs_steps, needs_possible = False, 0, False, False
 
     def begin(self, schedule: TemperatureSchedule) -> None:
         """Generation begins, before `start`; `schedule` has the temperature of every denoising step."""
@@ -65,10 +66,11 @@ class WholeCanvas(Watcher):
 
 class StreamerWatcher(WholeCanvas):
     """A streamer of transformers: gets the prompt and what is committed by `put`, and by `put_state`, where it has one, each step's state,
-    or by `put_draft` its argmax canvas (or its logits, where it asks for them)."""
+    or by `put_draft` its argmax canvas (or its logits, where it asks for them). A streamer may have `needs_possible`, as a watcher has."""
 
     def __init__(self, streamer: Any):
         self.streamer, self.wants_logits = streamer, bool(getattr(streamer, "_takes_logits", False))
+        self.needs_possible = bool(getattr(streamer, "needs_possible", False))
 
     def start(self, prompt: torch.Tensor) -> None:
         self.streamer.put(prompt.cpu())

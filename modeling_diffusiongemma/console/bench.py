@@ -89,10 +89,11 @@ def peak_mib(device) -> float | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    unfit = {name: value for name, value in generation_settings(args).items() if name in ("backend", "decoding")}
+    settings = generation_settings(args)
+    unfit = {name: value for name, value in settings.items() if name in ("backend", "decoding")}
     if set(unfit.values()) - {"auto", "diffusion"}:
         raise UsageError(f"`--set` asks for {unfit}; expected them unset: what is timed are denoising steps")
-    session = Session(args)
+    session = Session(args, settings)
     measured = measure(session, args.prompt or PROMPTS.get(args.model.given, PROMPT), args)
     about = describe_device(session.model.device)
     result = {

@@ -4,9 +4,8 @@ import argparse
 import contextlib
 import sys
 
-from .arguments import UsageError, json_line, read_line, say
-from .session import Session, generation_settings
-from .watch import Watch
+from .arguments import json_line, read_line, say
+from .session import Session, generation_settings, refuse_copies
 
 HELP = "/reset forgets the conversation, /exit or the end of input ends it, /help says this; Ctrl-C drops the answer being written"
 PROMPT = "> "
@@ -42,9 +41,8 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
             on_text = None if args.json else lambda text: print(text, end="", flush=True)
-            watch = Watch(session.tokenizer, session.hidden_ids, not args.no_watch, on_text)
             try:
-                answer = session.answer([asked], watch)[0]
+                answer = session.answer([asked], session.watch(not args.no_watch, on_text))[0]
             except KeyboardInterrupt:
                 say("\ninterrupted; the turn is forgotten")
             except BrokenPipeError:
@@ -60,9 +58,9 @@ def converse(session, args: argparse.Namespace, interactive: bool) -> int:
 
 def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin is not None and sys.stdin.isatty() and not args.json
-    if (generation_settings(args).get("num_return_sequences") or 1) > 1:
-        raise UsageError("`num_return_sequences` is above 1; expected 1: a conversation goes on from one answer")
-    session = Session(args)
+    settings = generation_settings(args)
+    refuse_copies(settings, "a conversation goes on from one answer")
+    session = Session(args, settings)
     if interactive:
         say(f"{args.model.given}: {HELP}")
     try:

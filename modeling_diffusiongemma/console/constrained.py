@@ -63,26 +63,33 @@ def make(argument: str, language: Callable, *given: Any, **fields: Any):
         raise UsageError(f"{argument}: {error}") from error
 
 
-def constraint_of(args: argparse.Namespace):
-    """The language that `add_constraint`'s arguments ask for; None where they ask for none."""
+def refuse_reference(settings: dict[str, Any]) -> None:
+    """UsageError where an answer under a constraint is to be made by the reference."""
+    if settings.get("backend") == "reference":
+        raise UsageError("`--set backend=reference` and a constraint are both given; expected one: the reference knows no constraint")
+
+
+def constraint_of(args: argparse.Namespace, settings: dict[str, Any]):
+    """The language that `add_constraint`'s arguments ask for; None where they ask for none. UsageError as `refuse_reference`."""
     from generation.constraints.languages import Choice, JsonSchema, Regex, ToolCalls
 
     if args.tool_choice is not None and args.tools is None:
         raise UsageError(f"`--tool-choice` is {args.tool_choice!r} without `--tools`; expected the tools that may be called")
-    if args.tools is not None:
-        choice = args.tool_choice or "auto"
-        return make("`--tools`", lambda name: ToolCalls(read_json_file(name, "a JSON list of functions"), choice), args.tools)
-    if args.regex is not None:
-        return make("`--regex`", Regex, args.regex)
-    if args.choices is not None:
-        return make("`--choices`", Choice, args.choices)
-    return None if args.schema is None else make("`--schema`", lambda name: JsonSchema(read_json_file(name)), args.schema)
+    for kind, language in (
+        ("tools", lambda name: ToolCalls(read_json_file(name, "a JSON list of functions"), args.tool_choice or "auto")),
+        ("regex", Regex), ("choices", Choice), ("schema", lambda name: JsonSchema(read_json_file(name))),
+    ):  # fmt: skip
+        if (given := getattr(args, kind)) is not None:
+            refuse_reference(settings)
+            return make(f"`--{kind}`", language, given)
+    return None
 
 
-def template_of(args: argparse.Namespace):
-    """The template of `fill`, with the languages of its fields."""
+def template_of(args: argparse.Namespace, settings: dict[str, Any]):
+    """The template of `fill`, with the languages of its fields. UsageError as `refuse_reference`."""
     from generation.constraints.languages import Choice, JsonSchema, Regex, Template
 
+    refuse_reference(settings)
     fields = {}
     for kind, given, language in (
         ("regex", args.regex, Regex), ("choices", args.choices, lambda value: Choice(value.split("|"))),
@@ -95,10 +102,4 @@ def template_of(args: argparse.Namespace):
     return make("TEMPLATE", Template, args.template, **fields)
 
 
-def refuse_reference(settings: dict[str, Any]) -> None:
-    """UsageError where an answer under a constraint is to be made by the reference."""
-    if settings.get("backend") == "reference":
-        raise UsageError("`--set backend=reference` and a constraint are both given; expected one: the reference knows no constraint")
-
-
-__all__ = ["add_constraint", "add_fields", "constraint_of", "hint_at_choices", "refuse_reference", "template_of"]
+__all__ = ["add_constraint", "add_fields", "constraint_of", "hint_at_choices", "template_of"]

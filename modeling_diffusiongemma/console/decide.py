@@ -4,7 +4,7 @@ import argparse
 
 from .arguments import UsageError, json_line
 from .constrained import make
-from .session import Session
+from .session import Session, prompt_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,10 +17,9 @@ def run(args: argparse.Namespace) -> int:
         if name in questions:
             raise UsageError(f"`--question` names {name!r} twice; expected each once")
         questions[name] = make(f"`--question {name}=...`", Choice, options)
-    session = Session(args)
-    prompt = args.prompt if args.raw else [{"role": "user", "content": args.prompt}]
+    session = Session(args, {})
     how = {"reads": args.reads, "steps": args.steps, "seed": session.seed, "canvas_length": args.canvas_length}
-    found = session.model.decide(prompt, questions, session.tokenizer, **how)
+    found = session.model.decide(prompt_of(args), questions, session.tokenizer, **how)
     if not args.json:
         print(found, flush=True)
         return 0

@@ -2,21 +2,16 @@
 
 import argparse
 
-from .arguments import UsageError, json_line
-from .constrained import refuse_reference, template_of
-from .session import Session, generation_settings
-from .watch import Watch
+from .arguments import json_line
+from .constrained import template_of
+from .session import Session, generation_settings, prompt_of, refuse_copies
 
 
 def run(args: argparse.Namespace) -> int:
     settings = generation_settings(args)
-    refuse_reference(settings)
-    if (settings.get("num_return_sequences") or 1) > 1:
-        raise UsageError("`num_return_sequences` is above 1; expected 1: a template is filled in once")
-    template = template_of(args)
-    session = Session(args)
-    prompt = args.prompt if args.raw else [{"role": "user", "content": args.prompt}]
-    (answer,) = session.answer([prompt], Watch(session.tokenizer, session.hidden_ids) if args.watch else None, template)
+    refuse_copies(settings, "a template is filled in once")
+    template, session = template_of(args, settings), Session(args, settings)
+    (answer,) = session.answer([prompt_of(args)], session.watch() if args.watch else None, template)
     if answer["finish_reason"] == "time":
         raise ValueError(f"`max_time` is {settings.get('max_time')}, which was over before the text was whole; expected more")
     values = template.values(answer["text"])

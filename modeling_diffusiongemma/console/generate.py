@@ -6,9 +6,8 @@ import sys
 from collections.abc import Iterator
 
 from .arguments import UsageError, json_line, read_line
-from .constrained import constraint_of, hint_at_choices, refuse_reference
+from .constrained import constraint_of, hint_at_choices
 from .session import Session, generation_settings
-from .watch import Watch
 
 
 def read_prompts(args: argparse.Namespace) -> tuple[Iterator[str], int | None]:
@@ -46,15 +45,13 @@ def run(args: argparse.Namespace) -> int:
     settings = generation_settings(args)
     if args.watch and (settings.get("num_return_sequences") or 1) > 1:
         raise UsageError("`--watch` is given, and `num_return_sequences` is above 1; expected 1: one canvas is drawn at a time")
-    if (constraint := constraint_of(args)) is not None:
-        refuse_reference(settings)
-    session = Session(args)
+    constraint, session = constraint_of(args, settings), Session(args, settings)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     unseen = args.watch or total == 1 or not sys.stderr.isatty()
     with tqdm(total=total, unit="prompt", file=sys.stderr, dynamic_ncols=True, disable=unseen) as bar:
         while batch := list(itertools.islice(prompts, args.batch_size)):
             asked = batch if args.raw else [[*system, {"role": "user", "content": prompt}] for prompt in batch]
-            answers = session.answer(asked, Watch(session.tokenizer, session.hidden_ids) if args.watch else None, constraint)
+            answers = session.answer(asked, session.watch() if args.watch else None, constraint)
             copies = len(answers) // len(batch)
             for place, answer in enumerate(answers):
                 bar.clear()

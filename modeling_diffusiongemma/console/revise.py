@@ -3,26 +3,20 @@
 import argparse
 
 from .arguments import json_line
-from .constrained import constraint_of, refuse_reference
-from .session import Session, generation_settings
-from .watch import Watch
+from .constrained import constraint_of
+from .session import Session, generation_settings, prompt_of
 
 
 def run(args: argparse.Namespace) -> int:
     settings = generation_settings(args)
-    if (constraint := constraint_of(args)) is not None:
-        refuse_reference(settings)
-        settings["constraint"] = constraint
-    session = Session(args)
-    prompt = args.prompt if args.raw or args.prompt is None else [{"role": "user", "content": args.prompt}]
-    if args.watch:
-        settings["streamer"] = Watch(session.tokenizer, session.hidden_ids)
+    constraint, session = constraint_of(args, settings), Session(args, settings)
+    settings = settings | {"constraint": constraint, "streamer": session.watch() if args.watch else None}
     keep = "others" if args.keep_others else args.keep or None
     where = args.where if args.at is None else args.at
     # `--set noise=mask` is a setting of steps; here `noise` is the share that becomes noise.
     if (noise := settings.pop("noise", None)) is not None:
         settings["generation_config"] = {"noise": noise}
-    revised = session.model.revise(args.text, session.tokenizer, prompt, args.noise, keep, where, seed=session.seed, **settings)
+    revised = session.model.revise(args.text, session.tokenizer, prompt_of(args), args.noise, keep, where, seed=session.seed, **settings)
     if not args.json:
         print(revised.text, flush=True)
         return 0

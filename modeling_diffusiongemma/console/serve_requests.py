@@ -134,26 +134,7 @@ class Door:
         served = None if model is None else self.served.get(revised(model))
         if served is None and model is not None:
             raise Refused(404, f"`model` is {model!r}, which is not served here; expected one of {list(self.models)}", "model_not_found")
-        if (trace := request.get("trace")) is not None:
-            if trace not in TRACES or path not in TRACED:
-                raise Refused(400, f"`trace` is {trace!r} in a request to {path}; expected one of {TRACES}, to one of {TRACED}")
-            if request.get("stream"):
-                raise Refused(400, f"`trace` is {trace!r}, and `stream` is set; expected one of them: a trace is whole when its answer is")
-        for name, value in request.items():
-            if isinstance(value, dict):
-                value = {key: item for key, item in value.items() if item is not None or name == "logit_bias"}
-            if value is not None and name in IGNORED and value not in IGNORED[name]:
-                raise Refused(400, f"`{name}` is {value!r}, which this server does not honour; expected it unset")
-            kind, expected = FORMS.get(name, (object, ""))
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind not in (bool, object)):
-                raise Refused(400, f"`{name}` is {value!r}; expected {expected}")
-        if "chat_template" in (template := request.get("chat_template_kwargs") or {}):
-            raise Refused(400, "`chat_template_kwargs` holds a `chat_template`; expected none: a template is a program")
-        if taken := sorted(set(template) & set(SET_HERE)):
-            raise Refused(400, f"`chat_template_kwargs` holds {taken}; expected none of {SET_HERE}, which the server sets")
-        if wrong := [key for key in request.get("logit_bias") or {} if not key.isdecimal()]:
-            raise Refused(400, f"`logit_bias` has {wrong}; expected token ids")
-        check_settings(request.get("generation_config"))
+        check_fields(request, path)
         if path == RESPONSES:
             check_input(request)
         return body if served == model else json.dumps({**request, "model": served}).encode()
@@ -171,8 +152,28 @@ def check_type(header: str) -> None:
         raise Refused(415, f"the request's `Content-Type` is {header!r}; expected application/json")
 
 
-def check_settings(given: str | None) -> None:
-    """Raises Refused where a request's `generation_config` is not JSON of an object."""
+def check_fields(request: dict[str, Any], path: str) -> None:
+    """Raises Refused for fields that the server would pass over, take for something else, or fail on."""
+    if (trace := request.get("trace")) is not None:
+        if trace not in TRACES or path not in TRACED:
+            raise Refused(400, f"`trace` is {trace!r} in a request to {path}; expected one of {TRACES}, to one of {TRACED}")
+        if request.get("stream"):
+            raise Refused(400, f"`trace` is {trace!r}, and `stream` is set; expected one of them: a trace is whole when its answer is")
+    for name, value in request.items():
+        if isinstance(value, dict):
+            value = {key: item for key, item in value.items() if item is not None or name == "logit_bias"}
+        if value is not None and name in IGNORED and value not in IGNORED[name]:
+            raise Refused(400, f"`{name}` is {value!r}, which this server does not honour; expected it unset")
+        kind, expected = FORMS.get(name, (object, ""))
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind not in (bool, object)):
+            raise Refused(400, f"`{name}` is {value!r}; expected {expected}")
+    if "chat_template" in (template := request.get("chat_template_kwargs") or {}):
+        raise Refused(400, "`chat_template_kwargs` holds a `chat_template`; expected none: a template is a program")
+    if taken := sorted(set(template) & set(SET_HERE)):
+        raise Refused(400, f"`chat_template_kwargs` holds {taken}; expected none of {SET_HERE}, which the server sets")
+    if wrong := [key for key in request.get("logit_bias") or {} if not key.isdecimal()]:
+        raise Refused(400, f"`logit_bias` has {wrong}; expected token ids")
+    given = request.get("generation_config")
     try:
         settings = json.loads(given) if given is not None else {}
     except (RecursionError, ValueError) as error:

@@ -3,7 +3,7 @@
 import argparse
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from generation.watch.watcher import Watcher
 from .arguments import MODEL_TYPE, UsageError
 from .placement import loading_arguments
 from .tools import check_told, read_answer
+from .watch import Watch
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,23 +80,37 @@ def adapted(model, folder: str):
     return PeftModel.from_pretrained(model, folder).get_base_model().eval()
 
 
-class Session:
-    """A model, its tokenizer and how it is to generate.
+def refuse_copies(settings: Mapping[str, Any], why: str) -> None:
+    """UsageError where `settings` ask for several answers to a prompt."""
+    if (settings.get("num_return_sequences") or 1) > 1:
+        raise UsageError(f"`num_return_sequences` is above 1; expected 1: {why}")
 
-    `seed`: the one given, or one drawn here, so that every answer can be had again. `hidden_ids`: where the drawing of a canvas ends.
+
+def prompt_of(args: argparse.Namespace) -> str | list[dict[str, str]] | None:
+    """The prompt of a command that has one: a chat, with `--raw` the text itself; None where none is given."""
+    return args.prompt if args.raw or args.prompt is None else [{"role": "user", "content": args.prompt}]
+
+
+class Session:
+    """A model, its tokenizer and how it is to generate, as `generation_settings` says it.
+
+    `seed`: the one given, or one drawn here, so that every answer can be had again.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.settings = generation_settings(args)
+    def __init__(self, args: argparse.Namespace, settings: dict[str, Any]):
+        self.settings = settings
         self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
         self.tokenizer = load_tokenizer(args.model.path)
         loading = {name: getattr(args, name) for name in ("device", "dtype", "quantize", "max_memory", "offload_folder")}
         self.model = load_model(args.model.path, **loading_arguments(**loading))
         if args.adapter is not None:
             self.model = adapted(self.model, args.adapter)
+
+    def watch(self, draw: bool = True, on_text: Callable[[str], None] | None = None) -> Watch:
+        """A streamer of one answer, drawn up to its end."""
         ends = self.settings.get("eos_token_id", self.model.generation_config.eos_token_id)
-        ends = [ends] if isinstance(ends, int) else ends or []
-        self.hidden_ids = {*ends, *([] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id])}
+        stop_ids = [*([ends] if isinstance(ends, int) else ends or []), self.tokenizer.pad_token_id]
+        return Watch(self.tokenizer, [token for token in stop_ids if token is not None], draw, on_text)
 
     def encode(self, prompts: Sequence[str | list[dict[str, str]]], tools: Sequence[dict] | None = None) -> dict[str, torch.Tensor]:
         """Chats by the checkpoint's chat template, with `tools` where there are any, strings as they are: ids and mask (B, P), padded on
@@ -144,4 +159,4 @@ class Session:
         ]  # fmt: skip
 
 
-__all__ = ["Session", "generation_settings", "load_model", "load_tokenizer", "read_config"]
+__all__ = ["Session", "generation_settings", "load_model", "load_tokenizer", "prompt_of", "read_config", "refuse_copies"]

@@ -9,8 +9,8 @@ from generation.watch.pictures import draw_trace, trace_page
 from generation.watch.trace import Trace
 
 from .arguments import UsageError, json_line
-from .constrained import constraint_of, refuse_reference
-from .session import Session, generation_settings
+from .constrained import constraint_of
+from .session import Session, generation_settings, prompt_of, refuse_copies
 
 ALTERNATIVES = 3  # of a position and step, beside the best
 TITLES = {
@@ -32,18 +32,15 @@ def shown(value: int | float | list | None) -> str:
 
 def run(args: argparse.Namespace) -> int:
     settings = generation_settings(args)
-    if (settings.get("num_return_sequences") or 1) > 1:
-        raise UsageError("`num_return_sequences` is above 1; expected 1: one answer is traced at a time")
+    refuse_copies(settings, "one answer is traced at a time")
     if settings.get("decoding") == "autoregressive":
         raise UsageError("`decoding` is 'autoregressive', which has no denoising steps; expected another")
-    if (constraint := constraint_of(args)) is not None:
-        refuse_reference(settings)
+    constraint = constraint_of(args, settings)
     if args.png is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("matplotlib is not installed, which `--png` needs; expected it: pip install 'modeling-diffusiongemma[bench]'")
     alternatives = ALTERNATIVES if args.html is not None else 0  # which the page alone shows
-    session, trace = Session(args), Trace(alternatives)
-    prompt = args.prompt if args.raw else [{"role": "user", "content": args.prompt}]
-    (answer,) = session.answer([prompt], constraint=constraint, watcher=trace)
+    session, trace = Session(args, settings), Trace(alternatives)
+    (answer,) = session.answer([prompt_of(args)], constraint=constraint, watcher=trace)
     summary = trace.summary()
     if args.html is not None:
         Path(args.html).write_text(trace_page(trace, session.tokenizer, args.prompt), encoding="utf-8")

@@ -32,7 +32,7 @@ class Watch(CanvasStreamer):
     def __init__(self, tokenizer, stop_ids: Iterable[int], draw: bool = True, on_text: Callable[[str], None] | None = None):
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
         super().__init__(tokenizer, stop_ids=tuple(stop_ids), file=sys.stderr, colour=colour)
-        self.draw, self.in_place, self.on_text = draw, draw and colour, on_text
+        self.draw, self.needs_possible, self.in_place, self.on_text = draw, draw, draw and colour, on_text
         if self.in_place:
             self.screen = OnePlace(sys.stderr, None)
         self._text, self._committed = None, ""

@@ -30,6 +30,8 @@ def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Te
     if (pixel_values is None) != (places is None):
         missing, given = ("pixel_values", "image_position_ids") if pixel_values is None else ("image_position_ids", "pixel_values")
         raise ValueError(f"`{missing}` is None and `{given}` is not; expected both, as the image processor makes them")
+    if pixel_values is not None and input_ids is None:
+        raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
     if pixel_values is None or not readable(input_ids, pixel_values, places):
         return
     check_tensors(pixel_values=pixel_values, image_position_ids=places)
@@ -50,7 +52,7 @@ def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Te
     if pooled > 1:
         seen = torch.zeros((images, patches // pooled), dtype=torch.int64, device=cells.device)
         soft = int(seen.scatter(1, cells, 1).sum())
-        if input_ids is not None and (found := int((input_ids == config.image_token_id).sum())) != soft:
+        if (found := int((input_ids == config.image_token_id).sum())) != soft:
             got = f"`input_ids` holds {found} image tokens (id {config.image_token_id}) and `pixel_values` gives {soft} soft tokens"
             raise ValueError(f"{got}; expected as many image tokens as soft tokens")
 

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
+from generation.call.configuration import DOWNLOAD
+
 from ..layers.configuration import DiffusionGemmaConfig
-from ..weights.loading import DOWNLOAD
 from ..weights.saving import finish, replacing
 from .adapted_experts import fit, in_few_bits
 from .adapter_names import (

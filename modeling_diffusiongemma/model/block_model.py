@@ -196,25 +196,12 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         Raises:
             ValueError: ids out of range, an empty prompt, a mask of the wrong shape, images that do not fit the tokens.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "are both None" if input_ids is None else "are both given"
-            raise ValueError(f"`input_ids` and `inputs_embeds` {got}; expected exactly one of them")
-        if not torch.compiler.is_compiling():
-            check_called("the prompt pass", self.containers())
-            if self.prompt_stack is not self.decoder:
-                check_whole(self.decoder, self.prompt_stack)
-        check_tensors(
+        self._check_call(
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, pixel_values=pixel_values,
             image_position_ids=image_position_ids, mm_token_type_ids=mm_token_type_ids,
         )  # fmt: skip
         new = input_ids if inputs_embeds is None else inputs_embeds
-        config, (batch_size, length) = self.config.text_config, new.shape[:2]
-        at_once = output_hidden_states or output_attentions or output_router_logits
-        if input_ids is not None:
-            check_ids("input_ids", input_ids, config.vocab_size)
-        if length == 0:
-            raise ValueError(f"the prompt is empty: got shape {tuple(new.shape)}; expected at least one token")
-        check_shape("position_ids", position_ids, (batch_size, length), (1, length))
+        (batch_size, length), at_once = new.shape[:2], output_hidden_states or output_attentions or output_router_logits
         for name, value in (("chunk_length", chunk_length), ("last_states", last_states)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected a positive integer or None")
@@ -223,36 +210,23 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             why = "with gradients" if torch.is_grad_enabled() else f"together with {asked}"
             raise ValueError(f"`chunk_length` is {chunk_length}; expected None {why}")
         seen = cached_length(cache, waits=True)
-        if cache is not None:
-            check_cache(cache, batch_size, seen, length)
-            if not torch.compiler.is_compiling():
-                check_update(cache)
         check_shape("documents", documents, (batch_size, length))
         if documents is not None and (seen or position_ids is None):
             raise ValueError("`documents` is given; expected `position_ids` beside it, and an empty `cache`")
         real = check_mask("attention_mask", plain_mask("attention_mask", attention_mask), (batch_size, seen + length))
         real = None if real is None else real.to(new.device)
-        cache = self._cache_for(cache, real, seen + length)
-        check_patches(self.config, input_ids, pixel_values, image_position_ids)
+        cache = self._cache_for(cache, real, batch_size, seen, length)
         if pixel_values is not None:
-            if inputs_embeds is not None:
-                raise ValueError("`pixel_values` needs `input_ids`, which say where the images stand; got `inputs_embeds`")
             inputs_embeds = self.embed_prompt(input_ids, pixel_values, image_position_ids)
-            if mm_token_type_ids is None:
-                mm_token_type_ids = input_ids == self.config.image_token_id
+            mm_token_type_ids = input_ids == self.config.image_token_id if mm_token_type_ids is None else mm_token_type_ids
         images = None  # which image of its row each token belongs to, int64 (B, P)
-        if config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
+        if self.config.text_config.use_bidirectional_attention == "vision" and mm_token_type_ids is not None:
             check_shape("mm_token_type_ids", mm_token_type_ids, (batch_size, length))
             images = image_numbers(mm_token_type_ids.to((new if inputs_embeds is None else inputs_embeds).device))
-        if position_ids is None:
-            position_ids = positions(real, seen, length, new.device)
-        last_states = length if last_states is None else last_states
-        stack, kept = self.prompt_stack, []
+        position_ids = positions(real, seen, length, new.device) if position_ids is None else position_ids
+        first_kept, stack, kept = 0 if last_states is None else max(length - last_states, 0), self.prompt_stack, []
         entry = self.encoder.language_model.layers.__getitem__ if stack is self.decoder else None
-        whole = at_once or documents is not None or torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
-        looked_at = chunk_length is None and not whole and any(map(looked_into, (stack, self.encoder.language_model)))
-        whole = whole or looked_at or (chunk_length is None and bool(gathering_groups(self)))
-        for start, end in [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images):
+        for start, end in [(0, length)] if at_once or documents is not None else self._cuts(length, chunk_length, images):
             here = slice(start, end)
             embeds = stack.embed_tokens(input_ids[:, here]) if inputs_embeds is None else inputs_embeds[:, here]
             view = prompt_view(
@@ -262,22 +236,51 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             hidden_states, states, weights, routing = stack(
                 embeds, view, entry, cache, output_hidden_states, output_attentions, bool(output_router_logits)
             )
-            if end > length - last_states:
-                kept.append(hidden_states[:, max(length - last_states - start, 0) :])
+            if end > first_kept:
+                kept.append(hidden_states[:, max(first_kept - start, 0) :])
         return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights, routing)
 
-    def _cache_for(self, cache: Cache | None, real: torch.Tensor | None, length: int) -> Cache:
-        """The cache to append to: the caller's, or a new one, which keeps all tokens where rows may be padded on the right."""
+    def _check_call(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, **tensors: torch.Tensor | None) -> None:
+        """Of `prefill`: the tokens of a prompt and what belongs to them, each by itself and with the model."""
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "are both None" if input_ids is None else "are both given"
+            raise ValueError(f"`input_ids` and `inputs_embeds` {got}; expected exactly one of them")
+        if not torch.compiler.is_compiling():
+            check_called("the prompt pass", self.containers())
+            if self.prompt_stack is not self.decoder:
+                check_whole(self.decoder, self.prompt_stack)
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, **tensors)
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        if input_ids is not None:
+            check_ids("input_ids", input_ids, self.config.text_config.vocab_size)
+        if new.shape[1] == 0:
+            raise ValueError(f"the prompt is empty: got shape {tuple(new.shape)}; expected at least one token")
+        check_shape("position_ids", tensors["position_ids"], tuple(new.shape[:2]), (1, new.shape[1]))
+        check_patches(self.config, input_ids, tensors["pixel_values"], tensors["image_position_ids"])
+
+    def _cuts(self, length: int, chunk_length: int | None, images: torch.Tensor | None) -> list[tuple[int, int]]:
+        """Start and end of the chunks in which a prompt of `length` goes through, where nothing asks for its states: one, unless it is
+        long, no gradient is wanted, and it was either asked for or nobody notices."""
+        whole = torch.is_grad_enabled() or length <= (chunk_length or CHUNK)
+        if not whole and chunk_length is None:
+            whole = any(map(looked_into, (self.prompt_stack, self.encoder.language_model))) or bool(gathering_groups(self))
+        return [(0, length)] if whole else chunks(length, chunk_length or CHUNK, images)
+
+    def _cache_for(self, cache: Cache | None, real: torch.Tensor | None, rows: int, seen: int, length: int) -> Cache:
+        """The cache to append `length` tokens to: the caller's, or a new one, which keeps all where rows may be padded on the right."""
         padded_left, traced = real is None, not readable(real)  # the side is not known then: a cache made here suits both
         if real is not None:
             padded_left = not traced and bool((real.int().diff(dim=1) >= 0).all())
-        window = self.config.text_config.sliding_window
+        config = self.config.text_config
         if cache is None:
-            return dynamic_cache(self.config.text_config) if padded_left else DynamicCache()
-        if not (padded_left or traced) and any(cache.is_sliding) and length >= window:
+            return dynamic_cache(config) if padded_left else DynamicCache()
+        check_cache(cache, rows, seen, length)
+        if not torch.compiler.is_compiling():
+            check_update(cache)
+        if not (padded_left or traced) and any(cache.is_sliding) and seen + length >= config.sliding_window:
             raise ValueError(
-                f"`attention_mask` pads {length} tokens on the right and `cache` keeps only the last of sliding_window={window} tokens; "
-                "pad on the left, or pass `DynamicCache()`"
+                f"`attention_mask` pads {seen + length} tokens on the right and `cache` keeps only the last of "
+                f"sliding_window={config.sliding_window} tokens; pad on the left, or pass `DynamicCache()`"
             )
         return cache
 
@@ -429,7 +432,6 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
         """
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_states = chosen_states(keep_states, self.config.text_config.num_hidden_layers + 1)
-        given = cache
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
         keep_routing = routing_settings(self.config)[0] if output_router_logits is None else output_router_logits
         prompt, prefilled = input_ids if inputs_embeds is None else inputs_embeds, PassOutput()
@@ -438,22 +440,16 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             decoder_position_ids=decoder_position_ids,
         )  # fmt: skip
         # A refused call changes nothing: the canvas is checked before the prompt reaches the cache.
-        config, seen = self.config, cached_length(cache)
+        seen = cached_length(cache)
         if prompt is None and seen == 0:
             raise ValueError("`input_ids` and `inputs_embeds` are None, and no token is cached; expected a prompt, or a filled `cache`")
-        if decoder_input_ids is None:
-            if self.training and torch.is_grad_enabled():
-                raise ValueError(LEARNS_NOTHING)
-            if prompt is None:
-                raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
-            size = (prompt.shape[0], config.canvas_length)
-            decoder_input_ids = torch.randint(config.text_config.vocab_size, size, dtype=torch.int64, device=prompt.device)
-        check_ids("decoder_input_ids", decoder_input_ids, config.text_config.vocab_size)
+        decoder_input_ids = self._noise(prompt) if decoder_input_ids is None else decoder_input_ids
+        check_ids("decoder_input_ids", decoder_input_ids, self.config.text_config.vocab_size)
         rows, length = decoder_input_ids.shape
-        if length == 0 or (prompt is not None and prompt.dim() > 1 and prompt.shape[0] != rows):
+        if length == 0 or (prompt is not None and prompt.shape[0] != rows):
             expected = "at least one position" if length == 0 else f"{prompt.shape[0]} rows, as the prompt has"
             raise ValueError(f"`decoder_input_ids` has shape {(rows, length)}; expected {expected}")
-        total = seen + (0 if prompt is None or prompt.dim() < 2 else prompt.shape[1])
+        total = seen + (0 if prompt is None else prompt.shape[1])
         if prompt is None:
             check_cache(cache, rows, seen, 0)
         decoder_attention_mask = plain_mask("decoder_attention_mask", decoder_attention_mask)
@@ -463,23 +459,32 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             decoder_attention_mask = torch.cat((real.to(canvas.device), canvas), dim=1)
         check_mask("decoder_attention_mask", decoder_attention_mask, (rows, total + length))
         check_shape("decoder_position_ids", decoder_position_ids, (rows, length), (1, length))
-        check_shape("soft_embeds", soft_embeds, (rows, length, config.text_config.hidden_size))
+        check_shape("soft_embeds", soft_embeds, (rows, length, self.config.text_config.hidden_size))
         if prompt is not None:
             prefilled = self.prefill(
                 input_ids, attention_mask, position_ids, cache, inputs_embeds,
                 pixel_values, image_position_ids, mm_token_type_ids, output_router_logits=keep_routing,
             )  # fmt: skip
-            cache = prefilled.cache
+        filled = cache if prompt is None else prefilled.cache
         denoised = self.denoise(
-            decoder_input_ids, cache, soft_embeds, decoder_attention_mask, decoder_position_ids,
+            decoder_input_ids, filled, soft_embeds, decoder_attention_mask, decoder_position_ids,
             output_hidden_states=keep_states, output_attentions=keep_weights, output_router_logits=keep_routing,
         )  # fmt: skip
         output = BlockModelOutput(
-            last_hidden_state=denoised.last_hidden_state, **{FIELD: given if use_cache is False else cache},
+            last_hidden_state=denoised.last_hidden_state, **{FIELD: cache if use_cache is False else filled},
             hidden_states=denoised.hidden_states, attentions=denoised.attentions, router_logits=denoised.router_logits,
             encoder_last_hidden_state=prefilled.last_hidden_state, encoder_router_logits=prefilled.router_logits,
         )  # fmt: skip
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _noise(self, prompt: torch.Tensor | None) -> torch.Tensor:
+        """A canvas of uniform random ids for each row of a prompt."""
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(LEARNS_NOTHING)
+        if prompt is None:
+            raise ValueError("`decoder_input_ids` is missing; expected a canvas, since there is no prompt to take its batch size from")
+        size = (prompt.shape[0], self.config.canvas_length)
+        return torch.randint(self.config.text_config.vocab_size, size, dtype=torch.int64, device=prompt.device)
 
 
 __all__ = ["DiffusionGemmaBlockModel"]

@@ -314,7 +314,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             behind = "the logits are of a canvas of noise behind the prompt, not of the next tokens, which `causal_logits` gives"
             logger.warning_once(f"`decoder_input_ids` is None: {behind}.")
         batch = next((ids for ids in (decoder_input_ids, input_ids, inputs_embeds) if ids is not None), None)
-        if batch is not None and batch.dim() > 1:
+        if batch is not None:
             size = (batch.shape[0], self.config.canvas_length if decoder_input_ids is None else batch.shape[1])
             check_shape("labels", labels, size)
             each = (size[1], self.config.text_config.vocab_size)

@@ -15,6 +15,7 @@ from generation.checks import check_shape
 from ..layers.view import View
 
 IGNORED = -100  # transformers' label for "no target"
+WAYS = ("all", "one")  # how many canvases of a row are learned at once
 
 
 class Canvases(NamedTuple):
@@ -111,6 +112,19 @@ def random_canvas(canvases: Canvases) -> torch.Tensor:
     return (torch.rand(counts.shape, dtype=torch.float32, device=counts.device) * counts).long().clamp(max=counts - 1)
 
 
+def choose_canvases(canvases: Canvases, which: str | torch.Tensor) -> Canvases:
+    """Those to learn from: `"all"`, `"one"` of each row at random, or the one that int64 `(B,)` says."""
+    if isinstance(which, torch.Tensor):
+        counts = canvases.there.sum(dim=1)
+        check_shape("canvases", which, tuple(counts.shape))
+        if bool(((which < 0) | (which >= counts)).any()):
+            raise ValueError(f"`canvases` is {which.tolist()}; expected less than each row has: {counts.tolist()}")
+        return canvases.pick(which)
+    if which not in WAYS:
+        raise ValueError(f"`canvases` is {which!r}; expected one of {WAYS}, or which one of each row as int64 (B,)")
+    return canvases if which == "all" else canvases.pick(random_canvas(canvases))
+
+
 def training_view(model, cache: Cache, canvases: Canvases, real: torch.Tensor, documents: torch.Tensor | None = None) -> View:
     """The view by which each canvas sees its conversation up to its start, itself, and nothing clean of itself. `cache` holds the tokens of
     `real`, bool (B, L), of the conversations `documents`, int64 (B, L)."""
@@ -124,4 +138,6 @@ def training_view(model, cache: Cache, canvases: Canvases, real: torch.Tensor, d
     return model.prepare_canvas(cache, (rows, count * length), real, positions, prefix_length=canvases.start, documents=documents)
 
 
-__all__ = ["IGNORED", "Canvases", "check_labels", "conversations", "cut_canvases", "random_canvas", "training_view"]
+__all__ = [
+    "IGNORED", "WAYS", "Canvases", "check_labels", "choose_canvases", "conversations", "cut_canvases", "random_canvas", "training_view",
+]  # fmt: skip

@@ -19,13 +19,13 @@ from generation.checks import check_mask, check_shape
 from generation.rules.noise import Noise, UniformNoise
 
 from ..layers.outputs import PassOutput
-from .canvases import IGNORED, check_labels, conversations, cut_canvases, random_canvas, training_view
+from ..layers.view import View
+from .canvases import IGNORED, check_labels, choose_canvases, conversations, cut_canvases, training_view
 from .pieces import expected_embeddings, token_losses
 from .ranks import gathering_groups, same_draws
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
-WAYS = ("all", "one")  # how many canvases of a row are learned at once
 
 
 def noise_proportions(count: int, device: torch.device) -> torch.Tensor:
@@ -84,6 +84,18 @@ class TrainingLoss(NamedTuple):
     balancing: torch.Tensor | None = None
 
 
+@torch.no_grad()
+def first_guess(model, noised: torch.Tensor, view: View, rows: torch.Tensor | None, groups: list) -> torch.Tensor | None:
+    """The soft embeddings `(B, K * C, D)` of a first canvas pass, zero but in `rows`, bool `(B,)`, each of them with probability 0.5 where
+    None says; or None, which means zero, too."""
+    if rows is None:
+        rows = torch.rand(len(noised), dtype=torch.float32, device=noised.device) < SELF_CONDITIONING_PROBABILITY
+    if not groups and not bool(rows.any()):  # one process may save the pass, ranks of which others drew a row may not
+        return None
+    soft_embeds = expected_embeddings(model, model.denoise(noised, view=view).last_hidden_state, groups)
+    return soft_embeds * rows.to(soft_embeds)[:, None, None]
+
+
 def block_diffusion_loss(
     model,
     input_ids: torch.Tensor,
@@ -131,20 +143,11 @@ def block_diffusion_loss(
     documents = conversations(position_ids, input_ids, real)
     check_labels(input_ids, labels, attention_mask, documents)
     same_draws(model)
-    config, rows = model.config.text_config, input_ids.shape[0]
+    config = model.config.text_config
     canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
-    clean = cut_canvases(input_ids, labels, canvas_length, config.pad_token_id)
-    if isinstance(canvases, torch.Tensor):
-        check_shape("canvases", canvases, (rows,))
-        if bool(((canvases < 0) | (canvases >= clean.there.sum(dim=1))).any()):
-            raise ValueError(f"`canvases` is {canvases.tolist()}; expected less than each row has: {clean.there.sum(dim=1).tolist()}")
-        clean = clean.pick(canvases)
-    elif canvases not in WAYS:
-        raise ValueError(f"`canvases` is {canvases!r}; expected one of {WAYS}, or which one of each row as int64 (B,)")
-    elif canvases == "one":
-        clean = clean.pick(random_canvas(clean))
-    shape = (rows, clean.ids.shape[1] * canvas_length)
-    check_shape("noised", noised, shape)
+    clean = choose_canvases(cut_canvases(input_ids, labels, canvas_length, config.pad_token_id), canvases)
+    shape = clean.ids.flatten(1).shape  # (B, K * C)
+    check_shape("noised", noised, tuple(shape))
     check_shape("soft_embeds", soft_embeds, (*shape, config.hidden_size))
     if soft_embeds is not None and noised is None:
         raise ValueError("`soft_embeds` is given without `noised`; expected the canvas that it conditions")
@@ -152,10 +155,9 @@ def block_diffusion_loss(
         raise ValueError("`soft_embeds` and `self_conditioning_mask` are both given; expected one of them")
     proportions = None
     if noised is None:
-        noise = UniformNoise(config.vocab_size) if noise is None else noise
         proportions = noise_proportions(int(clean.there.sum()), clean.ids.device)
         spread = torch.zeros_like(clean.there, dtype=torch.float32).masked_scatter(clean.there, proportions)  # (B, K)
-        noised = corrupt(clean.ids, spread, noise).flatten(1)
+        noised = corrupt(clean.ids, spread, UniformNoise(config.vocab_size) if noise is None else noise).flatten(1)
 
     routing = {"output_router_logits": True} if output_router_logits else {}
     groups = gathering_groups(model)  # asked before a pass leaves weights gathered
@@ -168,22 +170,17 @@ def block_diffusion_loss(
         causal_loss = token_losses(model, prefilled.last_hidden_state[:, :-1][target], labels[:, 1:][target], groups).mean()
 
     view = training_view(model, prefilled.cache, clean, real[:, :length], places.get("documents"))
-    if self_conditioning_mask is None and soft_embeds is None:
-        chance = torch.rand(rows, dtype=torch.float32, device=noised.device)
-        self_conditioning_mask = chance < SELF_CONDITIONING_PROBABILITY
-    # Rows that are not conditioned get zeros, as without this pass: one process may save it, ranks of which others drew a row may not.
-    if soft_embeds is None and (groups or bool(self_conditioning_mask.any())):
-        with torch.no_grad():
-            soft_embeds = expected_embeddings(model, model.denoise(noised, view=view).last_hidden_state, groups)
-            soft_embeds = soft_embeds * self_conditioning_mask.to(soft_embeds)[:, None, None]
+    if soft_embeds is None:
+        soft_embeds = first_guess(model, noised, view, self_conditioning_mask, groups)
     denoised = model.denoise(noised, soft_embeds=soft_embeds, view=view, **routing)
     states = denoised.last_hidden_state
     logits = model.compute_logits(states) if keep_logits else None  # (B, K * C, V)
     there = clean.there.repeat_interleave(canvas_length, dim=1)
+    target = clean.ids.flatten(1)[there]
     if logits is None:
-        losses = token_losses(model, states[there], clean.ids.flatten(1)[there], groups)
+        losses = token_losses(model, states[there], target, groups)
     else:
-        losses = torch.nn.functional.cross_entropy(logits[there], clean.ids.flatten(1)[there], reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits[there], target, reduction="none")
     balancing = None
     if output_router_logits:
         passes = ((prefilled.router_logits, real[:, :length]), (denoised.router_logits, there))
@@ -193,6 +190,4 @@ def block_diffusion_loss(
     return TrainingLoss(logits, losses.mean(), causal_loss, prefilled, denoised, each, rows_of, proportions, balancing)
 
 
-__all__ = [
-    "TrainingLoss", "WAYS", "balancing_loss", "block_diffusion_loss", "corrupt", "noise_proportions",
-]  # fmt: skip
+__all__ = ["TrainingLoss", "balancing_loss", "block_diffusion_loss", "corrupt", "noise_proportions"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from generation.arguments import FIELDS, read
 
-from .loss import WAYS
+from .canvases import WAYS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Registered with transformers like `fp8_quantizer`, under this file's name. What 
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -183,11 +183,7 @@ class FourBitQuantizer(BlockQuantizer):
 
     quantization_config: FourBitConfig
     element_size = 0.5
-
-    def __init__(self, quantization_config: FourBitConfig, **kwargs):
-        super().__init__(quantization_config, **kwargs)
-        self.unquantizable: list[str] = []  # and why; an exception during a conversion would be swallowed
-        self.conversions: list[WeightConverter | WeightRenaming] = []
+    conversions: Sequence[WeightConverter | WeightRenaming] = ()
 
     def validate_environment(self, *args, **kwargs) -> None:
         kernels()
@@ -235,8 +231,7 @@ class FourBitQuantizer(BlockQuantizer):
         return {name: numbers, f"{name}_scale": scale}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        if self.unquantizable:
-            raise ValueError(f"cannot quantise {model.name_or_path}: {'; '.join(sorted(self.unquantizable))}")
+        super()._process_model_after_weight_loading(model)
         for name, module in four_bit_modules(model).items():
             for weight, packed in PACKED.items():
                 numbers, scale = getattr(module, packed), getattr(module, f"{packed}_scale")

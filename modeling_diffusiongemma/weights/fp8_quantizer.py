@@ -153,11 +153,7 @@ class FP8Quantizer(BlockQuantizer):
     quantization_config: FP8Config
     element_size = 1
     is_compileable = True
-
-    def __init__(self, quantization_config: FP8Config, **kwargs):
-        super().__init__(quantization_config, **kwargs)
-        self.unquantizable: list[str] = []  # and why; an exception during a conversion would be swallowed
-        self.apart = False  # experts stay in the checkpoint's files
+    apart = False  # experts stay in the checkpoint's files
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map=None, checkpoint_files=None, **kwargs) -> None:
         if not any(isinstance(module, Experts) for module in model.modules()):
@@ -172,8 +168,7 @@ class FP8Quantizer(BlockQuantizer):
             check_files(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        if self.unquantizable:
-            raise ValueError(f"cannot quantise {model.name_or_path}: {'; '.join(sorted(self.unquantizable))}")
+        super()._process_model_after_weight_loading(model)
         for module in model.modules():
             if isinstance(module, Experts):  # left alone by the copy: read as a whole, which matrices apart are not for
                 for name, weight in module._parameters.items():

@@ -21,6 +21,8 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from generation.call.configuration import DOWNLOAD
+
 from .auto import REGISTERED, forget
 from .fits import check_fits
 from .four_bit import PUBLISHED, FourBitConfig, in_four_bits
@@ -32,7 +34,6 @@ from .saving import FINISHED, finish, replacing
 from .stored import check_files, check_pickled, check_state_dict
 from .whole import check_whole
 
-DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 # Arguments of `from_pretrained` that are not for reading a config, though that would take them.
 KEPT = ("config", "dtype", "quantization_config", "attn_implementation", "experts_implementation", "trust_remote_code", "gguf_file")
 
@@ -353,4 +354,4 @@ class LoadingMixin:
     is_remote_code = classmethod(lambda cls: False)
 
 
-__all__ = ["DOWNLOAD", "LoadingMixin", "damaged_files"]
+__all__ = ["LoadingMixin", "damaged_files"]

@@ -15,6 +15,14 @@ class BlockQuantizer(HfQuantizer):
     serializable = True
     is_trainable = True
 
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.unquantizable: list[str] = []  # and why; an exception during a conversion would be swallowed
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        if self.unquantizable:
+            raise ValueError(f"cannot quantise {model.name_or_path}: {'; '.join(sorted(self.unquantizable))}")
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         module, _, name = param_name.rpartition(".")
         return name in getattr(model.get_submodule(module), "WEIGHTS", ())
