@@ -206,7 +206,7 @@ EXTREMES = {
 }  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)  # the same examples in every run, whatever failed before
 @given(**EXTREMES)
 def test_no_logits_and_no_filters_make_an_entropy_that_is_none(seed, spread, temperature, dtype, top_k, top_p, min_p, left, greedy):
     """Logits from all but equal to all but one at their cap, temperatures of either end, and from one id left to all of 61."""
