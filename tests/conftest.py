@@ -1,15 +1,20 @@
 """What all tests share."""
 
+import atexit
 import getpass
 import io
 import json
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
+if "PYTEST_XDIST_WORKER" not in os.environ:  # nor find what was downloaded, or the code of repositories that an earlier run loaded
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="diffusiongemma_tests_")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: as many tests run at once as there are cores
 
 import pytest  # noqa: E402
@@ -47,7 +52,7 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Base address of a server on a free port of this machine, where nothing was ever downloaded."""
-    with served(tmp_path_factory.mktemp("home")) as url:
+    with served(tmp_path_factory.mktemp("server")) as url:
         yield url
 
 

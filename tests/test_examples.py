@@ -2,22 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import programs
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments, timeout=300):
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def test_demo_solves_one_unseen_input_of_every_job_and_judges_it():
-    done = run("examples/demo.py", "--seed", "3")
+    done = programs.run("examples/demo.py", "--seed", "3")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+) +(right|WRONG) +(\d+) +[\d.]+ +[\d.]+$", done.stdout, re.MULTILINE)
     assert [row[0] for row in rows] == [
@@ -40,7 +31,7 @@ def test_demo_says_what_is_wrong_with_a_puzzle(here, puzzle, reason):
 
 
 def test_evaluate_shows_its_progress_and_writes_what_it_prints(tmp_path):
-    done = run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length=64", "--json", str(tmp_path / "r.json"))
+    done = programs.run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length=64", "--json", str(tmp_path / "r.json"))
     assert done.returncode == 0 and "note_to_json" in done.stdout and (tmp_path / "r.json").is_file(), done.stderr
     assert "evaluating:   0%" in done.stderr and "20/20" in done.stderr
 

@@ -2,10 +2,9 @@
 
 import itertools
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -242,8 +241,7 @@ def test_the_benchmark_compares_case_by_case_and_keeps_what_it_found(tmp_path):
 
 
 def run_benchmark(*arguments):
-    script = Path(__file__).parents[1] / "benchmarks" / "fewer_passes.py"
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=300)
+    done = programs.run("benchmarks/fewer_passes.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,11 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from small_models import PAD, VOCAB, small_model
@@ -328,11 +327,10 @@ def test_logits_may_be_left_out_beside_a_loss():
 
 def train_script(out, steps):
     command = [
-        sys.executable, "examples/train.py", "text", "--steps", str(steps), "--batch-size", "4", "--hidden-size", "32",
+        "examples/train.py", "text", "--steps", str(steps), "--batch-size", "4", "--hidden-size", "32",
         "--layers", "2", "--no-compile", "--eval-cases", "1", "--log-every", "1", "--device", "cpu", "--out", str(out),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = programs.run(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
