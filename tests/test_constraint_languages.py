@@ -425,6 +425,6 @@ def test_shipped_tokenizer_is_constrained_quickly_from_the_cache():
     assert made.accepts(ids) and not made.accepts(ids[:-1])
     known = next(iter(compiled._memory()[tokenizer].values()))
     known.automata.clear()
-    start = time.perf_counter()
+    start = time.thread_time()  # not the clock's: others may have the core
     assert same(compile_constraint(language, tokenizer, len(tokenizer)), made)
-    assert time.perf_counter() - start < 1  # measured: some milliseconds
+    assert time.thread_time() - start < 1  # measured: some milliseconds
