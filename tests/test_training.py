@@ -208,7 +208,6 @@ EQUAL = {  # switches that leave the arithmetic alone
     "average_tokens_across_devices": {"average_tokens_across_devices": True},
     "include_num_input_tokens_seen": {"include_num_input_tokens_seen": "non_padding"},
     "gradient_checkpointing": {"gradient_checkpointing": True},
-    "torch_compile": {"torch_compile": True, "torch_compile_backend": "eager"},
     "auto_find_batch_size": {"auto_find_batch_size": True},
     "dataloader_drop_last": {"dataloader_drop_last": True},
     "dataloader_num_workers": {"dataloader_num_workers": 1},
@@ -221,10 +220,21 @@ EQUAL = {  # switches that leave the arithmetic alone
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "torch_compile" else name for name in EQUAL])
+@pytest.mark.parametrize("name", EQUAL)
 def test_switch_of_trainer_changes_no_loss(name, plainly, tmp_path):
     got = trained_and_evaluated(tmp_path, **EQUAL[name], **({"per_device_eval_batch_size": 6} if name == "dataloader_drop_last" else {}))
     assert got == pytest.approx(plainly, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_changes_no_loss(tmp_path):
+    """A layer of each kind: each is traced anew for every step and mode that differs."""
+    few = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    plain, compiled = (
+        trained_and_evaluated(tmp_path, model=small_model(seed=3, initializer_range=0.05, **few), **switches)
+        for switches in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    )
+    assert compiled == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.mark.parametrize("switches", [{"bf16": True}, {"bf16_full_eval": True}, {"fp16_full_eval": True}], ids=str)
