@@ -1,8 +1,6 @@
 """Starts two processes that are the ranks of one job, on a CPU; or as many as the environment variable `RANKS` says."""
 
 import os
-import subprocess
-import sys
 import time
 
 import programs
@@ -37,12 +35,11 @@ def run_ranks(script, way, folder):
 
 def launch(settings, script, way, folder, *options):
     """As `run_ranks`, by `accelerate launch` with the config file `settings`."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings), "--num_processes", str(WORLD)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_TORCH_DEVICE": "cpu"}
+    command = ["-m", "accelerate.commands.launch", "--config_file", settings, "--num_processes", WORLD]
     with port() as meeting:
-        command += ["--main_process_port", str(meeting), *options, str(ROOT / "tests" / script), way, str(folder)]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout[-6000:]
+        command += ["--main_process_port", meeting, *options, f"tests/{script}", way, folder]
+        done = programs.run(*command, environment={"ACCELERATE_TORCH_DEVICE": "cpu"}, timeout=PATIENCE)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return results(folder)
 
 
