@@ -12,9 +12,6 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
-if "PYTEST_XDIST_WORKER" not in os.environ:  # nor find what was downloaded, or the code of repositories that an earlier run loaded
-    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="diffusiongemma_tests_")
-    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: as many tests run at once as there are cores
 
 import pytest  # noqa: E402
@@ -27,8 +24,11 @@ if not torch.cuda.is_available():
 cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
-# Compiled constraints are kept: where no other run, and nobody's work, finds them.
-os.environ.setdefault("DIFFUSIONGEMMA_CACHE", os.path.join(tempfile.gettempdir(), f"diffusiongemma_tests_{getpass.getuser()}"))
+# Compiled constraints, the code of repositories and what the Hub gave are kept where all workers of a run find them, and no other run does.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    kept = tempfile.mkdtemp(prefix="diffusiongemma_tests_")
+    atexit.register(shutil.rmtree, kept, ignore_errors=True)
+    os.environ.update(DIFFUSIONGEMMA_CACHE=os.path.join(kept, "constraints"), HF_HOME=os.path.join(kept, "hub"))
 
 import tiny  # noqa: E402
 from make_fp8_checkpoint import write_fp8_checkpoint  # noqa: E402
