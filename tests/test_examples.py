@@ -2,9 +2,12 @@
 
 import json
 import re
+import sys
 
 import programs
 import pytest
+
+import race
 
 
 def test_demo_solves_one_unseen_input_of_every_job_and_judges_it():
@@ -16,6 +19,7 @@ def test_demo_solves_one_unseen_input_of_every_job_and_judges_it():
     ]  # fmt: skip
     assert sum(row[1] == "right" for row in rows) >= 4 and all(1 <= int(row[2]) <= 48 for row in rows)
     assert "step  1" in done.stdout and "^" in done.stdout and f"{sum(row[1] == 'right' for row in rows)} of 9 right" in done.stdout
+    assert raced(done.stdout, 5)
 
 
 def test_demo_takes_your_own_request_and_your_own_puzzle(here):
@@ -82,9 +86,16 @@ def test_trace_prints_what_its_docstring_shows(here):
     assert stand == sorted(stand) and f", {stand[-1]} tokens;" in printed and '"quantity": 71' in printed
 
 
-def test_race_measures_both_ways_over_the_same_answers(here):
-    printed, error = here("race.py", "--seed", "3")
-    assert error is None and re.match(r"\d+ tokens of 5 long answers, same weights: [\d.]+ times as fast by denoising\n", printed)
-    assert (
-        len(re.findall(r"^  (?:denoising|one token at a time) +\d+ passes, +[\d,]+ tokens/s, \d of 5 right$", printed, re.MULTILINE)) == 2
-    )
+def raced(printed, answers):
+    """Whether these are the three lines of a race over so many answers."""
+    way = rf"  (?:denoising|one token at a time) +\d+ passes, +[\d,]+ tokens/s, \d of {answers} right\n"
+    first = rf"^\d+ tokens of {answers} long answers, same weights: [\d.]+ times as fast by denoising\n"
+    return re.search(f"{first}(?:{way}){{2}}$", printed, re.MULTILINE)
+
+
+def test_race_measures_both_ways_over_the_same_answers(monkeypatch, capsys):
+    """The whole of it ends the demo, above."""
+    monkeypatch.setattr(race, "RACED", 1)
+    monkeypatch.setattr(sys, "argv", ["race.py", "--seed", "3"])
+    race.main()
+    assert raced(capsys.readouterr().out, 1)
