@@ -89,6 +89,7 @@ def run(*arguments, cwd=ROOT, environment=(), input="", timeout=300):
         process.join(timeout)
         if process.is_alive():
             process.kill()
+            process.join()
             raise subprocess.TimeoutExpired(arguments, timeout, *(file.read_text(encoding="utf-8") for file in files[1:]))
         return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text(encoding="utf-8") for file in files[1:]))
 
