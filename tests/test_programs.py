@@ -35,8 +35,8 @@ def test_program_ends_as_one_that_starts(code, ended):
     assert found.returncode == ended and ("mine" in found.stderr) == (ended == 1)
 
 
-def test_package_is_imported_anew_and_torch_is_there():
-    code = "import sys; print('torch' in sys.modules, {'generation', 'modeling_diffusiongemma'} & {*sys.modules})"
+def test_package_is_imported_anew_and_transformers_is_there():
+    code = "import sys; print('transformers.modeling_utils' in sys.modules, {'generation', 'modeling_diffusiongemma'} & {*sys.modules})"
     assert programs.run("-c", code).stdout == f"{programs.FORKS} set()\n"
 
 
