@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
+import programs
 import pytest
 import transformers
 from tiny import tiny_config
@@ -34,8 +32,7 @@ print(before, registered(), sep="\\n")
 
 
 def test_importing_replaces_what_the_table_says_and_nothing_else():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", BEFORE_AND_AFTER], capture_output=True, text=True, env=environment, timeout=300)
+    done = programs.run("-c", BEFORE_AND_AFTER)
     assert done.returncode == 0, done.stderr
     before, after = map(eval, done.stdout.splitlines()[-2:])
     assert after == before | REGISTERED

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from transformers import DynamicCache
@@ -30,8 +31,7 @@ CPU = torch.device("cpu")
 
 
 def run(script, *arguments):
-    command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = programs.run(BENCHMARKS / script, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from commands import MODULE, process
@@ -142,7 +144,7 @@ def test_every_command_has_its_run():
 
 
 def test_pipe_in_and_json_out():
-    done = process(*MODULE, "generate", "--json", "--watch", *NARROW, input=f"{DATE}\n\n{OTHERS[0]}\n")
+    done = programs.run(*MODULE[1:], "generate", "--json", "--watch", *NARROW, input=f"{DATE}\n\n{OTHERS[0]}\n")
     assert done.returncode == 0, done.stderr
     assert [(row["prompt"], row["text"]) for row in map(json.loads, done.stdout.splitlines())] == list(DATES.items())[:2]
     assert "step  1" in done.stderr and "^" in done.stderr
@@ -156,7 +158,7 @@ def test_installed_script_registers_the_auto_classes(tmp_path):
         f"import sys\nfrom {target[1]} import {target[2]}\ncode = {target[2]}()\nimport modeling_diffusiongemma\n"
         "modeling_diffusiongemma.default_checkpoint()\nsys.exit(code)\n"
     )
-    done = process(sys.executable, str(script), "info", "--json")
+    done = programs.run(script, "info", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["parameters"] > 1e6, done.stderr
 
 
@@ -164,7 +166,7 @@ def test_another_program_that_imports_the_package_gets_all_of_it(tmp_path):
     """Only the console's own script and `-m` may leave the imports out."""
     script = tmp_path / "diffusiongemma.py"
     script.write_text("import modeling_diffusiongemma\nprint(modeling_diffusiongemma.DiffusionGemmaForMaskedBlockLM.__name__)\n")
-    done = process(sys.executable, str(script), "-m", "modeling_diffusiongemma")
+    done = programs.run(script, "-m", "modeling_diffusiongemma")
     assert done.stdout.strip() == "DiffusionGemmaForMaskedBlockLM", done.stderr
 
 
@@ -173,20 +175,17 @@ def test_chat_in_a_terminal_redraws_the_canvas_and_leaves_the_answer():
     import pty
 
     keyboard, terminal = pty.openpty()
-    command = [*MODULE, "chat", *NARROW]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-    environment.pop("NO_COLOR", None)
-    chat = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal)
-    os.close(terminal)
+    name = os.ttyname(terminal)
+    variables = {"TERM": "xterm", "NO_COLOR": None}
+    chat = programs.start(*MODULE[1:], "chat", *NARROW, environment=variables, stdin=name, stdout=name, stderr=name)
     os.write(keyboard, f"{DATE}\n/exit\n".encode())
-    shown = b""
-    try:
-        while piece := os.read(keyboard, 4096):
-            shown += piece
-    except OSError:  # Linux: the terminal has gone with its last process
-        pass
+    shown, more = b"", True
+    while chat.is_alive() or more:  # this process holds the terminal open, too: it gives no end
+        more = bool(select.select([keyboard], [], [], 0.1)[0])
+        shown += os.read(keyboard, 4096) if more else b""
     os.close(keyboard)
-    assert chat.wait(timeout=60) == 0, shown
+    os.close(terminal)
+    assert chat.exitcode == 0, shown
     text = shown.decode()
     assert "\033[1;32m" in text, "no accepted token was drawn in green"
     wiped = text.rindex("A\033[J")
@@ -484,7 +483,7 @@ def test_export_writes_a_repository_that_brings_its_code(answers, tmp_path):
         f"generator = pipeline('text-generation', model={str(folder)!r}, trust_remote_code=True)\n"
         f"print(generator([{{'role': 'user', 'content': {DATE!r}}}], canvas_length=16, max_new_tokens=16)[0]['generated_text'][-1])"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = programs.run("-c", script, cwd=tmp_path)
     assert done.returncode == 0 and DATES[DATE] in done.stdout, done.stderr
 
 

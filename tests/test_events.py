@@ -53,19 +53,19 @@ def test_events_are_every_step_and_every_canvas_in_order(model):
 
 
 def test_leaving_the_loop_stops_generation(model):
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     for event in stream_events(model, prompts(1, 6)[0], **{**SETTINGS, "max_new_tokens": 100_000}):
         if event.canvas == 1:
             break
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # one of another test's may end meanwhile
 
 
 def test_exception_in_the_consumer_stops_generation(model):
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     with pytest.raises(RuntimeError, match="mine"):
         for _ in stream_events(model, prompts(1, 6)[0], **{**SETTINGS, "max_new_tokens": 100_000}):
             raise RuntimeError("mine")
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
 
 
 def test_exception_of_generate_reaches_the_consumer(model):

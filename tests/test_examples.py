@@ -2,22 +2,16 @@
 
 import json
 import re
-import subprocess
 import sys
-from pathlib import Path
 
+import programs
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments, timeout=300):
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+import race
 
 
 def test_demo_solves_one_unseen_input_of_every_job_and_judges_it():
-    done = run("examples/demo.py", "--seed", "3")
+    done = programs.run("examples/demo.py", "--seed", "3")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+) +(right|WRONG) +(\d+) +[\d.]+ +[\d.]+$", done.stdout, re.MULTILINE)
     assert [row[0] for row in rows] == [
@@ -25,6 +19,7 @@ def test_demo_solves_one_unseen_input_of_every_job_and_judges_it():
     ]  # fmt: skip
     assert sum(row[1] == "right" for row in rows) >= 4 and all(1 <= int(row[2]) <= 48 for row in rows)
     assert "step  1" in done.stdout and "^" in done.stdout and f"{sum(row[1] == 'right' for row in rows)} of 9 right" in done.stdout
+    assert raced(done.stdout, 5)
 
 
 def test_demo_takes_your_own_request_and_your_own_puzzle(here):
@@ -40,7 +35,7 @@ def test_demo_says_what_is_wrong_with_a_puzzle(here, puzzle, reason):
 
 
 def test_evaluate_shows_its_progress_and_writes_what_it_prints(tmp_path):
-    done = run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length=64", "--json", str(tmp_path / "r.json"))
+    done = programs.run("examples/evaluate.py", "text", "--cases", "2", "--set", "canvas_length=64", "--json", str(tmp_path / "r.json"))
     assert done.returncode == 0 and "note_to_json" in done.stdout and (tmp_path / "r.json").is_file(), done.stderr
     assert "evaluating:   0%" in done.stderr and "20/20" in done.stderr
 
@@ -91,9 +86,16 @@ def test_trace_prints_what_its_docstring_shows(here):
     assert stand == sorted(stand) and f", {stand[-1]} tokens;" in printed and '"quantity": 71' in printed
 
 
-def test_race_measures_both_ways_over_the_same_answers(here):
-    printed, error = here("race.py", "--seed", "3")
-    assert error is None and re.match(r"\d+ tokens of 5 long answers, same weights: [\d.]+ times as fast by denoising\n", printed)
-    assert (
-        len(re.findall(r"^  (?:denoising|one token at a time) +\d+ passes, +[\d,]+ tokens/s, \d of 5 right$", printed, re.MULTILINE)) == 2
-    )
+def raced(printed, answers):
+    """Whether these are the three lines of a race over so many answers."""
+    way = rf"  (?:denoising|one token at a time) +\d+ passes, +[\d,]+ tokens/s, \d of {answers} right\n"
+    first = rf"^\d+ tokens of {answers} long answers, same weights: [\d.]+ times as fast by denoising\n"
+    return re.search(f"{first}(?:{way}){{2}}$", printed, re.MULTILINE)
+
+
+def test_race_measures_both_ways_over_the_same_answers(monkeypatch, capsys):
+    """The whole of it ends the demo, above."""
+    monkeypatch.setattr(race, "RACED", 1)
+    monkeypatch.setattr(sys, "argv", ["race.py", "--seed", "3"])
+    race.main()
+    assert raced(capsys.readouterr().out, 1)

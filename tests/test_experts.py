@@ -1,11 +1,9 @@
 """Which way of computing the experts is used, and that the choice changes nothing but rounding."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import programs
 import pytest
 import tiny
 import torch
@@ -156,10 +154,8 @@ def test_a_way_asked_for_holds_in_its_own_thread_and_block_alone():
 def test_the_benchmark_prints_a_table(few_bits):
     if few_bits:
         pytest.importorskip("bitsandbytes")
-    command = [sys.executable, "benchmarks/experts.py", "--tokens", "3", "--shape", "4", "2", "16", "8", "--rounds", "1", "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command += ["--four-bit"] if few_bits else []
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    command = ["benchmarks/experts.py", "--tokens", "3", "--shape", "4", "2", "16", "8", "--rounds", "1", "--threads", "1"]
+    done = programs.run(*command, *(["--four-bit"] if few_bits else []))
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| 4, 2, 16, 8")]
     assert len(rows) == 2 and all(float(cell) > 0 for row in rows for cell in row[2:-1])

@@ -1,11 +1,11 @@
 """What needs fewer passes and changes no answer: the rule of the joint entropy; and entropies that are numbers, whatever narrows them."""
 
+import functools
 import itertools
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,16 +158,17 @@ def watched(model, narrow, sampler="entropy_bound", **further):
     return [*look.seen, *([] if found.scores is None else [found.scores])]
 
 
-@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
-def of_dtype(request):
-    return small_model(vocab_size=VOCAB).to(getattr(torch, request.param))
+@functools.cache
+def of_dtype(dtype):
+    return small_model(vocab_size=VOCAB).to(getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("narrow", NARROW.values(), ids=NARROW.keys())
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_every_entropy_is_a_number(of_dtype, narrow, way):
+@pytest.mark.parametrize("narrow", NARROW)
+@pytest.mark.parametrize(("dtype", "way"), [*itertools.product(("float32", "float16"), WAYS), ("bfloat16", "in pieces")])
+def test_every_entropy_is_a_number(dtype, way, narrow):
+    """bfloat16 holds what float32 holds, and float16 does not: one way is enough there."""
     torch.manual_seed(0)
-    check_all(watched(of_dtype, narrow, **way))
+    check_all(watched(of_dtype(dtype), NARROW[narrow], **WAYS[way]))
 
 
 def test_a_cold_float16_model_conditions_itself_on_the_most_probable_token():
@@ -189,7 +190,7 @@ def test_with_every_sampler_and_under_a_constraint_too(sampler, dtype, tokenizer
     written = small_model(vocab_size=len(tokenizer) + 3).to(getattr(torch, dtype))
     language = {"constraint": Regex("[0-9a-z ]{1,9}"), "tokenizer": tokenizer}
     narrow = [fields for fields in NARROW.values() if "suppress_tokens" not in fields]
-    for fields, bound, way in itertools.product(narrow[::2], ({}, language), ("in pieces", "whole logits")):
+    for fields, bound, way in itertools.product(narrow[::3], ({}, language), ("in pieces", "whole logits")):
         check_all(watched(written, fields, sampler, seed=0, **bound, **WAYS[way]))
 
 
@@ -201,7 +202,7 @@ EXTREMES = {
 }  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)  # the same examples in every run, whatever failed before
 @given(**EXTREMES)
 def test_no_logits_and_no_filters_make_an_entropy_that_is_none(seed, spread, temperature, dtype, top_k, top_p, min_p, left, greedy):
     """Logits from all but equal to all but one at their cap, temperatures of either end, and from one id left to all of 61."""
@@ -237,8 +238,7 @@ def test_the_benchmark_compares_case_by_case_and_keeps_what_it_found(tmp_path):
 
 
 def run_benchmark(*arguments):
-    script = Path(__file__).parents[1] / "benchmarks" / "fewer_passes.py"
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=300)
+    done = programs.run("benchmarks/fewer_passes.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,6 +5,7 @@ are found line by line with a regular expression, other imports outside of `try:
 """
 
 import ast
+import functools
 import importlib.util
 import re
 import sys
@@ -183,6 +184,16 @@ def test_public_modules_define_all(file):
     assert exported(read(file)) is not None, f"{file} has no `__all__`"
 
 
+@functools.cache
+def taken_by_transformers():
+    taken = set()
+    for module in RELEASED_MODULES:
+        spec = importlib.util.find_spec(f"transformers.models.diffusion_gemma.{module}")
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        taken |= class_names(tree) | set(exported(tree))
+    return taken
+
+
 @every_file
 def test_no_class_takes_the_name_of_one_in_transformers(file):
     """transformers looks up weight conversions by class name, so a model class of ours must not carry one of its names.
@@ -190,13 +201,8 @@ def test_no_class_takes_the_name_of_one_in_transformers(file):
     `EntropyBoundSampler` is no model: it is the published name of a rule, in a package that holds no weights. The room that stands in for
     transformers' class has its names, and tests/test_drop_in.py that there are no conversions for them.
     """
-    taken = set()
-    for module in RELEASED_MODULES:
-        spec = importlib.util.find_spec(f"transformers.models.diffusion_gemma.{module}")
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        taken |= class_names(tree) | set(exported(tree))
+    taken, tree = taken_by_transformers(), read(file)
     assert REEXPORTED < taken
-    tree = read(file)
     if file.startswith(DOOR):
         taken = set()
     assert class_names(tree) & taken <= PUBLISHED_RULES

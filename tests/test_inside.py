@@ -3,10 +3,9 @@ nobody knows, caches whose layers disagree; and the page and the example that sh
 
 import copy
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from pages import Page
@@ -492,8 +491,7 @@ def test_snippets_of_the_page_run_and_print_what_it_says(capsys):
 
 
 def test_example_draws_the_lens_steers_the_canvas_and_counts_experts(tmp_path):
-    command = [sys.executable, "examples/inside.py", "--out", str(tmp_path / "inside.svg")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = programs.run("examples/inside.py", "--out", tmp_path / "inside.svg")
     assert done.returncode == 0, done.stderr
     picture = (tmp_path / "inside.svg").read_text(encoding="utf-8")
     assert picture.startswith("<svg") and "step 1" in picture and picture.count("layer 5") == picture.count("step ")

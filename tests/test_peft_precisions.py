@@ -214,6 +214,6 @@ def test_an_adapter_of_more_experts_than_are_computed_together(tmp_path):
 def test_compiled_layers_have_their_adapters(kind, small_checkpoint):
     model = adapted(small_checkpoint, kind)
     expected = logits(model)
-    for layer in model.get_base_model().model.decoder.layers:
+    for layer in model.get_base_model().model.decoder.layers[:2]:  # one of each kind
         layer.forward = torch.compile(layer.forward, backend="eager")
     close(logits(model), expected, 1e-5)

@@ -1,14 +1,12 @@
 """PEFT's usual target names, which the vision tower has too, mean the stack; and training on text alone under DistributedDataParallel."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from tiny import CANVAS, tokens
+from two_processes import ROOT, run_together
 
 peft = pytest.importorskip("peft")
 
@@ -79,9 +77,9 @@ def test_wrappers_of_the_tower_are_left_out_and_nothing_else():
 
 
 DISTRIBUTED = """
-import sys, torch, torch.distributed as dist, tiny
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+import os, torch, torch.distributed as dist, tiny
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING']}", rank=rank, world_size=2)
 for frozen in (True, False):
     model = tiny.same_weights(tiny.build_oracle())
     if frozen:
@@ -104,12 +102,5 @@ dist.destroy_process_group()
 
 def test_two_processes_train_on_text_alone(tmp_path):
     """The vision tower takes no part in it: it is frozen (`model.model.encoder.requires_grad_(False)`), or looked for."""
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(here), str(here.parent))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DISTRIBUTED]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], env=env, stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    for process in processes:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT))), "MEETING": tmp_path / "meeting"}
+    run_together(("-c", DISTRIBUTED), [{**variables, "RANK": rank} for rank in range(2)], tmp_path)

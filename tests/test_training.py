@@ -2,11 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from small_models import PAD, VOCAB, small_model
@@ -198,7 +197,6 @@ EQUAL = {  # switches that leave the arithmetic alone
     "average_tokens_across_devices": {"average_tokens_across_devices": True},
     "include_num_input_tokens_seen": {"include_num_input_tokens_seen": "non_padding"},
     "gradient_checkpointing": {"gradient_checkpointing": True},
-    "torch_compile": {"torch_compile": True, "torch_compile_backend": "eager"},
     "auto_find_batch_size": {"auto_find_batch_size": True},
     "dataloader_drop_last": {"dataloader_drop_last": True},
     "dataloader_num_workers": {"dataloader_num_workers": 1},
@@ -211,10 +209,21 @@ EQUAL = {  # switches that leave the arithmetic alone
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "torch_compile" else name for name in EQUAL])
+@pytest.mark.parametrize("name", EQUAL)
 def test_switch_of_trainer_changes_no_loss(name, plainly, tmp_path):
     got = trained_and_evaluated(tmp_path, **EQUAL[name], **({"per_device_eval_batch_size": 6} if name == "dataloader_drop_last" else {}))
     assert got == pytest.approx(plainly, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_changes_no_loss(tmp_path):
+    """A layer of each kind: each is traced anew for every step and mode that differs."""
+    few = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    plain, compiled = (
+        trained_and_evaluated(tmp_path, model=small_model(seed=3, initializer_range=0.05, **few), **switches)
+        for switches in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    )
+    assert compiled == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.mark.parametrize("switches", [{"bf16": True}, {"bf16_full_eval": True}, {"fp16_full_eval": True}], ids=str)
@@ -317,11 +326,10 @@ def test_logits_may_be_left_out_beside_a_loss():
 
 def train_script(out, steps):
     command = [
-        sys.executable, "examples/train.py", "text", "--steps", str(steps), "--batch-size", "4", "--hidden-size", "32",
+        "examples/train.py", "text", "--steps", str(steps), "--batch-size", "4", "--hidden-size", "32",
         "--layers", "2", "--no-compile", "--eval-cases", "1", "--log-every", "1", "--device", "cpu", "--out", str(out),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = programs.run(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
