@@ -158,6 +158,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             last_states (*optional*): of so many last tokens only, `(B, last_states, V)`; at 262,144 ids a token's are a megabyte.
             The others are those of `DiffusionGemmaBlockModel.prefill`. To a `cache` the tokens are appended.
         """
+        self.check_called("`causal_logits`")
         prefilled = self.model.prefill(
             input_ids, attention_mask, position_ids, cache, inputs_embeds,
             pixel_values, image_position_ids, mm_token_type_ids, last_states=last_states,
