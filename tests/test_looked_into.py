@@ -70,10 +70,12 @@ def test_backward_hook_that_a_door_does_not_call_is_refused_where_there_are_grad
 def gradients(model, loss, checkpointing):
     """Norms of what full backward hooks see, of every module that has been called."""
     found = {}
+
+    def note(name, module, *given):
+        found.setdefault(name, []).append([each.float().norm() for some in given for each in some if each is not None])
+
     for name, module in model.named_modules():
-        module.register_full_backward_hook(
-            lambda module, *given, name=name: found.setdefault(name, []).append([x.float().norm() for each in given for x in each if x is not None])
-        )
+        module.register_full_backward_hook(functools.partial(note, name))
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
