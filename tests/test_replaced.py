@@ -130,15 +130,16 @@ def test_fewer_layers_than_the_config_says_are_refused():
     assert logits(model).isfinite().all()
 
 
-@pytest.mark.parametrize("module, expected", [("", 4), (".self_attn", 3), (".router", 3)])
+@pytest.mark.parametrize("module, expected", [(".layers.1", 4), (".layers.1.self_attn", 3), (".layers.1.router", 3), ("", 4)])
 def test_tensor_in_the_place_of_a_tuple_is_refused(module, expected):
     """Of as many rows as there were outputs, it was taken apart into its rows: in the canvas pass the first stood for all, silently."""
     model = copy.deepcopy(ours())
     canvas, prompt = tokens(expected, 5), tokens(expected, 11)
-    called = model.get_submodule(f"model.decoder.layers.1{module}")
+    called = model.get_submodule(f"model.decoder{module}")
     called.register_forward_hook(lambda module, args, output: output[0])
-    with pytest.raises(ValueError, match=rf"gives a Tensor; expected a tuple of {expected} .*`\(changed, \*output\[1:\]\)`"):
-        model(prompt, decoder_input_ids=canvas)
+    for run in (lambda: model(prompt, decoder_input_ids=canvas), lambda: model.causal_logits(prompt)):
+        with pytest.raises(ValueError, match=rf"gives a Tensor; expected a tuple of {expected} .*`\(changed, \*output\[1:\]\)`"):
+            run()
 
 
 def test_attributes_of_transformers_modules_count():
@@ -243,6 +244,7 @@ COMPILED = {
     "in place": lambda model: model.compile(backend="eager"),
     "inner": lambda model: setattr(model, "model", torch.compile(model.model, backend="eager")),
     "inner, in place": lambda model: model.model.compile(backend="eager"),
+    "encoder, in place": lambda model: model.model.encoder.compile(backend="eager"),
 }
 
 
