@@ -1,12 +1,16 @@
-"""A prompt as a caller has it, a text or a chat, as ids; and the id that ends an answer to it."""
+"""A prompt as a caller has it, a text or a chat, as ids; the id that ends an answer to it; and what a chat template reads."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from .arguments import shown
+
+# Variables of chat templates that whoever asks does not choose.
+GIVEN = {"add_generation_prompt", "bos_token", "eos_token", "messages", "raise_exception", "strftime_now", "tools"}
 
 
 class Ends(NamedTuple):
@@ -77,4 +81,18 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int
     return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
 
 
-__all__ = ["Ends", "check_text", "end_of_turn", "prompt_ids"]
+def template_variables(templates: str | Mapping[str, str] | None) -> set[str]:
+    """Names that a chat template reads, or any of several."""
+    return set().union(*map(_get_template_variables, templates.values() if isinstance(templates, Mapping) else [templates]))
+
+
+def check_read(name: str, given: Mapping[str, Any], variables: Collection[str], taken: Collection[str] = ()) -> None:
+    """Raises ValueError where something `given` to a chat template as `name` is none of the `variables` that the template reads, and is not
+    `taken` in another way: what is written would be as without it. `enable_thinking` that is false is let through, as it is without it."""
+    if unread := sorted(each for each, value in given.items() if each not in {*variables, *taken} and (value or each != "enable_thinking")):
+        raise ValueError(
+            f"{name} has {unread}, which the chat template of this model does not read; expected some of {sorted({*variables} - GIVEN)}"
+        )
+
+
+__all__ = ["Ends", "check_read", "check_text", "end_of_turn", "prompt_ids", "template_variables"]

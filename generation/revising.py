@@ -50,7 +50,7 @@ def revise(
     settings = read_arguments(settings)
     config, use_max_length = read_config(model, settings)
     before, size = prompt_ids(prompt, tokenizer, model.device), model.config.get_text_config().vocab_size
-    ends = ends_of(config, tokenizer, size)
+    ends, source = ends_of(config, tokenizer, size), make_noise(config.noise, size, config.mask_token_id)
     new_tokens = allowed_tokens(config, use_max_length, before.shape[1])
     ids, offsets = read_text(tokenizer, text, new_tokens, ends.stops)
     selection = read_selection(text, offsets, len(ids), noise, keep, where)
@@ -68,7 +68,7 @@ def revise(
         renoised = choose(draws, ~selection.kept, selection.noise, log_probs)
     if selection.alone:
         constraint = hold(allowed, ids, ~renoised, exact=True)
-    source, (count, length) = make_noise(config.noise, size, config.mask_token_id), canvases.shape
+    count, length = canvases.shape
     drawn = torch.cat([draws.at(place, -1).noise(source, (1, length), canvases.device) for place in range(count)])
     there = torch.nn.functional.pad(renoised, (0, canvases.numel() - len(ids))).view(count, length)
     noised = there.sum(dim=1).tolist()

@@ -69,6 +69,25 @@ def test_tools_and_further_arguments_reach_the_template(tokenizer, monkeypatch):
     assert tokenizer.decode(batch["input_ids"][0]).startswith("xyz")
 
 
+def test_variables_that_nobody_reads_and_tools_that_nobody_is_told_of_are_refused(tokenizer, monkeypatch):
+    """A chat was learned as it is without them, silently; and what an example brought along, as TRL has it, was never read."""
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ start }}{{ messages[0].content }}: {{ messages[1].content if messages[1] }}")
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    own = BlockDiffusionCollator(tokenizer)([chat | {"chat_template_kwargs": {"start": "xyz"}}])
+    assert tokenizer.decode(own["input_ids"][0]).startswith("xyz")
+    other = BlockDiffusionCollator(tokenizer, template_kwargs={"chat_template": "{{ other }}" + tokenizer.chat_template, "other": "x"})
+    assert tokenizer.decode(other([chat])["input_ids"][0]).startswith("x")
+    BlockDiffusionCollator(tokenizer, template_kwargs={"enable_thinking": False})([chat | {"tools": []}])
+    for given, further, said in (
+        ({"strat": "xyz"}, {}, r"example 0: .*`template_kwargs`.* has \['strat'\], which .* does not read; expected some of \['start'\]"),
+        ({}, {"chat_template_kwargs": {"strat": 1}}, r"has \['strat'\], which"),
+        ({}, {"chat_template_kwargs": ["start"]}, "as `chat_template_kwargs`; expected a mapping"),
+        ({}, {"tools": [{"name": "clock"}]}, "has `tools`, and the chat template tells the model of none"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            BlockDiffusionCollator(tokenizer, template_kwargs=given)([chat | further])
+
+
 def test_packed_rows_hold_every_example_once_and_train_as_they_would_apart(tokenizer):
     """Tokens of the batch and the losses of each canvas: those of the examples in rows of their own."""
     pairs = [(f"number {place}", ", ".join(str(7 * n) for n in range(1, 2 + 2 * place))) for place in range(6)]

@@ -151,6 +151,29 @@ def test_what_does_not_fit_is_refused_before_a_pass(model, tokenizer, monkeypatc
         model.decide(**{"prompt": PROMPT, "questions": THREE, "tokenizer": tokenizer, **given})
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"noise": "mask", "mask_token_id": 5000}, "`mask_token_id` is 5000"), ({"pad_token_id": 5001}, "`pad_token_id` is 5001"),
+        ({"eos_token_id": [1, 5002]}, r"`eos_token_id` holds \[5002\]"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("door", ["decide", "fill", "revise", "generate"])
+def test_id_outside_of_the_vocabulary_is_named_before_a_pass(model, tokenizer, monkeypatch, door, settings, said):
+    """Of the config: `decide` failed in the embedding by the first two, without a name; the last was passed over, silently."""
+    config = type(model.generation_config)(**{**model.generation_config.to_dict(), **settings})
+    monkeypatch.setattr(model, "generation_config", config)
+    monkeypatch.setattr(model, "prefill", lambda *args, **kwargs: pytest.fail("a pass was made"))
+    calls = {
+        "decide": lambda: model.decide(PROMPT, THREE, tokenizer),
+        "fill": lambda: model.fill("{a:2}", tokenizer, PROMPT),
+        "revise": lambda: model.revise("abc", tokenizer, PROMPT, where="uncertain"),
+        "generate": lambda: model.generate(torch.ones((1, 3), dtype=torch.int64)),
+    }
+    with pytest.raises(ValueError, match=f"{said}; expected"):
+        calls[door]()
+
+
 def test_a_cache_of_another_kind_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="`cache` is"):
         model.decide(PROMPT, THREE, tokenizer, cache=StaticCache(config=model.config.text_config, max_cache_len=32))

@@ -17,7 +17,8 @@ decision = pytest.importorskip("transformers.decision.template_utils", reason="t
 from transformers.decision import DecisionConfig  # noqa: E402
 from transformers.decision.modeling_utils import DecisionMixin  # noqa: E402
 
-from generation.decisions.requests_form import DiffusionDecisionConfig, rotated, template_variables  # noqa: E402
+from generation.asking import template_variables  # noqa: E402
+from generation.decisions.requests_form import DiffusionDecisionConfig, rotated  # noqa: E402
 
 STATE = "A bag holds 3 red and 7 blue marbles."
 COLOUR = {"type": "choice", "instructions": "Which colour is drawn?", "criteria": {"red": None, "blue": None, "green": None}}

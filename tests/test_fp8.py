@@ -73,6 +73,15 @@ def routed(kind, tokens, experts=5, active=2):
     return torch.rand(tokens, experts, generator=generator).topk(active).indices
 
 
+def test_gate_that_is_put_in_counts():
+    """As in other implementations; it was passed by, silently."""
+    _, experts = random_experts()
+    hidden, chosen, weights = torch.ones(7, 20), routed("random", 7), torch.full((7, 2), 0.5)
+    plain = experts(hidden, chosen, weights)
+    experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[1]
+    assert (experts(hidden, chosen, weights) - plain).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("kind", ["two", "one token", "random"])
 @pytest.mark.parametrize("tokens", [1, 7, 256])
 def test_experts_equal_the_reference_expert_by_expert(kind, tokens):

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from small_models import CANVAS, PAD, prompts, small_model
+from small_models import CANVAS, PAD, prompts, small_model, small_pair
 from torch import nn
 
 from modeling_diffusiongemma import BlockDiffusionCollator, DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM
@@ -31,6 +31,7 @@ DOORS = {
     "generate": generate,
     "loss": lambda model: model(**BATCH),
     "score": lambda model: model.score(**BATCH, mode="autoregressive"),
+    "causal_logits": lambda model: model.causal_logits(IDS),
 }
 
 
@@ -46,6 +47,70 @@ def test_hook_that_a_door_does_not_call_is_refused_there(name, door):
         return
     with pytest.raises(ValueError, match=f"`{name}` has a forward hook, and .* does not call it; expected hooks and the like on `decoder`"):
         DOORS[door](model)
+
+
+BACKWARD = ("register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook")
+
+
+@pytest.mark.parametrize("register", BACKWARD)
+@pytest.mark.parametrize("door", ["forward", "loss", "causal_logits"])
+@pytest.mark.parametrize("name", ["model", "model.encoder", "model.encoder.language_model"])
+def test_backward_hook_that_a_door_does_not_call_is_refused_where_there_are_gradients(name, door, register):
+    """It was never called, silently, where one on transformers' class is, or torch warns that it cannot be."""
+    model = small_model()
+    getattr(model.get_submodule(name), register)(lambda *call: None)
+    if (name, door) != ("model", "forward"):
+        with pytest.raises(ValueError, match=f"`{name}` has a backward hook, and .* does not call it"):
+            DOORS[door](model)
+    generate(model)
+    with torch.no_grad():
+        DOORS[door](model)
+
+
+def gradients(model, loss, checkpointing):
+    """Norms of what full backward hooks see, of every module that has been called."""
+    found = {}
+
+    def note(name, module, *given):
+        found.setdefault(name, []).append([each.float().norm() for some in given for each in some if each is not None])
+
+    for name, module in model.named_modules():
+        module.register_full_backward_hook(functools.partial(note, name))
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    loss(model).backward()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+def test_backward_hooks_see_what_those_on_transformers_class_see(checkpointing):
+    oracle, single = small_pair()
+    dressed = DiffusionGemmaForBlockDiffusion(single.config)
+    dressed.load_state_dict(single.state_dict())
+    dressed.set_experts_implementation("grouped_mm")  # as there: the activation is called once for all experts
+    expected, got = (
+        gradients(model, lambda model: model(IDS, decoder_input_ids=CANVAS_IDS).logits.square().mean(), checkpointing)
+        for model in (oracle, dressed)
+    )
+    assert got.keys() == expected.keys() > {"model.decoder.layers.0", "model.encoder.language_model.layers.0.mlp", "lm_head"}
+    for name, norms in expected.items():
+        torch.testing.assert_close(got[name], norms, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+def test_backward_hooks_fire_in_both_passes_of_the_objective(checkpointing):
+    model = small_model()
+    for name in ("model.encoder", "model.encoder.language_model", "model"):
+        model.get_submodule(name).register_full_backward_hook = lambda hook: None  # of these they are refused
+    found = gradients(model, lambda model: model(**BATCH).loss, checkpointing)
+    twice = {name for name, _ in model.model.decoder.named_modules() if not name.startswith(("self_conditioning", "rotary"))}
+    for name in twice - {"layers"} | {""}:
+        if "act_fn" not in name:
+            assert len(found[f"model.decoder.{name}".rstrip(".")]) == 2, name
+    assert len(found["model.decoder.self_conditioning"]) == len(found["model.encoder.language_model.layers.0"]) == 1
 
 
 def shifted(forward):

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import eager_attention_forward
 
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM
+from modeling_diffusiongemma.drop_in import DiffusionGemmaForBlockDiffusion
 from modeling_diffusiongemma.model import head
 
 IDS, MASK = pad_rows(rows_of((12, 9)), "left")
@@ -129,15 +130,16 @@ def test_fewer_layers_than_the_config_says_are_refused():
     assert logits(model).isfinite().all()
 
 
-@pytest.mark.parametrize("module, expected", [("", 4), (".self_attn", 3), (".router", 3)])
+@pytest.mark.parametrize("module, expected", [(".layers.1", 4), (".layers.1.self_attn", 3), (".layers.1.router", 3), ("", 4)])
 def test_tensor_in_the_place_of_a_tuple_is_refused(module, expected):
     """Of as many rows as there were outputs, it was taken apart into its rows: in the canvas pass the first stood for all, silently."""
     model = copy.deepcopy(ours())
     canvas, prompt = tokens(expected, 5), tokens(expected, 11)
-    called = model.get_submodule(f"model.decoder.layers.1{module}")
+    called = model.get_submodule(f"model.decoder{module}")
     called.register_forward_hook(lambda module, args, output: output[0])
-    with pytest.raises(ValueError, match=rf"gives a Tensor; expected a tuple of {expected} .*`\(changed, \*output\[1:\]\)`"):
-        model(prompt, decoder_input_ids=canvas)
+    for run in (lambda: model(prompt, decoder_input_ids=canvas), lambda: model.causal_logits(prompt)):
+        with pytest.raises(ValueError, match=rf"gives a Tensor; expected a tuple of {expected} .*`\(changed, \*output\[1:\]\)`"):
+            run()
 
 
 def test_attributes_of_transformers_modules_count():
@@ -152,6 +154,58 @@ def test_attributes_of_transformers_modules_count():
         layer.self_attn.scaling *= 0.5
     close(logits(model), logits(oracle))
     assert (logits(model) - plain).abs().max() > 0.1 and model.config.text_config.final_logit_softcapping == 15.0
+
+
+ATTRIBUTES = {
+    "router": lambda layer: setattr(layer.router, "scalar_root_size", 0.5),
+    "norm": lambda layer: setattr(layer.input_layernorm, "with_scale", False),
+    "eps": lambda layer: setattr(layer.self_attn.q_norm, "eps", 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_transformers_modules_that_scripts_set_count(name):
+    """Two of them were set on nothing, silently."""
+    oracle, model = copy.deepcopy(pair())
+    plain = logits(model)
+    for each in (oracle.model.encoder.language_model, oracle.model.decoder, model.model.decoder):
+        for layer in each.layers:
+            ATTRIBUTES[name](layer)
+    close(logits(model), logits(oracle))
+    assert (logits(model) - plain).abs().max() > 0.01
+
+
+def test_attributes_that_a_pass_does_not_read_are_refused():
+    """Set on transformers' modules they change its logits; here they changed nothing, silently."""
+    for model in (ours(), DiffusionGemmaForBlockDiffusion(tiny_config())):
+        stack = model.model.decoder
+        with pytest.raises(ValueError, match="`is_causal` of the attention in layer 1 is set to True; expected it as it is"):
+            stack.layers[1].self_attn.is_causal = True
+        for name in ("full_attention_inv_freq", "sliding_attention_attention_scaling"):
+            with pytest.raises(ValueError, match=f"`{name}` is set on the rotary positions, .*; expected `rope_parameters`"):
+                setattr(stack.rotary, name, torch.ones(8))
+
+
+def test_dropout_set_on_the_attention_counts_as_the_configs():
+    found = []
+    for change in (lambda stack: None, lambda stack: setattr(stack.config, "attention_dropout", 0.5),
+                   lambda stack: [setattr(layer.self_attn, "attention_dropout", 0.5) for layer in stack.layers]):  # fmt: skip
+        model = copy.deepcopy(ours()).train()
+        change(model.model.decoder)
+        torch.manual_seed(1)
+        found.append(logits(model))
+    assert torch.equal(found[1], found[2]) and (found[1] - found[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "dense_mm"])
+def test_gate_of_the_experts_counts_whatever_computes_them(experts):
+    """As a model with another one overrides it, in the class or on a module: but for grouped products it was passed by, silently."""
+    model = copy.deepcopy(ours())
+    model.set_experts_implementation(experts)
+    plain = logits(model)
+    for layer in model.model.decoder.layers:
+        layer.experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[1]
+    assert (logits(model) - plain).abs().max() > 0.1
 
 
 CHANGED = {
@@ -190,6 +244,7 @@ COMPILED = {
     "in place": lambda model: model.compile(backend="eager"),
     "inner": lambda model: setattr(model, "model", torch.compile(model.model, backend="eager")),
     "inner, in place": lambda model: model.model.compile(backend="eager"),
+    "encoder, in place": lambda model: model.model.encoder.compile(backend="eager"),
 }
 
 

@@ -11,14 +11,15 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from servers import CHAT, MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_diffusiongemma.console.serve import resolve_checked
 from modeling_diffusiongemma.console.serve_answers import Answer, UpToStop, before_stop, in_form
 from modeling_diffusiongemma.console.serve_requests import Door, Refused, check_type
-from modeling_diffusiongemma.console.tools import check_read
 
 QUESTION = CHAT[0]["content"]
 PROMPT = f"<|turn>user\n{QUESTION}<turn|>\n<|turn>model\n"
@@ -245,12 +246,16 @@ def test_other_revision_and_revision_of_a_folder_are_not_served(served, asked):
 def test_variable_that_a_chat_template_does_not_read_is_refused():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{% if enable_thinking %}{{ tools }}{% endif %}"}
+
+    def check(template):
+        resolve_checked(lambda body: ("name", None, tokenizer), SimpleNamespace(template=template))
+
     for read in ({"enable_thinking": True}, {"continue_final_message": True}):
-        check_read(tokenizer, read)
+        check(read)
     with pytest.raises(ValueError, match=r"has \['documents', 'thinking'\], which .* expected some of \['enable_thinking'\]"):
-        check_read(tokenizer, {"thinking": True, "documents": [], "enable_thinking": True})
+        check({"thinking": True, "documents": [], "enable_thinking": True})
     tokenizer.chat_template = "{{ messages }}"
-    check_read(tokenizer, {"enable_thinking": False})
+    check({"enable_thinking": False})
 
 
 def test_fields_that_ask_for_what_happens_anyway_pass():

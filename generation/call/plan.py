@@ -172,10 +172,6 @@ def make_rules(
     Raises:
         ValueError: a token id outside the vocabulary, a processor that has no meaning here, a sampler of another vocabulary.
     """
-    for name in ("mask_token_id", "pad_token_id"):
-        token = getattr(config, name)
-        if token is not None and token >= vocab_size and (name == "pad_token_id" or config.noise == "mask"):
-            raise ValueError(f"`{name}` is {token}; expected a token id from 0 to {vocab_size - 1}")
     stops = stop_ids(config, vocab_size)
     eos = torch.tensor(stops, dtype=torch.int64, device=device)
     sampler = SAMPLERS[config.sampler].of(config, vocab_size) if isinstance(config.sampler, str) else config.sampler
@@ -193,7 +189,7 @@ def make_rules(
         noise=make_noise(config.noise, vocab_size, config.mask_token_id),
         shaping=build_shaping(config, given, eos, prompt_length, vocab_size),
         eos=eos,
-        pad=pad_id(config, stops),
+        pad=pad_id(config, stops, vocab_size),
         greedy=is_greedy(config),
     )
 

@@ -20,6 +20,7 @@ FOREIGN_ARGUMENTS = (
     "prefix_allowed_tokens_fn", "use_model_defaults",
 )  # fmt: skip
 
+RELEASED_ENDS = (1, 106, 50)  # `eos_token_id` of the released checkpoint
 THRESHOLDS = ("stability_threshold", "confidence_threshold")
 FURTHER_STOPS = ("joint_threshold", "patience")
 # Arguments that only some values of another read: of which, and which.
@@ -102,26 +103,36 @@ def _refuse(refused: list[str]) -> None:
 
 
 def stop_ids(config: DiffusionGenerationConfig, vocab_size: int) -> list[int]:
-    """The ids that end a text: those of the vocabulary, since on a small one others of the released ids are never predicted."""
+    """The ids that end a text. On a small vocabulary the released ones that it does not hold are never predicted.
+
+    Raises:
+        ValueError: any other that it does not hold.
+    """
     given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if outside := [token for token in given if token is not None and token >= vocab_size and token not in RELEASED_ENDS]:
+        raise ValueError(f"`eos_token_id` holds {outside}; expected token ids from 0 to {vocab_size - 1}")
     return [token for token in given if token is not None and token < vocab_size]
 
 
-def pad_id(config: DiffusionGenerationConfig, stops: Sequence[int]) -> int:
-    """What stands behind the end of a text, which one of `stops` ends."""
-    return config.pad_token_id if config.pad_token_id is not None else stops[0] if stops else 0
+def pad_id(config: DiffusionGenerationConfig, stops: Sequence[int], vocab_size: int) -> int:
+    """What stands behind the end of a text, which one of `stops` ends; ValueError for an id that the vocabulary does not hold."""
+    if config.pad_token_id is None:
+        return stops[0] if stops else 0
+    if config.pad_token_id >= vocab_size:
+        raise ValueError(f"`pad_token_id` is {config.pad_token_id}; expected a token id from 0 to {vocab_size - 1}")
+    return config.pad_token_id
 
 
 def ends_of(config: DiffusionGenerationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Ends:
     """How a text ends that has a whole canvas, or several, to itself.
 
     Raises:
-        ValueError: nothing ends one.
+        ValueError: nothing ends one; ids that the vocabulary does not hold.
     """
     stops = stop_ids(config, vocab_size)
     if not stops:
         raise ValueError(f"`eos_token_id` is {config.eos_token_id}; expected at least one id of the vocabulary, with which a text ends")
-    return Ends(end_of_turn(tokenizer, stops), tuple(stops), pad_id(config, stops))
+    return Ends(end_of_turn(tokenizer, stops), tuple(stops), pad_id(config, stops, vocab_size))
 
 
 __all__ = ["ends_of", "pad_id", "resolve_config", "resolve_stopping", "stop_ids"]

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..arguments import shown
+from ..asking import template_variables
 from ..call.prompt import IMAGES
 from .calibration import FILE, Calibration, find_files
 from .deciding import score_questions
@@ -184,7 +185,7 @@ def decide_request(
         raise ValueError(f"`input_ids` is {shown(input_ids)}; expected the ids of one prompt, of shape (1, length)")
     _check_marks(marks, input_ids.shape[1])
     asked = _read_asked(decision_questions)
-    as_json = "questions" in template_variables(config.chat_template)
+    as_json = "questions" in template_variables(config.chat_template)  # transformers' generic prompt asks one question
     if len(asked) > 1 and not as_json:
         raise ValueError(f"`decision_questions` has {len(asked)} questions, and the template of `decision_config` reads one `question`")
     how = How(**{name: getattr(config, name, getattr(DiffusionDecisionConfig, name)) for name in ("reads", "steps", "seed")})
@@ -199,18 +200,6 @@ def decide_request(
             found[-1].append(said if question.type == "noul" else said.roll(by, dims=0))
     means = [torch.stack(each).logsumexp(dim=0) - math.log(len(found)) for each in zip(*found, strict=True)]
     return [one.float().to(model.device) for one in means]
-
-
-def template_variables(template: str | None) -> set[str]:
-    """Names that a template reads; of none those of transformers' generic prompt, which asks one question."""
-    if template is None:
-        return {"state", "question"}
-    try:
-        from jinja2 import Environment, meta
-    except ImportError as error:
-        raise ImportError("jinja2 is not installed, which reads chat templates; expected it: pip install jinja2") from error
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-    return meta.find_undeclared_variables(environment.parse(template))
 
 
 def _check_marks(marks: Any, length: int) -> None:
@@ -251,4 +240,4 @@ def _tokenizer_of(model: Any) -> Any:
     return model.__dict__["_decision_tokenizer"]
 
 
-__all__ = ["DecidesRequests", "DiffusionDecisionConfig", "decide_request", "rotated", "template_variables"]
+__all__ = ["DecidesRequests", "DiffusionDecisionConfig", "decide_request", "rotated"]

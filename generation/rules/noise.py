@@ -36,8 +36,12 @@ class MaskNoise:
 
 
 def make_noise(kind: str, vocab_size: int, mask_token_id: int | None) -> Noise:
-    """As `DiffusionGenerationConfig.noise` says it."""
-    return MaskNoise(mask_token_id) if kind == "mask" else UniformNoise(vocab_size)
+    """As `DiffusionGenerationConfig.noise` says it; ValueError for a mask token that the vocabulary does not hold."""
+    if kind != "mask":
+        return UniformNoise(vocab_size)
+    if mask_token_id >= vocab_size:
+        raise ValueError(f"`mask_token_id` is {mask_token_id}; expected a token id from 0 to {vocab_size - 1}")
+    return MaskNoise(mask_token_id)
 
 
 __all__ = ["MaskNoise", "Noise", "UniformNoise", "make_noise"]

@@ -9,7 +9,7 @@ from .arguments import UsageError
 BEGUN = "begun.json"  # in the folder of a run: what it began as
 SHOWN = 5  # lines that are told of
 RESPONSES = ("response", "completion")  # the second as TRL has it
-READ = {"prompt", *RESPONSES, "messages", "tools"}  # keys of a line; others, such as an id, are not learned from
+READ = {"prompt", *RESPONSES, "messages", "tools", "chat_template_kwargs"}  # keys of a line; others, such as an id, are not learned from
 FORMS = 'expected {"prompt": ..., "response": ...} or {"messages": [...]}'
 
 

@@ -4,6 +4,7 @@ which what is ours is put while it is built. So is its command line."""
 import argparse
 import base64
 import contextlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from transformers import AutoModelForMultimodalLM, GenerationConfig, PreTrainedT
 from transformers.cli.serve import Serve
 from transformers.cli.serving.utils import Modality
 
+from generation.asking import check_read, template_variables
 from generation.call.configuration import DiffusionGenerationConfig
 from generation.watch.animation import draw_animation
 from generation.watch.pictures import trace_page
@@ -30,7 +32,7 @@ from .placement import add_placement, loading_arguments
 from .serve_answers import REFUSED, Answer, ToTheEnd, UpToStop, amend, begun, in_form
 from .serve_forms import CHAT, COMPLETION, RESPONSE, take_form
 from .serve_requests import GONE, MAX_CHARACTERS, Door, check_chat, error_body
-from .tools import check_read, check_told, take_apart
+from .tools import check_told, take_apart
 
 NEEDED = ("fastapi", "jinja2", "openai", "pydantic", "rich", "uvicorn")
 SAMPLING = ("top_k", "min_p", "repetition_penalty")  # fields of vLLM's requests that are generation settings of the same name
@@ -130,7 +132,10 @@ def resolve_checked(resolve: Callable, body: Body):
     """As a handler's loading of the model that a request names, `resolve`, behind our check of what that model's chat template is given."""
     found = resolve(body)
     if body.template:
-        check_read(found[2], body.template)
+        processor = found[2]
+        taken = inspect.signature(processor.apply_chat_template).parameters.keys() - {"documents"}
+        name = "`chat_template_kwargs` (or the server's `--reasoning`)"
+        check_read(name, body.template, template_variables(processor.chat_template), taken)
     return found
 
 

@@ -158,7 +158,6 @@ class Attention(nn.Module):
         self.head_dim = layer_config.head_dim
         self.num_key_value_groups = config.num_attention_heads // layer_config.num_key_value_heads
         self.scaling = 1.0  # queries and keys are normed
-        self.is_causal = False  # every causal pass brings its mask or says is_causal itself
         query_size = config.num_attention_heads * self.head_dim
         key_size = layer_config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
@@ -169,6 +168,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.v_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)
+
+    @property
+    def is_causal(self) -> bool:
+        """What functions of attention ask where a pass says nothing; every causal pass here brings its mask, or says so itself."""
+        return False
+
+    @is_causal.setter
+    def is_causal(self, value: bool) -> None:
+        passes = "the prompt pass is causal, the canvas pass is not, whatever stands here"
+        raise ValueError(f"`is_causal` of the attention in layer {self.layer_idx} is set to {value!r}; expected it as it is: {passes}")
 
     def forward(
         self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask, cached: LayerCache | None, is_causal: bool
@@ -192,7 +201,8 @@ class Attention(nn.Module):
         new = LayerCache(key, value)
         key, value = (states.to(query.dtype) for states in join(cached, new)[:2])  # a cache of an autocast call may be in other bits
         attend = implementation(self.config._attn_implementation).attend
-        dropout = self.config.attention_dropout if self.training else 0.0
+        # Transformers' modules hold it; set on one of ours, it counts there.
+        dropout = getattr(self, "attention_dropout", self.config.attention_dropout) if self.training else 0.0
         output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, is_causal=is_causal)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), new, weights
 

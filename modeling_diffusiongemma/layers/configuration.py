@@ -39,6 +39,8 @@ def check_config(config: DiffusionGemmaConfig) -> None:
         value = getattr(config if name == "canvas_length" else text, name)
         if not isinstance(value, int) or value <= 0:
             raise ValueError(f"`{name}` in the config is {value!r}; expected a positive integer")
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        raise ValueError(f"`pad_token_id` of the text config is {text.pad_token_id}; expected a token id from 0 to {text.vocab_size - 1}")
     if text.top_k_experts > text.num_experts:
         raise ValueError(f"`top_k_experts` is {text.top_k_experts}; expected at most `num_experts`, {text.num_experts}")
     if len(text.layer_types) != text.num_hidden_layers:

@@ -56,13 +56,14 @@ class Router(nn.Module):
         self.config = config  # asked at every pass how many to choose, as transformers' router asks it
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, with_scale=False)
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scalar_root_size = config.hidden_size**-0.5
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Args: `(N, D)`. Returns the probabilities of all experts, float32 `(N, E)`, and of the chosen ones the weights, `(N, A)`, and
         the ids, int64 `(N, A)`: what transformers' router of this model returns."""
-        scores = self.proj(self.norm(hidden_states) * self.scale * hidden_states.shape[-1] ** -0.5)  # (N, E)
+        scores = self.proj(self.norm(hidden_states) * self.scale * self.scalar_root_size)  # (N, E)
         probabilities = scores.softmax(dim=-1, dtype=torch.float32)
         weights, chosen = torch.topk(probabilities, self.config.top_k_experts, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -127,7 +128,8 @@ def adaptable(experts_class: type[nn.Module]) -> type[nn.Module]:
 @adaptable
 @use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)
 class Experts(nn.Module):
-    """E gated MLPs in two tensors: `gate_up_proj` (E, 2 * moe_intermediate_size, D) and `down_proj` (E, D, moe_intermediate_size)."""
+    """E gated MLPs in two tensors: `gate_up_proj` (E, 2 * moe_intermediate_size, D) and `down_proj` (E, D, moe_intermediate_size). What
+    gates them, `act(gate) * up`, is transformers' `_apply_gate`, in every implementation."""
 
     def __init__(self, config: DiffusionGemmaTextConfig):
         super().__init__()
@@ -166,8 +168,7 @@ def eager_experts(
             continue
         rows, end = token[end : end + count], end + count
         gate_up = project(gate_up_proj, deltas.get("gate_up_proj"), hidden_states.index_select(0, rows), expert)
-        gate, up = gate_up.chunk(2, dim=-1)
-        partial = project(down_proj, deltas.get("down_proj"), self.act_fn(gate) * up, expert)
+        partial = project(down_proj, deltas.get("down_proj"), self._apply_gate(gate_up), expert)
         output.index_add_(0, rows, partial.to(dtype).mul_(weight[end - count : end]))
     return output.to(hidden_states.dtype)
 
@@ -180,8 +181,7 @@ def dense_experts(self: Experts, hidden_states: torch.Tensor, chosen: torch.Tens
     routing = torch.zeros_like(hidden_states[:, :1]).repeat(1, experts + 1)
     routing = routing.scatter(-1, chosen, weights.to(routing.dtype))[:, :experts]  # (N, E)
     gate_up = nn.functional.linear(hidden_states, stacked.reshape(experts * double, -1))
-    gate, up = gate_up.view(-1, experts, double).chunk(2, dim=-1)  # (N, E, I)
-    weighted = self.act_fn(gate) * up * routing[..., None]
+    weighted = self._apply_gate(gate_up.view(-1, experts, double)) * routing[..., None]  # (N, E, I)
     return weighted.reshape(-1, experts * double // 2) @ self.down_proj.transpose(1, 2).reshape(experts * double // 2, -1)
 
 
@@ -211,8 +211,8 @@ def grouped_with_deltas(
         first, second = nn.functional.pad(deltas[name].first, (0, 0, 0, lacking)), nn.functional.pad(deltas[name].second, (0, lacking))
         return output + product(product(inputs, first), second)
 
-    gate, up = projected(hidden_states[order // active], "gate_up_proj").chunk(2, dim=-1)
-    partial = projected(self.act_fn(gate) * up, "down_proj")[back].view(tokens, active, -1)
+    gated = self._apply_gate(projected(hidden_states[order // active], "gate_up_proj"))
+    partial = projected(gated, "down_proj")[back].view(tokens, active, -1)
     return (partial * weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 

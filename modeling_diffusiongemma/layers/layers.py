@@ -20,11 +20,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float = 1e-6, with_scale: bool = True):
         super().__init__()
-        self.size, self.eps = size, eps
+        self.size, self.eps, self.with_scale = size, eps, with_scale
         self.weight = nn.Parameter(torch.ones(size)) if with_scale else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight, inputs = self.weight, hidden_states
+        weight, inputs = self.weight if self.with_scale else None, hidden_states
         if weight is not None and weight.dtype != inputs.dtype:
             weight, inputs = weight.float(), inputs.float()
         # PyTorch computes in float32 and rounds once at the end, in one kernel on a GPU; casting here would give the same bits in four.
@@ -57,6 +57,13 @@ class RotaryPositions(nn.Module):
         super().__init__()
         self.config = config
         self._frequencies: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def __setattr__(self, name: str, value) -> None:
+        """As of a module; ValueError for what transformers' module of this kind reads, and this one computes from the config."""
+        if name.endswith(("inv_freq", "attention_scaling")):
+            built = "`rope_parameters` of the text config from which a model is built"
+            raise ValueError(f"`{name}` is set on the rotary positions, which compute theirs from the config; expected {built}")
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -21,7 +21,7 @@ from generation.call.caches import dynamic_cache
 from generation.checks import check_cache, check_ids, check_mask, check_shape, check_tensors, chosen_states, plain_mask, readable
 
 from ..layers.caches import cached_length, check_update
-from ..layers.checks import check_cached_shapes, check_patches, refuses_unknown
+from ..layers.checks import check_cached_shapes, check_outputs, check_patches, refuses_unknown
 from ..layers.configuration import DiffusionGemmaConfig, check_config, routing_settings
 from ..layers.masks import image_numbers
 from ..layers.outputs import BlockModelOutput, PassOutput
@@ -39,6 +39,7 @@ LEARNS_NOTHING = (
     "model with its head, `labels` of whole examples. Trainer takes `labels` away for `label_smoothing_factor` and `compute_loss_func`; "
     "trainers of causal models, such as TRL's, have losses of their own, and give none"
 )
+OUTPUTS = ("states", "states of the layers", "attention weights", "router logits")  # of a stack
 CHUNK = 2048  # prompt tokens of a row in one pass, where nothing asks for all of them at once
 
 
@@ -225,7 +226,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             images = image_numbers(mm_token_type_ids.to((new if inputs_embeds is None else inputs_embeds).device))
         position_ids = positions(real, seen, length, new.device) if position_ids is None else position_ids
         first_kept, stack, kept = 0 if last_states is None else max(length - last_states, 0), self.prompt_stack, []
-        entry = self.encoder.language_model.layers.__getitem__ if stack is self.decoder else None
+        apart = stack is not self.decoder
+        entry = None if apart else self.encoder.language_model.layers.__getitem__
         for start, end in [(0, length)] if at_once or documents is not None else self._cuts(length, chunk_length, images):
             here = slice(start, end)
             embeds = stack.embed_tokens(input_ids[:, here]) if inputs_embeds is None else inputs_embeds[:, here]
@@ -233,9 +235,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
                 stack, cache, seen + start, embeds, position_ids[:, here],
                 None if real is None else real[:, : seen + end], None if images is None else images[:, here], documents,
             )  # fmt: skip
-            hidden_states, states, weights, routing = stack(
-                embeds, view, entry, cache, output_hidden_states, output_attentions, bool(output_router_logits)
-            )
+            outputs = stack(embeds, view, entry, cache, output_hidden_states, output_attentions, bool(output_router_logits))
+            hidden_states, states, weights, routing = check_outputs(outputs, "encoder.language_model" if apart else "decoder", OUTPUTS)
             if end > first_kept:
                 kept.append(hidden_states[:, max(first_kept - start, 0) :])
         return PassOutput(kept[0] if len(kept) == 1 else torch.cat(kept, dim=1), cache, states, weights, routing)
@@ -358,9 +359,8 @@ class DiffusionGemmaBlockModel(DiffusionGemmaBlockPreTrainedModel):
             raise ValueError(f"`canvas_ids` has shape {tuple(canvas_ids.shape)}; expected {view.shape}, the shape of the `view`")
         embeds = self.decoder.embed_tokens(canvas_ids)
         embeds = self.decoder.self_conditioning(embeds, torch.zeros_like(embeds) if soft_embeds is None else soft_embeds.to(embeds.dtype))
-        hidden_states, states, weights, routing = self.decoder(
-            embeds, view, None, None, output_hidden_states, output_attentions, bool(output_router_logits)
-        )
+        outputs = self.decoder(embeds, view, None, None, output_hidden_states, output_attentions, bool(output_router_logits))
+        hidden_states, states, weights, routing = check_outputs(outputs, "decoder", OUTPUTS)
         return PassOutput(hidden_states, cache, states, weights, routing)
 
     @takes_cache

@@ -105,7 +105,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             if why_not_plain(module, kind) is None and runs_on(module).type == "meta":  # of which torch makes numbers without a word
                 why = "expected `tie_weights()` before weights are loaded by hand, such as by `load_checkpoint_and_dispatch`"
                 raise ValueError(f"the weight of `{name}` was never loaded, and is on the meta device; {why}")
-        for name, module in {"": self, "model": self.model}.items():
+        for name, module in {"": self, "model": self.model, **self.model.containers()}.items():
             if (what := passed_by(module)) is not None:
                 called = f"`{name}`" if name else "the model"
                 logger.warning_once(f"Generation calls the layers of the model and not {called} as a function, which is {what}.")
@@ -158,6 +158,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             last_states (*optional*): of so many last tokens only, `(B, last_states, V)`; at 262,144 ids a token's are a megabyte.
             The others are those of `DiffusionGemmaBlockModel.prefill`. To a `cache` the tokens are appended.
         """
+        self.check_called("`causal_logits`")
         prefilled = self.model.prefill(
             input_ids, attention_mask, position_ids, cache, inputs_embeds,
             pixel_values, image_position_ids, mm_token_type_ids, last_states=last_states,

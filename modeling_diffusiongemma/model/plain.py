@@ -88,10 +88,13 @@ def looked_into(module: nn.Module) -> str | None:
 
 
 def attached(module: nn.Module) -> str | None:
-    """What a user attached to a module that only its call would run: hooks, or another `forward`, of the module or its class. Those of
-    libraries around modules (FSDP, compiled forms, Accelerate, nnsight) do not count: `passed_by` says which there are."""
+    """What a user attached to a module that only its call would run: hooks, those for gradients where there are gradients, or another
+    `forward`, of the module or its class. Those of libraries around modules (FSDP, compiled forms, Accelerate, nnsight) do not count:
+    `passed_by` says which there are."""
     if any(map(_user_made, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
         return "a forward hook"
+    if torch.is_grad_enabled() and any(map(_user_made, (*module._backward_hooks.values(), *module._backward_pre_hooks.values()))):
+        return "a backward hook"
     if _user_made(type(module).forward):
         return f"the `forward` of {type(module).__module__}.{type(module).__qualname__}"
     given = vars(module).get("_old_forward", vars(module).get("forward"))

@@ -8,6 +8,8 @@ released model's has none). Knows nothing of tensors.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from generation.asking import check_read, template_variables
+
 KEYS = (("prompt", "response"), ("prompt", "completion"), ("messages",))
 
 
@@ -26,6 +28,10 @@ def read_example(example: tuple | Mapping, tokenizer, template_kwargs: Mapping, 
         if keys is None:
             missing = "`prompt` and `response`, or `messages`, which Trainer drops unless `remove_unused_columns` is False"
             raise ValueError(f"{name} has the keys {sorted(map(str, example))}; expected {missing}")
+        further = example.get("chat_template_kwargs") or {}
+        if not isinstance(further, Mapping):
+            raise ValueError(f"{name} has {further!r} as `chat_template_kwargs`; expected a mapping")
+        template_kwargs = {**template_kwargs, **further}
         tools, example = example.get("tools"), tuple(example[key] for key in keys)
     elif isinstance(example, str) or len(example) != 2:
         raise ValueError(f"{name} is {example!r}; expected a pair of prompt and response, or a mapping")
@@ -56,6 +62,13 @@ def read_chat(messages: Sequence[Mapping], tokenizer, tools, template_kwargs: Ma
     if tokenizer is None:
         raise ValueError(f"{name} is text and `tokenizer` is None; expected a tokenizer with a chat template")
     messages = [dict(message) for message in messages]
+    templates, chosen = tokenizer.chat_template, template_kwargs.get("chat_template")
+    if chosen is not None:  # the name of one, or one itself
+        templates = templates.get(chosen, chosen) if isinstance(templates, Mapping) else chosen
+    variables = template_variables(templates)
+    check_read(f"{name}: `template_kwargs` of the collator or `chat_template_kwargs`", template_kwargs, variables, {"chat_template"})
+    if tools and "tools" not in variables:
+        raise ValueError(f"{name} has `tools`, and the chat template tells the model of none; expected a template that reads them")
     turns = [place for place, message in enumerate(messages) if message.get("role") == "assistant" and place >= since]
     if not turns:
         roles = [message.get("role") for message in messages]

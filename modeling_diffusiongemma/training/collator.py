@@ -26,7 +26,8 @@ class BlockDiffusionCollator:
     """Turns examples into right-padded `input_ids`, `attention_mask` and `labels`; packed, into `position_ids` too.
 
     An example is a pair of prompt and response, each as text or both as token ids; a mapping with `prompt` and `response`, or `completion`
-    as TRL names it, or with `messages` (a chat whose assistant turns are all learned) and, where the chat has some, `tools`.
+    as TRL names it, or with `messages` (a chat whose assistant turns are all learned) and, where the chat has some, `tools`; and with
+    `chat_template_kwargs` for itself, as TRL has it.
 
     Args:
         tokenizer (*optional*): a tokenizer with a chat template; needed for examples that are text.
@@ -34,10 +35,11 @@ class BlockDiffusionCollator:
         pad_to_multiple_of (`int`): lengths are rounded up to it, which keeps the number of distinct shapes small.
         max_length (`int`, *optional*): longer examples are refused by name: cut ones would teach endings that are none.
         packing: several examples in a row of at most `max_length` tokens, each into the first row with place for it.
-        template_kwargs (*optional*): further arguments of the chat template, such as `{"enable_thinking": True}`.
+        template_kwargs (*optional*): what else the chat template reads, such as `{"enable_thinking": True}`; or a `chat_template`.
 
     Raises:
-        ValueError: settings that do not go together; examples of another kind, without a response, or too long, by their place.
+        ValueError: settings that do not go together; examples of another kind, without a response, too long, or with what the chat template
+            does not read, by their place.
     """
 
     def __init__(

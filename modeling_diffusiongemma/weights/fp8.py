@@ -91,6 +91,7 @@ class FP8Experts(FixedDtypes, nn.Module):
     """
 
     WEIGHTS = ("gate_up_proj", "down_proj")
+    _apply_gate = Experts._apply_gate
 
     def __init__(self, experts: Experts, dtype: torch.dtype = E4M3):
         super().__init__()
@@ -109,7 +110,7 @@ class FP8Experts(FixedDtypes, nn.Module):
         if deltas or is_parametrized(self):
             made = {name: self._one_by_one(name, hidden_states.dtype) for name in self.WEIGHTS}
             return eager_experts(
-                SimpleNamespace(num_experts=self.num_experts, act_fn=self.act_fn, **made), hidden_states, chosen, weights, deltas
+                SimpleNamespace(num_experts=self.num_experts, _apply_gate=self._apply_gate, **made), hidden_states, chosen, weights, deltas
             )
         return self._routed(hidden_states, chosen, weights, self.gate_up_proj, self.down_proj)
 
@@ -119,9 +120,8 @@ class FP8Experts(FixedDtypes, nn.Module):
         tokens, active = chosen.shape
         order, ends, back = by_expert(chosen, self.num_experts)
         gate_up = fp8_grouped_product(hidden_states, order // active, gate_up_proj, self.gate_up_scale, ends)
-        gate, up = gate_up.chunk(2, dim=-1)
         places = torch.arange(tokens * active, device=order.device)
-        partial = fp8_grouped_product(self.act_fn(gate) * up, places, down_proj, self.down_scale, ends)[back].view(tokens, active, -1)
+        partial = fp8_grouped_product(self._apply_gate(gate_up), places, down_proj, self.down_scale, ends)[back].view(tokens, active, -1)
         return torch.bmm(weights.to(partial.dtype).unsqueeze(1), partial).squeeze(1)
 
     def _one_by_one(self, name: str, dtype: torch.dtype) -> OneByOne | tuple[torch.Tensor, ...]:
