@@ -24,11 +24,6 @@ def run_cells(notebook: NotebookNode, folder: Path) -> NotebookNode:
     return client.execute(env=os.environ | {"PYTHONPATH": path})
 
 
-def shown(cell: NotebookNode) -> list[dict]:
-    """What a cell shows, by type of data, in its order; what it printed is "stdout" and "stderr"."""
-    return [{output.name: output.text} if output.output_type == "stream" else dict(output.data) for output in cell.outputs]
-
-
 def main(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         notebook = run_cells(nbformat.read(path, 4), Path(folder))

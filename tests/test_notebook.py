@@ -5,10 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell
-from notebooks import run_cells, shown
 
 from generation.watch.screens import Cell, Notebook, in_notebook
 
@@ -22,15 +19,21 @@ MORE = (  # two more cells
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     """The tour's cells of code, and `MORE`, run."""
+    nbformat = pytest.importorskip("nbformat")
+    for name in ("nbclient", "ipykernel"):
+        pytest.importorskip(name)
+    from notebooks import run_cells
+
     notebook = nbformat.read(TOUR, 4)
-    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"] + [new_code_cell(source) for source in MORE]
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"] + [nbformat.v4.new_code_cell(source) for source in MORE]
     return run_cells(notebook, tmp_path_factory.mktemp("tour")).cells
 
 
 def shows(cells, part):
-    """What the cell with `part` in its source shows beside standard error."""
+    """What the cell with `part` in its source shows, by type of data, in its order, but for standard error; what it printed is "stdout"."""
     (cell,) = (cell for cell in cells if part in cell.source)
-    return [data for data in shown(cell) if "stderr" not in data]
+    outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return [{output.name: output.text} if output.output_type == "stream" else dict(output.data) for output in outputs]
 
 
 def test_a_canvas_is_drawn_in_place(cells):
