@@ -36,13 +36,10 @@ def _places():
     return json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
 
-def _become(arguments, folder, environment, places, streams):
-    """In the new process: what Python makes of its command line."""
-    late = sorted(
-        name
-        for name in {*os.environ, *environment}
-        if name.startswith(AT_THE_START) and name != "PYTHONPATH" and os.environ.get(name) != environment.get(name)
-    )
+def _become(arguments, folder, environment, asked, places, streams):
+    """In the new process: what Python makes of its command line. `asked`: the variables of `environment` that the caller wants so; others may
+    have been set meanwhile by what a test imported."""
+    late = sorted(name for name in asked if name.startswith(AT_THE_START) and os.environ.get(name) != environment.get(name))
     for number, file in enumerate(streams):
         opened = os.open(file, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(opened, number)
@@ -71,10 +68,10 @@ def _become(arguments, folder, environment, places, streams):
 def start(*arguments, cwd=ROOT, environment=(), stdin=os.devnull, stdout=os.devnull, stderr=os.devnull):
     """A process that runs Python's command line `arguments`, the package on its path. A variable of `environment` that is None is not set;
     the streams are files, written at their end."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environment)}
+    variables, asked = {**os.environ, "PYTHONPATH": str(ROOT), **dict(environment)}, {*dict(environment)} - {"PYTHONPATH"}
     variables = {name: str(value) for name, value in variables.items() if value is not None}
     streams = [str(stdin), str(stdout), str(stderr)]
-    process = processes.Process(target=_become, args=([str(one) for one in arguments], str(cwd), variables, _places(), streams))
+    process = processes.Process(target=_become, args=([str(one) for one in arguments], str(cwd), variables, asked, _places(), streams))
     process.start()
     return process
 

@@ -45,6 +45,14 @@ def test_variable_that_is_read_at_the_start_is_refused():
     assert found.returncode == 1 and not found.stdout and "`environment` changes ['PYTHONIOENCODING']" in found.stderr
 
 
+def test_variable_that_a_library_set_meanwhile_is_none_of_these(monkeypatch):
+    """`import lm_eval` sets this one."""
+    programs.run("-c", "")
+    monkeypatch.setenv("HF_XET_HIGH_PERFORMANCE", "7")
+    found = programs.run("-c", "import os; print(os.environ['HF_XET_HIGH_PERFORMANCE'])")
+    assert (found.returncode, found.stdout) == (0, "7\n")
+
+
 def test_program_that_takes_too_long_is_ended():
     with pytest.raises(subprocess.TimeoutExpired):
         programs.run("-c", "import time; time.sleep(60)", timeout=1)
