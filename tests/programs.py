@@ -37,8 +37,8 @@ def _places():
 
 
 def _become(arguments, folder, environment, asked, places, streams):
-    """In the new process: what Python makes of its command line. `asked`: the variables of `environment` that the caller wants so; others may
-    have been set meanwhile by what a test imported."""
+    """In the new process: what Python makes of its command line. `asked`: the variables of `environment` that the caller names; what a test
+    imported may have set others meanwhile."""
     late = sorted(name for name in asked if name.startswith(AT_THE_START) and os.environ.get(name) != environment.get(name))
     for number, file in enumerate(streams):
         opened = os.open(file, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND | os.O_CREAT)
