@@ -39,7 +39,7 @@ def shows(cells, part):
 def test_a_canvas_is_drawn_in_place(cells):
     (drawn,) = shows(cells, "output = model.generate(**inputs, streamer")
     assert drawn["text/plain"] == '{"name": "Quinn", "quantity": 54, "item": "paper mirrors", "date": "2026-12-04"}'
-    assert re.search("<small>step [2-9]</small>", drawn["text/html"]) and "renoised" in drawn["text/html"]
+    assert re.search(r"<small>step \d+</small>", drawn["text/html"]) and "renoised" in drawn["text/html"]
     assert "".join(re.findall("<span[^>]*>([^<]*)</span>", drawn["text/html"].partition("</pre>")[0])) == (
         drawn["text/plain"].replace('"', "&quot;")
     )
@@ -70,9 +70,9 @@ def test_pages_pictures_and_tables_are_shown(cells):
 
 def test_training_shows_what_it_measures(cells):
     table, _ = shows(cells, "trainer.train()")
-    assert "<th>Exact Match</th>" in table["text/html"] and "[12/12" in table["text/html"]
-    (answers,) = shows(cells, "answer.response) for answer")
-    assert "'21/03/1998'" in answers["text/plain"]
+    assert "<th>Exact Match</th>" in table["text/html"] and "[25/25" in table["text/html"]
+    (answers,) = shows(cells, "for answer in trainer.answers")
+    assert answers["text/plain"].count("True)") >= 5, answers["text/plain"]  # of 8; 0.875 and more of six other seeds
 
 
 def test_what_is_kept_of_the_tour_names_no_machine():
