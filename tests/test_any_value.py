@@ -185,7 +185,7 @@ def check(model, data):
 quiet = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
-@settings(max_examples=1200, **quiet)
+@settings(max_examples=2000, **quiet)
 @given(data=st.data())
 def test_any_value_is_taken_or_refused_by_name(model, data):
     """Of 2,500 calls 167 ended in AttributeError, IndexError, RuntimeError or an error that named nothing."""

@@ -31,7 +31,7 @@ def test_what_is_written_fits(first, models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(36, 90, CALLS))
+@pytest.mark.parametrize("first", range(36, 156, CALLS))
 def test_what_is_written_fits_at_length(first, models):
     check(first, models)
 
