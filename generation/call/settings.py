@@ -109,9 +109,10 @@ def stop_ids(config: DiffusionGenerationConfig, vocab_size: int) -> list[int]:
         ValueError: any other that it does not hold.
     """
     given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if outside := [token for token in given if token is not None and token >= vocab_size and token not in RELEASED_ENDS]:
+    given = [token for token in given if token is not None]
+    if outside := [token for token in given if token >= vocab_size and token not in RELEASED_ENDS]:
         raise ValueError(f"`eos_token_id` holds {outside}; expected token ids from 0 to {vocab_size - 1}")
-    return [token for token in given if token is not None and token < vocab_size]
+    return [token for token in given if token < vocab_size]
 
 
 def pad_id(config: DiffusionGenerationConfig, stops: Sequence[int], vocab_size: int) -> int:

@@ -12,13 +12,14 @@ from html import escape
 from typing import NamedTuple
 
 from .pictures import ACCEPTED, CORRECTED, RENOISED, states_of, token_text
+from .screens import LEGEND as WORDS
 from .trace import RowCanvas, Trace
 
 WIDTH, HEIGHT, SIZE, MARGIN = 8.4, 24, 14, 16  # of a letter, a line, the font and the border, pixels
 MOST, LEAST = 72, 54  # letters in a line: what a phone still shows legibly, and what the legend needs
 LEVELS = 8  # of entropy, drawn behind a token
 PAST = "p"
-LEGEND = {ACCEPTED: "accepted by the step", CORRECTED: "accepted, and other than before", RENOISED: "renoised; the best guess"}
+LEGEND = {ACCEPTED: WORDS["accepted"], CORRECTED: WORDS["corrected"], RENOISED: WORDS["renoised"]}
 STYLE = """\
 svg{--paper:#fafaf9;--ink:#1c1917;--dim:#6b6560;--line:#d6d3d1;--heat:#d97706;--a:#14663a;--c:#a21caf;--r:#9a4b06}
 @media (prefers-color-scheme:dark){svg{--paper:#161412;--ink:#e7e5e4;--dim:#a8a29e;--line:#44403c;--a:#6ee7a0;--c:#f0a5fb;--r:#fbbf60}}

@@ -29,6 +29,7 @@ class CanvasStreamer(BaseStreamer):
     """
 
     needs_possible = True
+    terminal = Terminal  # what is drawn on in colours
 
     def __init__(
         self, tokenizer, layout: Layout | None = None, stop_ids: Sequence[int] = (), file: TextIO | None = None,
@@ -40,7 +41,7 @@ class CanvasStreamer(BaseStreamer):
         else:
             file = sys.stdout if file is None else file
             colour = file.isatty() if colour is None else colour
-            self.screen = (Terminal if colour else Log)(file, layout)
+            self.screen = (self.terminal if colour else Log)(file, layout)
         self.step, self._accepted_ids = 0, None
 
     def put(self, value: torch.Tensor) -> None:

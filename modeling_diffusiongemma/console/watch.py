@@ -29,12 +29,12 @@ class Watch(CanvasStreamer):
         on_text: gets each canvas's text as it is committed, never half a character; where the answer is redrawn, all of it at the end.
     """
 
+    terminal = OnePlace
+
     def __init__(self, tokenizer, stop_ids: Iterable[int], draw: bool = True, on_text: Callable[[str], None] | None = None):
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
         super().__init__(tokenizer, stop_ids=tuple(stop_ids), file=sys.stderr, colour=colour)
         self.draw, self.needs_possible, self.in_place, self.on_text = draw, draw, draw and colour, on_text
-        if self.in_place:
-            self.screen = OnePlace(sys.stderr, None)
         self._text, self._committed = None, ""
 
     def cells(self, state: CanvasState) -> list[Cell]:
