@@ -32,6 +32,7 @@ from transformers import (
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as their_generation
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as theirs
 
+from generation import DiffusionGenerationOutput
 from modeling_diffusiongemma import DiffusionGemmaForMaskedBlockLM, FP8Config, default_checkpoint, drop_in
 from modeling_diffusiongemma.drop_in.generation import OVERRIDES
 
@@ -167,6 +168,18 @@ def test_bad_images_are_refused_by_the_prompt_pass_itself(pair):
         pair[1].model.encoder(
             input_ids=torch.full((1, 4), IMAGE), pixel_values=torch.zeros(1, 4, 12), image_position_ids=torch.zeros(1, 4, 2).long()
         )
+
+
+@torch.no_grad()
+def test_images_count_in_whole_calls_as_on_our_own_class(pair):
+    """`forward` and `causal_logits` dropped them on their way to `encoder`, and answered as if the prompt had none."""
+    ids, mask, images = tiny.image_inputs("two_in_a_row")
+    ours, canvas = tiny.same_weights(pair[0]), tokens(1, CANVAS)
+    for call in (
+        lambda model: model(ids, mask, decoder_input_ids=canvas, **images).logits,
+        lambda model: model.causal_logits(ids, mask, **images),
+    ):
+        assert torch.equal(call(pair[1]), call(ours))
 
 
 # The same model, whichever way it is loaded, placed, copied and saved
@@ -314,6 +327,20 @@ def test_finished_rows_stay_where_hooks_look_on_or_the_cache_is_handed_out():
                     lambda module, inputs, output: output[0])  # fmt: skip
     assert {len(each) for each in rows} == {2} and output.cache.get_seq_length() >= 13
     assert torch.equal(model.generate(PROMPT, **settings, return_dict_in_generate=False), output.sequences)
+
+
+def test_texts_are_filled_in_and_revised_as_on_our_own_class():
+    """`revise` ended in an AttributeError: the output in transformers' manners lacked `canvas_steps`."""
+    path, chat = default_checkpoint(), [{"role": "user", "content": "Write 3 March 1998 as an ISO date."}]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    found = []
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        model = auto.from_pretrained(path)
+        revised = model.revise("1998-30-03", tokenizer, chat, where="uncertain", seed=0)
+        found.append((revised.text, revised.steps, model.fill("{year}-03-03", tokenizer, chat, seed=0).text))
+    assert found[0] == found[1]
+    missing = set(DiffusionGenerationOutput.__dataclass_fields__) - set(drop_in.DiffusionGemmaGenerationOutput.__dataclass_fields__)
+    assert missing == {"attentions"}  # which transformers' class has not
 
 
 def test_a_default_device_and_any_mapping_of_settings_are_taken():

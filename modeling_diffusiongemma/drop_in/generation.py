@@ -65,10 +65,11 @@ class DiffusionGemmaGenerationOutput(CacheOutput, TheirOutput):
     lengths: torch.Tensor | None = None
     finish_reasons: list[str | None] | None = None
     denoising_steps: torch.Tensor | None = None
+    canvas_steps: torch.Tensor | None = None
 
 
 def as_theirs(output: DiffusionGenerationOutput) -> DiffusionGemmaGenerationOutput:
-    names = ("sequences", "tokens_per_forward", "logits", "scores", "lengths", "finish_reasons", "denoising_steps")
+    names = ("sequences", "tokens_per_forward", "logits", "scores", "lengths", "finish_reasons", "denoising_steps", "canvas_steps")
     return DiffusionGemmaGenerationOutput(**{FIELD: output.cache}, **{name: getattr(output, name) for name in names})
 
 

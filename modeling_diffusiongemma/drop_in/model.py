@@ -6,6 +6,7 @@ can be called. This file is also what a repository with remote code loads, so it
 """
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ from .generation import OVERRIDES, BatchStreamer, DiffusionGemmaGenerationConfig
 from .modules import DRESSED, OF_THE_PROMPT_PASS, DressedStack, check_unpatched, dress
 
 _loading: ContextVar[bool] = ContextVar("_loading", default=False)
+PREFILL = [name for name in inspect.signature(DiffusionGemmaBlockModel.prefill).parameters if name != "self"]
 
 
 @contextlib.contextmanager
@@ -148,8 +150,7 @@ class DiffusionGemmaModel(DiffusionGemmaBlockModel):
 
     def prefill(self, *args, **kwargs) -> PassOutput:
         """`DiffusionGemmaBlockModel.prefill`, as a call of `encoder`."""
-        names = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
-        kwargs |= dict(zip(names, args, strict=False))
+        kwargs |= dict(zip(PREFILL, args, strict=False))
         if kwargs.get("last_states") is not None and looked_into(self.encoder):  # they see all states
             last = kwargs.pop("last_states")
             output = self.encoder(**kwargs)
