@@ -81,3 +81,29 @@ def test_bad_settings_are_refused(model, settings, name):
         model.score(**BlockDiffusionCollator(pad_token_id=0)(PAIRS), **settings)
     with pytest.raises(ValueError, match="labels"):
         model.score(torch.ones((1, 4), dtype=torch.int64), torch.full((1, 4), -100))
+
+
+def test_packed_rows_are_refused_and_so_is_what_is_no_image(model):
+    """Rows that hold two conversations were scored as if the second one went on from the first; `last_states` ended in an IndexError."""
+    packed = BlockDiffusionCollator(pad_token_id=0, packing=True, max_length=40)(PAIRS)
+    for given, named in ((packed, "position_ids"), ({**BlockDiffusionCollator(pad_token_id=0)(PAIRS), "last_states": 2}, "last_states")):
+        with pytest.raises(ValueError, match=rf"`score` got the arguments \['{named}'\]"):
+            model.score(**given, mode="autoregressive")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_ids_of_any_integer_type_are_read(model, dtype):
+    """They ended in torch's "expected target dtype to be Long", in training and in `score`."""
+    batch = dict(BlockDiffusionCollator(pad_token_id=0)(PAIRS))
+    narrow = batch | {"input_ids": batch["input_ids"].to(torch.int32), "labels": batch["labels"].to(dtype)}
+    canvas = batch["input_ids"][:, :10]
+    for call in (
+        lambda given: model.score(**given, mode="autoregressive").log_prob, lambda given: model.score(**given).log_prob,
+        lambda given: model(**given).loss,
+        lambda given: model(canvas, decoder_input_ids=canvas, labels=given["input_ids"][:, :10]).loss,
+    ):  # fmt: skip
+        found = []
+        for given in (batch, narrow):
+            torch.manual_seed(0)
+            found.append(call(given))
+        assert torch.equal(*found)

@@ -3,12 +3,13 @@ raises a ValueError that names the argument, what it got and what it expects."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import Cache
 
 from generation.arguments import unknown
+from generation.call.prompt import IMAGES
 from generation.checks import check_shape, check_tensors, readable
 
 
@@ -23,6 +24,13 @@ def refuses_unknown(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return refusing
+
+
+def only_images(caller: str, given: Iterable[str]) -> None:
+    """Raises ValueError for further arguments of `caller` that are no images: it hands them on to a prompt pass."""
+    if strange := sorted(set(given).difference(IMAGES)):
+        packed = "; rows are read one conversation each, and not packed" if "position_ids" in strange else ""
+        raise ValueError(f"`{caller}` got the arguments {strange}; expected none beside its own but {list(IMAGES)}{packed}")
 
 
 def check_patches(config, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, places: torch.Tensor | None) -> None:
@@ -80,4 +88,4 @@ def check_cached_shapes(cache: Cache, config) -> None:
             raise ValueError(f"`cache` holds {found[0]} heads of {found[1]} in layer {layer_idx}; expected {expected[0]} of {expected[1]}")
 
 
-__all__ = ["check_cached_shapes", "check_outputs", "check_patches", "refuses_unknown"]
+__all__ = ["check_cached_shapes", "check_outputs", "check_patches", "only_images", "refuses_unknown"]

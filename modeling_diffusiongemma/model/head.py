@@ -394,7 +394,7 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
         if readable(labels) and not bool(counted.any()):
             raise ValueError(f"`labels` is {IGNORED} everywhere; expected at least one position that counts")
         check_ids("labels", labels.masked_fill(~counted, 0), logits.shape[-1])
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED)
 
 
 # What a walk over the vocabulary does without calling them: as they are written here, before anybody overrides one.

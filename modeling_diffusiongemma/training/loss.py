@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
-from generation.checks import check_mask, check_shape
+from generation.checks import check_mask, check_shape, check_tensors
 from generation.rules.noise import Noise, UniformNoise
 
+from ..layers.checks import only_images
 from ..layers.outputs import PassOutput
 from ..layers.view import View
 from .canvases import IGNORED, check_labels, choose_canvases, conversations, cut_canvases, training_view
@@ -134,9 +135,12 @@ def block_diffusion_loss(
 
     Raises:
         ValueError: masks, labels, positions or canvases of the wrong shape or kind, `soft_embeds` without `noised` or beside
-            `self_conditioning_mask`.
+            `self_conditioning_mask`; what is no image.
     """
+    only_images("block_diffusion_loss", images)
     model.check_called("the training loss")
+    check_tensors(input_ids=input_ids, labels=labels)
+    input_ids, labels = input_ids.long(), labels.long()
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     check_shape("self_conditioning_mask", self_conditioning_mask, input_ids.shape[:1])
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()

@@ -9,6 +9,7 @@ from generation.arguments import FIELDS, integer, read
 from generation.checks import check_images, check_mask, check_tensors
 from generation.rules.noise import UniformNoise
 
+from ..layers.checks import only_images
 from .canvases import IGNORED, Canvases, check_labels, cut_canvases, training_view
 from .loss import corrupt, noise_proportions
 from .pieces import token_losses, turns
@@ -52,8 +53,10 @@ def score_responses(
         images: as `prefill` takes them.
 
     Raises:
-        ValueError: labels that are no response, an unknown mode, fewer than 2 samples, images that do not fit the tokens.
+        ValueError: labels that are no response, an unknown mode, fewer than 2 samples, images that do not fit the tokens, what is no image:
+            `position_ids` of packed rows, too.
     """
+    only_images("score", images)
     if mode not in MODES:
         raise ValueError(f"`mode` is {mode!r}; expected one of {MODES}")
     samples = read("samples", samples, integer(2, 2**20))  # two at least, for a standard error
@@ -63,6 +66,7 @@ def score_responses(
             raise ValueError(f"`{name}` is {value}, and `mode` is 'autoregressive'; expected 'diffusion', which alone reads it")
     model.check_called("`score`")
     check_tensors(input_ids=input_ids, labels=labels)
+    input_ids, labels = input_ids.long(), labels.long()
     check_images(input_ids, images.get("pixel_values"), model.config.image_token_id)
     check_mask("attention_mask", attention_mask, tuple(input_ids.shape))
     check_labels(input_ids, labels, attention_mask)
