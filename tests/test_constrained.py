@@ -123,6 +123,19 @@ def test_one_constraint_counts_for_every_row_and_copy(model, tokenizer):
     assert len(texts) == 6 and set(texts) <= {"left", "right"}
 
 
+@pytest.mark.parametrize("schemas", [
+    [{"properties": {name: {"const": 1} for name in order}, "required": ["a", "b"]} for order in ("ab", "ba")],
+    [{"const": 1}, {"const": True}],
+], ids=["order", "kind"])  # fmt: skip
+def test_schemas_that_are_equal_to_python_alone_stay_apart(model, tokenizer, schemas):
+    """Every row was written by the first of them."""
+    first, second = schemas
+    assert first == second and JsonSchema(first) != JsonSchema(second)
+    assert JsonSchema(first) == JsonSchema(json.dumps(first)) and hash(JsonSchema(first)) == hash(JsonSchema(json.dumps(first)))
+    texts = write(model, tokenizer, [JsonSchema(schema, "spaced") for schema in schemas], 2, seed=0)
+    assert texts == [json.dumps(schema.get("const", dict.fromkeys(schema.get("properties", ()), 1))) for schema in schemas]
+
+
 def test_an_automaton_is_taken_as_it_is(model, tokenizer):
     from generation.constraints.compiled import compile_constraint
 

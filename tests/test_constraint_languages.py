@@ -17,7 +17,7 @@ from generation.constraints import compiled
 from generation.constraints.blanks import Blank, segments_automaton
 from generation.constraints.compiled import FOLDER, cache_folder, compile_constraint
 from generation.constraints.expression import Either, Repeat, chars, text
-from generation.constraints.languages import Choice, JsonSchema, Pins, Regex, Template, described
+from generation.constraints.languages import Choice, JsonSchema, Pins, Regex, Template, ToolCalls, described
 from generation.constraints.tokens import make_vocabulary, token_automaton
 from modeling_diffusiongemma import default_checkpoint
 
@@ -315,6 +315,31 @@ def test_compiled_automaton_is_kept_in_memory_and_on_disk(folder):
     for other in ((Template("a{x:1-4}b"), tokenizer, 20), (language, tokenizer, 21), (language, letters_tokenizer("abcdefgh .,"), 20)):
         compile_constraint(*other)
     assert len(list(folder.iterdir())) == 4
+
+
+def test_a_language_stays_what_it_was_made_of():
+    """A mapping or a tensor that a caller goes on to change, as in a loop, changed the languages made of it before."""
+    schema, ids, mask = {"type": "string", "pattern": "a"}, torch.tensor([3, 4]), torch.tensor([True, False])
+    tools = [{"name": "close", "parameters": {"properties": {"by": schema}}}]
+    made = JsonSchema(schema), ToolCalls(tools), Pins(ids, mask)
+    before = list(map(described, made))
+    schema["pattern"], ids[0], mask[1] = "b", 5, True
+    assert list(map(described, made)) == before
+
+
+def test_what_a_schema_notes_may_be_anything(folder):
+    """It ended in a TypeError of `json`, behind the language."""
+    compile_constraint(JsonSchema({"enum": ["a"], "examples": {1, 2}}), letters_tokenizer('"ab'), 20)
+
+
+def test_an_interrupt_leaves_no_file_behind(folder, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compile_constraint(Choice(["a"]), letters_tokenizer(), 20)
+    assert not list(folder.iterdir())
 
 
 def test_without_cache_nothing_is_written(folder):

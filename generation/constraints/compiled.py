@@ -63,16 +63,16 @@ def compile_constraint(language: Language, tokenizer: PreTrainedTokenizerBase, v
         return _compile(language, vocabulary)
     versions = (FORMAT, unicodedata.unidata_version, str(sys.version_info[:2]))
     name = sha256("\n".join((*versions, vocabulary.fingerprint, described(language))).encode()).hexdigest()
-    if name not in known.automata:
+    if (found := known.automata.get(name)) is None:  # once: another thread may push it out meanwhile
         path = cache_folder() / f"{name}.safetensors"
         found = _read(path, name, vocab_size)
         if found is None:
             found = _compile(language, vocabulary)
             _write(path, name, found)
-        while len(known.automata) >= KEPT:
-            known.automata.pop(next(iter(known.automata)), None)
+        for oldest in list(known.automata)[: max(len(known.automata) - KEPT + 1, 0)]:
+            known.automata.pop(oldest, None)
         known.automata[name] = found
-    return known.automata[name]
+    return found
 
 
 def cache_folder() -> Path:
@@ -205,9 +205,11 @@ def _write(path: Path, name: str, automaton: Automaton) -> None:
             temporary = file.name
             file.write(safetensors.torch.save(tensors, {"name": name, "checksum": _checksum(tensors)}))
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError):  # interrupted
+            raise
         logger.warning_once(f"Compiled constraints are not kept in {path.parent}, which {FOLDER} may name: {error}")
 
 

@@ -3,6 +3,7 @@
 Frozen values, checked when they are made. They speak of characters (blanks and pins also of tokens) and know no tokenizer.
 """
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -19,6 +20,17 @@ from .expression import text as just
 
 PIECES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 FIELD = re.compile(r"([^\W\d]\w*)(?::([0-9]+)(?:-([0-9]+))?)?")
+
+
+class Described:
+    """A language that is what its `description` says: mappings that are equal to Python may be others to JSON, in which an order counts and
+    1 is not true."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and described(other) == described(self)
+
+    def __hash__(self) -> int:
+        return hash(described(self))
 
 
 @dataclass(frozen=True)
@@ -45,12 +57,12 @@ class Regex:
         return ["regex", self.pattern]
 
 
-@dataclass(frozen=True)
-class JsonSchema:
+@dataclass(frozen=True, eq=False)
+class JsonSchema(Described):
     """The JSON texts of the values that a schema allows, with properties in the schema's order.
 
     Args:
-        schema: a mapping, JSON, or a pydantic model.
+        schema: a mapping, which is copied, JSON, or a pydantic model.
         whitespace: None: one space or none behind each comma and colon; "compact", "spaced": which of the two; "any": JSON's whitespace
             wherever JSON allows it inside the value.
         depth: how often a reference may stand inside of itself.
@@ -59,11 +71,13 @@ class JsonSchema:
         ValueError: it is no schema, holds a keyword that is not supported, or is too large.
     """
 
-    schema: Any = field(hash=False)
+    schema: Any
     whitespace: str | None = None
     depth: int = 3
 
     def __post_init__(self) -> None:
+        if isinstance(self.schema, dict):
+            object.__setattr__(self, "schema", copy.deepcopy(self.schema))
         self.expression()
 
     def expression(self) -> Expression:
@@ -278,14 +292,16 @@ class Pins:
             raise ValueError(f"`mask` has {len(self.mask)} positions and `ids` {len(self.ids)}; expected as many")
         if bool((self.ids[self.mask] < 0).any()):
             raise ValueError(f"`ids` holds {int(self.ids[self.mask].min())} where `mask` is True; expected ids from 0 on")
+        for name in ("ids", "mask"):
+            object.__setattr__(self, name, getattr(self, name).clone())
 
     def description(self) -> list:
         """All that makes it what it is, as JSON."""
         return ["pins", torch.where(self.mask, self.ids, -1).tolist()]
 
 
-@dataclass(frozen=True)
-class ToolCalls:
+@dataclass(frozen=True, eq=False)
+class ToolCalls(Described):
     """The answers that call tools as the released model does, with arguments that fit their schemas: text, and then calls.
 
     Args:
@@ -302,7 +318,7 @@ class ToolCalls:
             stand bare.
     """
 
-    tools: Any = field(hash=False)
+    tools: Any
     choice: str = AUTO
     parallel: bool = True
     thought: bool = True
@@ -312,7 +328,7 @@ class ToolCalls:
     demanded_marks = MARKS[:3]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tools", read_tools(self.tools))
+        object.__setattr__(self, "tools", copy.deepcopy(read_tools(self.tools)))
         for name in ("parallel", "thought"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected True or False")
@@ -333,7 +349,7 @@ Language: TypeAlias = Regex | JsonSchema | Choice | Template | ToolCalls | Pins
 
 def described(language: Language) -> str:
     """The same string for the same language, for names in a cache."""
-    return json.dumps(language.description(), ensure_ascii=True, separators=(",", ":"))
+    return json.dumps(language.description(), ensure_ascii=True, separators=(",", ":"), default=repr)  # of notes, which may hold anything
 
 
 __all__ = ["Choice", "JsonSchema", "Language", "Pins", "Regex", "Template", "ToolCalls", "described"]
