@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import Cache, CompileConfig, EncoderDecoderCache, GenerationConfig
 
+from .rules.prediction import Wanted
 from .rules.samplers import SAMPLERS
 
 LARGEST = 2**63 - 1  # of an int64
@@ -219,6 +220,7 @@ def _watchers(value: Any) -> list:
 def _constraint(value: Any) -> Any:
     """One of the caller's that sees predictions, or a language: which ones there are `call.constrained` knows."""
     _demand(not isinstance(value, str | bytes | int | float | type | dict))
+    _demand(not hasattr(value, "constrain") or isinstance(getattr(value, "wanted", None), Wanted))
     return value
 
 
@@ -302,7 +304,7 @@ ARGUMENTS: dict[str, Kind] = {
     "streamer": Kind("an object with the methods `put` and `end`", _with_methods("put", "end")),
     "watcher": Kind("a `generation.watch.watcher.Watcher`, or a list of them, each once", _watchers),
     "constraint": Kind("a `Regex`, `JsonSchema`, `Choice`, `Template` or `Pins` of `generation`, a list with one for each prompt, or a "
-                       "`generation.rules.constraint.Constraint`", _constraint),
+                       "`generation.rules.constraint.Constraint` with its `wanted`", _constraint),
     "first_step": Kind("an integer >= 0, or a list of them, one for each canvas of `decoder_input_ids`",
                        functools.partial(_one_or_more, lambda value: _integer(value, 0, LARGEST))),
     "self_conditioning_logits": floats("(batch, canvas_length, vocab_size), or (canvas_length, vocab_size) for every row", 2, 3),

@@ -30,6 +30,8 @@ def fill(
             raise ValueError(f"`{name}` is given to `fill`; expected None: `generate(constraint=Template(...))` takes it")
     ids = prompt_ids(prompt, tokenizer, model.device)
     output = model.generate(ids, constraint=template, tokenizer=tokenizer, return_dict_in_generate=True, **settings)
+    if (copies := len(output.sequences)) > 1:
+        raise ValueError(f"`num_return_sequences` of the generation config is {copies}; expected 1: a template is filled in once")
     tokens = output.sequences[0, ids.shape[1] :][: int(output.lengths[0])]
     if output.finish_reasons[0] == "time":
         raise ValueError(f"`max_time` is {settings.get('max_time')}, which was over before the text was whole; expected more")

@@ -206,7 +206,7 @@ class DiffusionGenerationMixin(DecidesRequests, GenerationMixin):
 
         Raises:
             ValueError: an argument that is unknown, out of range, or not honoured, by name; virtual tokens of peft; NaN logits; what a
-                callback, sampler or stopping rule of the caller's returns, if it does not fit.
+                callback, constraint, sampler or stopping rule of the caller's returns, if it does not fit.
         """
         given = dict(locals())  # the arguments, by their names
         # 1. Read.

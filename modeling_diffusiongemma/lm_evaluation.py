@@ -221,6 +221,8 @@ class DiffusionGemmaEvaluation(TemplateLM):
         real = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts], **made)
         given = {**self.settings, **settings, "return_dict_in_generate": True}
         output = self.model.generate(ids, attention_mask=real, seed=seeds, **given)
+        if (copies := len(output.sequences) // len(contexts)) > 1:
+            raise ValueError(f"`num_return_sequences` is {copies}; expected 1: a request has one answer")
         return [row[:length] for row, length in zip(output.sequences[:, longest:].tolist(), output.lengths.tolist(), strict=True)]
 
 

@@ -69,6 +69,8 @@ def test_greedy_is_deterministic_whatever_the_global_seed(model, settings):
     one = model.generate(ids, max_new_tokens=15, max_denoising_steps=4, **settings)
     torch.manual_seed(2)
     assert torch.equal(one, model.generate(ids, max_new_tokens=15, max_denoising_steps=4, **settings))
+    with pytest.raises(ValueError, match="`num_return_sequences` is 2; expected 1 with `" + "=.*".join(map(str, settings))):
+        model.generate(ids, num_return_sequences=2, **settings)
 
 
 def test_temperature_scales_the_schedule(model):

@@ -278,6 +278,8 @@ def test_fill_gives_text_and_values(trained, tokenizer):
     assert found.text == "1998-03-03" and found.values == {"year": "1998", "month": "03"}
     assert tokenizer.decode(found.tokens.tolist(), skip_special_tokens=True) == found.text
     assert re.fullmatch(r"(?s).+ and .+", trained.fill("{a:1-3} and {b:1-3}", tokenizer, seed=0, max_denoising_steps=2).text)
+    with pytest.raises(ValueError, match="`num_return_sequences` .* is 2; expected 1"):
+        trained.fill("{a:1}", tokenizer, seed=0, generation_config={"num_return_sequences": 2})
 
 
 WRONG = {

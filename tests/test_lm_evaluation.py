@@ -274,7 +274,10 @@ def test_bad_request_is_refused_by_name(small):
         lm._loglikelihood_tokens([(None, [2], [])], disable_tqdm=True)
     with pytest.raises(ValueError, match="continuation"):
         lm._loglikelihood_tokens([(None, [2], [300] * 16)], disable_tqdm=True)
-    for arguments, name in (({"num_beams": 4}, "num_beams"), ({"max_gen_toks": 16}, "max_gen_toks"), ({"temperture": 1.0}, "temperture")):
+    for arguments, name in (
+        ({"num_beams": 4}, "num_beams"), ({"num_return_sequences": 2}, "num_return_sequences"), ({"max_gen_toks": 16}, "max_gen_toks"),
+        ({"temperture": 1.0}, "temperture"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             lm.generate_until(requests("generate_until", ("Hello", {"max_gen_toks": 4, **arguments})), disable_tqdm=True)
 

@@ -71,6 +71,35 @@ def test_a_constraint_goes_with_diffusion_alone(model):
         model.generate(prompts(1, 9)[0], constraint=3)
 
 
+WRONG = {
+    "nothing": lambda given: None,
+    "a tuple": tuple,
+    "a narrower tensor": lambda given: given._replace(argmax=given.argmax[:, :3]),
+    "another dtype": lambda given: given._replace(entropy=given.entropy.double()),
+    "nothing for a tensor": lambda given: given._replace(sample=None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_constraint_returns_must_be_a_prediction_like_the_one_it_was_given(model, name):
+    """Most of them ended in an AttributeError far from the constraint, and another dtype in other tokens."""
+
+    class Strange(Even):
+        def constrain(self, prediction, state, embed):
+            return WRONG[name](prediction)
+
+    with pytest.raises(ValueError, match=r"`constraint` is a Strange, whose `constrain` returned a \w+; expected `prediction._replace"):
+        model.generate(prompts(3, 9)[0], constraint=Strange(), **SETTINGS)
+
+
+def test_a_constraint_says_what_it_wants_to_see(model):
+    class Silent(Even):
+        wanted = None
+
+    with pytest.raises(ValueError, match="`constraint` is .*Silent.*expected .*wanted"):
+        model.generate(prompts(3, 9)[0], constraint=Silent(), **SETTINGS)
+
+
 class Pinned(Watcher):
     """Holds position 2 of every canvas at token 7, and keeps what it was told."""
 

@@ -24,8 +24,9 @@ def check_fields(config, whole: bool = False) -> None:
     """
     if config.t_min is not None and config.t_max is not None and config.t_min > config.t_max:
         raise ValueError(f"`t_min` is {config.t_min}; expected at most `t_max`, {config.t_max}")
-    if config.do_sample is False and (config.num_return_sequences or 1) > 1:
-        raise ValueError(f"`num_return_sequences` is {config.num_return_sequences}; expected 1 with `do_sample=False`")
+    if is_greedy(config) and (config.num_return_sequences or 1) > 1:
+        greedy = "do_sample=False" if config.do_sample is False else "temperature=0"
+        raise ValueError(f"`num_return_sequences` is {config.num_return_sequences}; expected 1 with `{greedy}`")
     if not whole:
         return
     if config.decoding == "verified" and not is_greedy(config):

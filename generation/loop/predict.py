@@ -10,7 +10,7 @@ import torch
 
 from ..call.plan import Plan
 from ..call.progress import Progress
-from ..rules.constraint import Constraint
+from ..rules.constraint import Constraint, check_constrained
 from ..rules.draws import DrawnStep, Draws
 from ..rules.prediction import Prediction, dense_prediction, narrowed
 from ..rules.state import CanvasState, advance
@@ -57,7 +57,8 @@ def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Predict
     hidden = model.denoise(state.canvas, soft_embeds=state.soft_embeds, view=view).last_hidden_state
     prediction = predict(model, plan, hidden, state.canvas if rules.sampler.informed else None, inputs)
     if inputs.constraint is not None:
-        prediction = inputs.constraint.constrain(prediction, state, model.get_input_embeddings())
+        found = inputs.constraint.constrain(prediction, state, model.get_input_embeddings())
+        prediction = check_constrained(inputs.constraint, found, prediction)
     noise = draws.noise(rules.noise, state.canvas.shape, state.canvas.device)
     uniform = draws.uniforms(state.canvas.shape, state.canvas.device, "acceptance") if rules.sampler.informed else None
     return prediction, advance(

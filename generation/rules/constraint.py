@@ -37,4 +37,18 @@ def is_constraint(given: Any) -> bool:
     return not isinstance(given, type) and all(callable(getattr(given, name, None)) for name in ("constrain", "select"))
 
 
-__all__ = ["Constraint", "is_constraint"]
+def check_constrained(constraint: Constraint, found: Any, given: Prediction) -> Prediction:
+    """What a constraint makes of a prediction must be one that holds the same, each tensor in its shape and dtype. Returns it. Ids are not
+    read."""
+    if isinstance(found, Prediction):
+        pairs = list(zip(found, given, strict=True))
+        if all(isinstance(new, torch.Tensor) if old is not None else new is None for new, old in pairs):
+            if all(new.shape == old.shape and new.dtype == old.dtype for new, old in pairs if old is not None):
+                return found
+    raise ValueError(
+        f"`constraint` is a {type(constraint).__name__}, whose `constrain` returned a {type(found).__name__}; expected "
+        "`prediction._replace(...)` with tensors of the same shapes and dtypes"
+    )
+
+
+__all__ = ["Constraint", "check_constrained", "is_constraint"]

@@ -115,7 +115,7 @@ def answer_examples(model, collator, examples: Sequence[tuple | Mapping], answer
             chosen = slice(begin, begin + answering.batch_size)
             inputs = left_padded([prompt for prompt, _ in rows[chosen]], collator.pad_token_id, model.device)
             seeds = [answering.seed + place for place in places[chosen]]
-            output = model.generate(**inputs, **settings, seed=seeds, return_dict_in_generate=True)
+            output = model.generate(**inputs, **settings, seed=seeds, num_return_sequences=1, return_dict_in_generate=True)
             written = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
             counts = zip(written, output.lengths.tolist(), output.denoising_steps.tolist(), strict=True)
             for (prompt, wanted), example, (ids, tokens, steps) in zip(rows[chosen], examples[chosen], counts, strict=True):
