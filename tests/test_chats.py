@@ -1,5 +1,6 @@
 """Examples in the forms that people's data has: which tokens are learned, packing, and what is refused by its place."""
 
+import numpy as np
 import pytest
 import torch
 from small_models import PAD, small_model
@@ -112,6 +113,15 @@ REFUSED = {
     "a string": ("ab", "example 1 is 'ab'"),
     "three": (("a", "b", "c"), "example 1 is"),
     "of different kinds": (("a", [1]), "example 1: prompt and response are of different kinds"),
+    "a number": (5, "example 1 is 5; expected a pair"),
+    "no response": (("a", None), "example 1 holds None; expected prompt and response as text"),
+    "fractions": (([1, 2], [3.5]), r"example 1 holds \[3.5\]; expected .* token ids"),
+    "a label that is ignored": (([1, 2], [3, -100]), r"example 1 holds \[3, -100\]; expected .* token ids"),
+    "bools": (([1, 2], torch.tensor([True])), "example 1 holds Tensor torch.bool"),
+    "two rows": (([1, 2], torch.tensor([[3]])), "example 1 holds Tensor torch.int64 of shape"),
+    "bytes": ((b"a", b"b"), "example 1 holds b'a'"),
+    "a chat as a string": ({"messages": "hi"}, "example 1 has 'hi' as messages"),
+    "a string in a chat": ({"messages": [CHAT[1], "hi"]}, "example 1 has .* as messages; expected a list of mappings"),
 }
 
 
@@ -120,6 +130,12 @@ def test_an_example_that_cannot_be_learned_is_named_by_its_place(tokenizer, name
     example, told = REFUSED[name]
     with pytest.raises(ValueError, match=told):
         BlockDiffusionCollator(tokenizer, max_length=60)([("one", "1"), example])
+
+
+def test_token_ids_may_come_as_tensors_arrays_or_numbers_of_numpys():
+    collator = BlockDiffusionCollator(pad_token_id=0)
+    rows = collator([([1, 2], (3,)), (torch.tensor([1, 2]), torch.tensor([3])), (np.array([1, 2]), [np.int32(3)]), [range(1, 3), [3]]])
+    assert rows["input_ids"].tolist() == [[1, 2, 3]] * 4
 
 
 def test_a_template_that_writes_a_turn_otherwise_later_is_refused(tokenizer, monkeypatch):

@@ -203,7 +203,14 @@ def test_evaluation_draws_the_same_noise_every_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, named", [({"batch_size": 0}, "batch_size"), ({"limit": -1}, "limit"), ({"settings": {"seed": 3}}, "seed")]
+    "settings, named",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": None}, "batch_size"),
+        ({"limit": True}, "limit"),
+        ({"limit": -1}, "limit"),
+        ({"settings": {"seed": 3}}, "seed"),
+    ],
 )
 def test_answering_names_what_is_wrong(settings, named):
     with pytest.raises(ValueError, match=named):

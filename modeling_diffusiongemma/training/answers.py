@@ -51,7 +51,7 @@ class Answering:
     def __post_init__(self):
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if (value is not None or name == "batch_size") and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; expected a positive integer")
         if taken := {"seed", "generator", "return_dict_in_generate", "num_return_sequences"}.intersection(self.settings):
             raise ValueError(f"`settings` holds {sorted(taken)}; expected none of them: an example has one answer, of its seed")

@@ -6,8 +6,10 @@ released model's has none). Knows nothing of tensors.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
+from generation.arguments import shown
 from generation.asking import check_read, template_variables
 
 KEYS = (("prompt", "response"), ("prompt", "completion"), ("messages",))
@@ -33,35 +35,48 @@ def read_example(example: tuple | Mapping, tokenizer, template_kwargs: Mapping, 
             raise ValueError(f"{name} has {further!r} as `chat_template_kwargs`; expected a mapping")
         template_kwargs = {**template_kwargs, **further}
         tools, example = example.get("tools"), tuple(example[key] for key in keys)
-    elif isinstance(example, str) or len(example) != 2:
+    elif not isinstance(example, tuple | list) or len(example) != 2:
         raise ValueError(f"{name} is {example!r}; expected a pair of prompt and response, or a mapping")
     if len(example) == 1:
         return read_chat(example[0], tokenizer, tools, template_kwargs, name)
-    prompt, response = example
-    kinds = {_kind(prompt), _kind(response)}
-    if len(kinds) != 1:
+    (kind, prompt), (other, response) = (_kind(part, name) for part in example)
+    if kind != other:
         raise ValueError(f"{name}: prompt and response are of different kinds; expected both as text, as messages or as token ids")
-    if kinds == {"ids"}:
-        prompt, response = list(prompt), list(response)
+    if kind == "ids":
         if not prompt or not response:
             raise ValueError(f"{name} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
         return Example(prompt + response, [False] * len(prompt) + [True] * len(response))
-    if kinds == {"text"}:
+    if kind == "text":
         prompt, response = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}]
     return read_chat([*prompt, *response], tokenizer, tools, template_kwargs, name, since=len(prompt))
 
 
-def _kind(value) -> str:
+def _kind(value: Any, name: str) -> tuple[str, Any]:
+    """What a prompt or a response is given as, and itself as a string or a list."""
     if isinstance(value, str):
-        return "text"
-    return "messages" if len(value) and isinstance(value[0], Mapping) else "ids"
+        return "text", value
+    items = _items(value)
+    if items and all(isinstance(item, Mapping) for item in items):
+        return "messages", items
+    if items is None or not all(isinstance(item, Integral) and not isinstance(item, bool) and item >= 0 for item in items):
+        raise ValueError(f"{name} holds {shown(value)}; expected prompt and response as text, as messages or as token ids")
+    return "ids", [int(item) for item in items]
+
+
+def _items(value: Any) -> list | None:
+    """Those of a sequence, of a tensor or of an array; None of anything else."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
 
 
 def read_chat(messages: Sequence[Mapping], tokenizer, tools, template_kwargs: Mapping, name: str, since: int = 0) -> Example:
     """Ids of a chat, of which the assistant's turns are targets, those before the message `since` left out."""
     if tokenizer is None:
         raise ValueError(f"{name} is text and `tokenizer` is None; expected a tokenizer with a chat template")
-    messages = [dict(message) for message in messages]
+    given = _items(messages)
+    if given is None or not all(isinstance(turn, Mapping) for turn in given):
+        raise ValueError(f"{name} has {shown(messages)} as messages; expected a list of mappings, each with a `role`")
+    messages = [dict(turn) for turn in given]
     templates, chosen = tokenizer.chat_template, template_kwargs.get("chat_template")
     if chosen is not None:  # the name of one, or one itself
         templates = templates.get(chosen, chosen) if isinstance(templates, Mapping) else chosen
