@@ -10,6 +10,7 @@ from small_models import CANVAS, PAD, VOCAB, prompts, small_model, small_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation import (
+    Choice,
     DiffusionGenerationConfig,
     EntropyBoundSampler,
     Never,
@@ -523,6 +524,25 @@ def test_a_row_is_conditioned_by_its_logits(model):
     torch.testing.assert_close(seen[6][2], first.repeat_interleave(2, dim=0), atol=1e-4, rtol=0)  # sums of another shape
     model.generate(ids, watcher=Sees(), **settings)
     assert not torch.allclose(seen[12][2], first, atol=1e-2)
+
+
+def test_a_row_whose_canvas_stands_is_not_shown(text):
+    """It was, together with a row whose constraint refuses its canvas, and could be changed."""
+    (model, tokenizer), seen = text, []
+    canvas = torch.nn.functional.pad(
+        tokenizer(["yes<turn|>", "map<turn|>"], add_special_tokens=False, return_tensors="pt").input_ids, (0, 5)
+    )
+
+    def spoil(model, step, noise_proportion, state):
+        seen.append(state["rows"].tolist())
+        return {"argmax": torch.where(state["rows"][:, None] == 0, 300, state["argmax"])}
+
+    output = model.generate(
+        tokenizer(["a", "a"], return_tensors="pt").input_ids, constraint=Choice(["yes", "no"]), tokenizer=tokenizer,
+        decoder_input_ids=canvas, first_step=4, max_denoising_steps=4, canvas_length=canvas.shape[1], callback_on_step_end=spoil,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert seen == [[1]] and output.denoising_steps.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ class StepCallback(Watcher):
     def step(self, canvas_index, step, places, state, prediction) -> CanvasState | None:
         if canvas_index != self.canvas_index:
             self.canvas_index, self.finished = canvas_index, self.ended
-        going = (~self.finished[places]).nonzero().flatten()  # an ended row that cannot leave is denoised, too
+        stood = state.passes.to(places.device) == 0  # rows whose constraint took the canvas that was given as it is
+        going = (~(self.finished[places] | stood)).nonzero().flatten()  # an ended row that cannot leave is denoised, too
         if len(going) == 0:
             return None
         here = going.to(state.canvas.device)
