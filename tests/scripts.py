@@ -298,6 +298,8 @@ def attributes_that_scripts_read(model):
     return (
         decoder.text_config.num_hidden_layers, encoder.get_input_embeddings()(PROMPT), len(encoder.language_model.layers),
         encoder.language_model.embed_tokens.weight.shape, encoder.language_model.layers[0].self_attn.head_dim,
+        [(layer.layer_idx, each.layer_idx, each.is_sliding, each.sliding_window, each.layer_type)
+         for stack in (encoder.language_model, decoder) for layer in stack.layers for each in [layer.self_attn]],
         *decoder.rotary_emb(states, position_ids, "full_attention"),
         *encoder.language_model.rotary_emb(states, position_ids, "sliding_attention"),
         model.get_encoder() is model.model.encoder or model.model.get_encoder() is encoder, model.model.get_decoder() is decoder,

@@ -87,6 +87,9 @@ def test_variables_that_nobody_reads_and_tools_that_nobody_is_told_of_are_refuse
     ):
         with pytest.raises(ValueError, match=said):
             BlockDiffusionCollator(tokenizer, template_kwargs=given)([chat | further])
+    for key, value in (("chat_template_kwargs", {"start": "x"}), ("tools", [{"name": "clock"}])):
+        with pytest.raises(ValueError, match=f"example 0 has `{key}`, and is token ids, which no chat template makes"):
+            BlockDiffusionCollator(tokenizer)([{"prompt": [5, 6], "response": [7], key: value}])
 
 
 def test_packed_rows_hold_every_example_once_and_train_as_they_would_apart(tokenizer):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
-from small_models import CANVAS, prompts, small_pair
+from small_models import CANVAS, prompts, small_model, small_pair
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -588,3 +588,16 @@ def test_soft_embedding_is_the_mean_of_the_rows_that_ids_get(monkeypatch):
     table.zero_grad()
     expected_embedding(table, probabilities).square().sum().backward()
     torch.testing.assert_close([probabilities.grad, *(parameter.grad for parameter in table.parameters())], want)
+
+
+@pytest.mark.parametrize("which", ["lm_head", "embed_tokens"])
+def test_another_number_of_ids_than_the_config_says_is_refused(which):
+    """It failed in the middle of a step, in a product of two sizes."""
+    model = small_model()
+    known, size = model.config.text_config.vocab_size, model.config.text_config.hidden_size
+    if which == "lm_head":
+        model.set_output_embeddings(nn.Linear(size, known + 3, bias=False))
+    else:
+        model.set_input_embeddings(ScaledEmbedding(known + 3, size, 0))
+    with pytest.raises(ValueError, match=f"`{which}` has {known + 3} ids, and `vocab_size` of the text config is {known}"):
+        model.generate(prompts(1, 5)[0], max_new_tokens=CANVAS)

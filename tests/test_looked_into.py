@@ -7,10 +7,11 @@ import pytest
 import torch
 from small_models import CANVAS, PAD, prompts, small_model, small_pair
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from modeling_diffusiongemma import BlockDiffusionCollator, DiffusionGemmaBlockModel, DiffusionGemmaForMaskedBlockLM
 from modeling_diffusiongemma.drop_in import DiffusionGemmaForBlockDiffusion
-from modeling_diffusiongemma.model import block_model, head
+from modeling_diffusiongemma.model import block_model, head, plain
 from modeling_diffusiongemma.model.plain import looked_into
 from modeling_diffusiongemma.model.stack import BlockLayer
 
@@ -268,6 +269,20 @@ def test_embedding_replaced_before_nnsight_wraps_it_counts(controlled):
             embedding.forward = forward.__get__(embedding)
         found.append(generate(model))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hook_on_all_modules_is_told_what_it_does_not_see(register, monkeypatch):
+    """In training it saw the layers and no `model.model`, silently."""
+    said, seen, inner = [], [], small_model()
+    monkeypatch.setattr(plain.logger, "warning_once", said.append)
+    handle = register(lambda module, *call: seen.append(module))
+    try:
+        inner.train()(**BATCH)
+    finally:
+        handle.remove()
+    assert inner.model.decoder.layers[1] in seen and inner.model not in seen
+    assert "does not see `model`: the training loss calls what is inside" in said[0]
 
 
 def test_forward_without_a_canvas_says_what_its_logits_are_of(monkeypatch):

@@ -8,8 +8,8 @@ import re
 
 import pytest
 import torch
-from accelerate import load_checkpoint_in_model
-from safetensors.torch import load_file, save_file
+from accelerate import Accelerator, load_checkpoint_in_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from small_models import CANVAS, prompts, small_model
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -294,6 +294,72 @@ def test_numbers_that_need_a_quantiser_are_refused_without_one(name, whole, tmp_
         DiffusionGemmaForMaskedBlockLM.from_pretrained(None, config=small_model().config, state_dict=state)
     with pytest.raises(ValueError, match=f"pytorch_model.bin holds {QUERIES}"):
         DiffusionGemmaForMaskedBlockLM.from_pretrained(pickle(folder))
+
+
+def prefixed(tensors, prefix):
+    """As state dicts of wrapped models have it."""
+    return {name: None for name in tensors} | {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+SCALED = "model.decoder.layers.1.experts.down_proj"
+UNREAD = {
+    "of a wrapped model": (lambda tensors: prefixed(tensors, "module."), {}, "lacks (.*), and nothing reads module\\.\\1; expected"),
+    "of a compiled model": (lambda tensors: prefixed(tensors, "_orig_mod."), {}, "lacks (.*), and nothing reads _orig_mod\\.\\1; expected"),
+    "in another form": (
+        lambda tensors: {f"{QUERIES}.weight": None, f"{QUERIES}.qweight": tensors[f"{QUERIES}.weight"].int()}, {},
+        f"lacks {QUERIES}.weight, and nothing reads {QUERIES}.qweight",
+    ),
+    "experts in FP8 by blocks": (
+        lambda tensors: {SCALED: tensors[SCALED].to(torch.float8_e4m3fn), f"{SCALED}_scale_inv": torch.ones(4, 1, 1)},
+        {"quant_method": "fp8", "weight_block_size": [32, 32]},
+        f"{SCALED}_scale_inv, which nothing reads, so that {SCALED} would go without its scale",
+    ),
+    "of another model": (lambda tensors: {name: None for name in tensors} | {"h.0.weight": torch.ones(3)}, {}, "no tensor of this model's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [DiffusionGemmaForMaskedBlockLM, drop_in.DiffusionGemmaForBlockDiffusion])
+@pytest.mark.parametrize("name", UNREAD)
+def test_tensors_that_nothing_reads_in_the_place_of_the_models_are_refused(name, cls, whole, tmp_path):
+    """The model was made of random numbers, or of FP8 numbers without their scales (transformers' fine-grained FP8 dequantises no stacked
+    experts), and a report in the log was all that said so."""
+    change, quantization, said = UNREAD[name]
+    changed = change(whole[1])
+    folder = write(whole, tmp_path, **changed)
+    if quantization:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(ValueError, match=said):
+        cls.from_pretrained(folder)
+
+
+def test_a_prefix_is_mapped_away(whole, tmp_path):
+    folder = write(whole, tmp_path, **prefixed(whole[1], "module."))
+    assert torch.equal(logits(DiffusionGemmaForMaskedBlockLM.from_pretrained(folder, key_mapping={r"^module\.": ""})), whole[2])
+
+
+def test_pickled_file_that_was_cut_is_named(whole, tmp_path):
+    folder = pickle(write(whole, tmp_path), 3)
+    path = sorted(folder.glob("*.bin"))[1]
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(OSError, match=f"cannot load .*{path.name}"):
+        DiffusionGemmaForMaskedBlockLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("cls", [DiffusionGemmaForMaskedBlockLM, drop_in.DiffusionGemmaForBlockDiffusion])
+def test_safetensors_and_accelerate_save_and_load_a_model_by_themselves(cls, whole, tmp_path):
+    """`load_model`, by which accelerate loads its state, asks what a load that is not strict left out: two stacks had left out nothing."""
+    model = cls.from_pretrained(whole[0])
+    save_model(model, str(tmp_path / "model.safetensors"))
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(model)
+    accelerator.save_state(tmp_path / "state")
+    for load in (lambda: load_model(model, str(tmp_path / "model.safetensors")), lambda: accelerator.load_state(tmp_path / "state")):
+        with torch.no_grad():
+            for weight in prepared.parameters():
+                weight.zero_()
+        load()
+        assert torch.equal(logits(model), whole[2])
 
 
 def copied(whole, folder):

@@ -170,6 +170,19 @@ class Attention(nn.Module):
         self.v_norm = RMSNorm(self.head_dim, config.rms_norm_eps, with_scale=False)
 
     @property
+    def is_sliding(self) -> bool:
+        return self.v_proj is not None
+
+    @property
+    def layer_type(self) -> str:
+        """As `layer_types` of the config has it."""
+        return "sliding_attention" if self.is_sliding else "full_attention"
+
+    @property
+    def sliding_window(self) -> int | None:
+        return self.config.sliding_window if self.is_sliding else None
+
+    @property
     def is_causal(self) -> bool:
         """What functions of attention ask where a pass says nothing; every causal pass here brings its mask, or says so itself."""
         return False

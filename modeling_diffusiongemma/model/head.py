@@ -102,7 +102,12 @@ class DiffusionGemmaForMaskedBlockLM(DiffusionGemmaBlockPreTrainedModel, Diffusi
             ("lm_head", self.lm_head, nn.Linear),
             ("embed_tokens", self.model.decoder.embed_tokens, ScaledEmbedding),
         ):
-            if why_not_plain(module, kind) is None and runs_on(module).type == "meta":  # of which torch makes numbers without a word
+            if why_not_plain(module, kind) is not None:
+                continue
+            if (ids := module.weight.shape[0]) != (known := self.config.text_config.vocab_size):
+                expected = "expected as many, which `resize_token_embeddings` makes of all three"
+                raise ValueError(f"`{name}` has {ids} ids, and `vocab_size` of the text config is {known}; {expected}")
+            if runs_on(module).type == "meta":  # of which torch makes numbers without a word
                 why = "expected `tie_weights()` before weights are loaded by hand, such as by `load_checkpoint_and_dispatch`"
                 raise ValueError(f"the weight of `{name}` was never loaded, and is on the meta device; {why}")
         for name, module in {"": self, "model": self.model, **self.model.containers()}.items():

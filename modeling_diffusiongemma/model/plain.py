@@ -18,12 +18,14 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.modules import module as hooks_of_all_modules
+from transformers.utils import logging
 
 from generation.call.plan import mixes_adapters
 
 from ..layers.layers import ScaledEmbedding
 from .divided import divided_mean, is_divided
 
+logger = logging.get_logger(__name__)
 FORWARDS = {kind: kind.forward for kind in (nn.Linear, ScaledEmbedding)}  # before anybody replaces one
 COMPILED = "_torchdynamo_orig_callable"  # an attribute of what torch.compile makes of a function
 BRINGING = ("AlignDevicesHook", "CpuOffload")  # Accelerate's hooks that move weights and leave values as they are
@@ -104,7 +106,12 @@ def attached(module: nn.Module) -> str | None:
 
 
 def check_called(caller: str, modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError where something is attached to one of `modules`, by name, none of which `caller` calls."""
+    """Raises ValueError where something is attached to one of `modules`, by name, none of which `caller` calls. Hooks on all modules there
+    are see every other one, and a line says so."""
+    of_all = (*hooks_of_all_modules._global_forward_hooks.values(), *hooks_of_all_modules._global_forward_pre_hooks.values())
+    if modules and any(map(_user_made, of_all)):
+        unseen = " and ".join(f"`{name}`" for name in modules)
+        logger.warning_once(f"A hook on all modules does not see {unseen}: {caller} calls what is inside, where it sees everything.")
     for name, module in modules.items():
         if (what := attached(module)) is not None:
             called = "`decoder`, its layers and, for the prompt pass, `encoder.language_model.layers`"

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from ..layers.configuration import DiffusionGemmaConfig
 from ..layers.experts import Experts, Router, experts_by
 from ..weights.loading import LoadingMixin
+from ..weights.stored import check_unread
 from .adapters import AdapterMixin
 from .divided import fit_plan
 
@@ -53,12 +54,17 @@ class DiffusionGemmaBlockPreTrainedModel(AdapterMixin, LoadingMixin, PreTrainedM
         return super().maybe_distribute_model(model, distributed_config, mesh)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        """As in transformers, whose class ties its two stacks by `tie_word_embeddings`, too: what it saves without is two models in one,
-        which is refused."""
+        """As in transformers, which reports what a checkpoint lacks and has too much of. Refused are those that would be another model: of
+        `stored.check_unread`; of no tensor that this one has; and of transformers' class, which ties its two stacks by
+        `tie_word_embeddings`, too, and without saves two models in one."""
         second = sorted(name for name in loading_info.unexpected_keys if "encoder.language_model." in name)
         if second and not getattr(self.config, "tie_word_embeddings", True):
             held = f"the checkpoint holds a second stack for the prompt pass ({second[0]} and {len(second) - 1} more)"
             raise ValueError(f"{held}, and `tie_word_embeddings` is False in its config; expected one stack, which both passes share")
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            check_unread(self.state_dict(), loading_info.missing_keys, loading_info.unexpected_keys)
+            if all(name in loading_info.missing_keys for name, _ in self.named_parameters()):
+                raise ValueError("the checkpoint holds no tensor of this model's; expected one in the released layout, or a `key_mapping`")
         super()._adjust_missing_and_unexpected_keys(loading_info)
 
     def reference_arithmetic(self) -> contextlib.AbstractContextManager[None]:

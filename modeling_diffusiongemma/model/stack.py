@@ -36,6 +36,7 @@ class BlockLayer(GradientCheckpointingLayer):
     def __init__(self, config: DiffusionGemmaTextConfig, layer_idx: int):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
+        self.layer_idx = layer_idx
         self.self_attn = Attention(config, layer_idx)
         self.mlp = GatedMLP(config)
         self.router = Router(config)

@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 def read_example(example: tuple | Mapping, tokenizer, template_kwargs: Mapping, name: str) -> Example:
     """An example in any of the forms that `BlockDiffusionCollator` takes; ValueError, beginning with `name`, where it is none."""
-    tools = None
+    tools, further = None, {}
     if isinstance(example, Mapping):
         keys = next((keys for keys in KEYS if all(example.get(key) is not None for key in keys)), None)
         if keys is None:
@@ -43,6 +43,9 @@ def read_example(example: tuple | Mapping, tokenizer, template_kwargs: Mapping, 
     if kind != other:
         raise ValueError(f"{name}: prompt and response are of different kinds; expected both as text, as messages or as token ids")
     if kind == "ids":
+        if further or tools:
+            given = "`chat_template_kwargs`" if further else "`tools`"
+            raise ValueError(f"{name} has {given}, and is token ids, which no chat template makes; expected text or messages")
         if not prompt or not response:
             raise ValueError(f"{name} has {len(prompt)} prompt and {len(response)} response tokens; expected some of both")
         return Example(prompt + response, [False] * len(prompt) + [True] * len(response))

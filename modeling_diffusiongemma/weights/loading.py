@@ -11,7 +11,7 @@ import copy
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from generation.call.configuration import DOWNLOAD
 
+from .asked import check_asked
 from .auto import REGISTERED, forget
 from .fits import check_fits
 from .four_bit import PUBLISHED, FourBitConfig, in_four_bits
@@ -161,6 +162,15 @@ class LoadingMixin:
         fetched_to = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return device if device.type != "meta" or fetched_to is None else torch.device(fetched_to)
 
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As in torch; of what two stacks hold together one of both names will do. If not `strict`, the other one is told as missing, by
+        which safetensors' `load_model`, and so accelerate's `load_state`, knows what was left out."""
+        keys = super().load_state_dict(state_dict, strict, assign)
+        if not strict:
+            left_out = self.state_dict().keys() & self.held_twice().keys() - state_dict.keys() - set(keys.missing_keys)
+            keys.missing_keys.extend(sorted(left_out))
+        return keys
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `PreTrainedModel.from_pretrained`. A folder that a save was killed in is loaded as the checkpoint before or after that save.
@@ -170,9 +180,10 @@ class LoadingMixin:
                 the same time.
             ValueError: a tensor's shape is not the config's, or the config holds impossible values; or, where the checkpoint is
                 quantised, a scheme that is not read here, or a scale that is missing or no positive number. Before anything is read:
-                tensors that would be taken for others (`stored`), weights that take more memory than is free, or have no room in
-                `offload_folder` (`fits`).
+                arguments that nothing would follow (`asked`), tensors that would be taken for others (`stored`), weights that take more
+                memory than is free, or have no room in `offload_folder` (`fits`). Behind it: tensors that nothing read (`stored`).
         """
+        check_asked(cls.config_class, kwargs)
         path = pretrained_model_name_or_path
         folder = None if path is None else Path(path, kwargs.get("subfolder") or "")
         with unchanging(path, kwargs.get("config"), kwargs.get("subfolder")):

@@ -4,8 +4,9 @@ transformers' loading takes the last of two tensors of one name, casts whatever 
 for. Each gives another model than the one that was saved, and nothing is raised.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import safe_open
@@ -79,6 +80,24 @@ def renamed(names: Iterable[str], mapping: list) -> dict[str, str]:
     return {rename_source_key(name, renamings, [])[0]: name for name in names}
 
 
+def check_unread(held: Iterable[str], missing: Collection[str], unread: Iterable[str]) -> None:
+    """ValueError where a checkpoint's tensors that nothing reads are what the model lacks, under other names or in another form, or scales
+    of what is read without them: it would be made of random numbers, or of wrong ones, and only a log would say so.
+
+    Args: names of what the model holds, of what the checkpoint has none for, and of what it has beyond the model.
+    """
+    held = set(held)
+    expected = "expected the model's own names, which `key_mapping` gives them, or the `quantization_config` that reads them"
+    for name in sorted(unread):
+        scaled = next((name.removesuffix(end) for end in SCALES if name.endswith(end)), None)
+        if scaled in held:
+            raise ValueError(f"the checkpoint holds {name}, which nothing reads, so that {scaled} would go without its scale; {expected}")
+        place = name.rpartition(".")[0]
+        for lost in missing:
+            if name.endswith(f".{lost}") or place == lost.rpartition(".")[0]:
+                raise ValueError(f"the checkpoint lacks {lost}, and nothing reads {name}; {expected}")
+
+
 def check_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], mapping: list, quantised: bool, where: str) -> None:
     """As `check_files`, for tensors that are there; `where` names what holds them."""
     tensors = {name: state_dict[given] for name, given in renamed(state_dict, mapping).items()}
@@ -88,10 +107,17 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], m
 
 
 def check_pickled(model: nn.Module, files: list[str], mapping: list, quantised: bool, weights_only: bool) -> None:
-    """As `check_files`, for torch's files (`pytorch_model.bin`), whose tensors are mapped and not read, but for old ones."""
+    """As `check_files`, for torch's files (`pytorch_model.bin`), whose tensors are mapped and not read, but for old ones.
+
+    Raises:
+        OSError: a file that is none, or not whole.
+    """
     found: dict[str, torch.Tensor] = {}
     for path in files:
-        tensors = load_state_dict(path, weights_only=weights_only)
+        try:
+            tensors = load_state_dict(path, weights_only=weights_only)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise OSError(f"cannot load {path}: {error}") from error
         if twice := sorted(tensors.keys() & found.keys()):
             raise ValueError(f"{path} and another file both hold {twice[0]}; expected every tensor once")
         found |= tensors
@@ -113,4 +139,4 @@ def check_files(model: nn.Module, files: list[str], mapping: list, quantised: bo
         check_numbers(model, {name: (Path(entry.file).name, entry.dtype) for name, entry in stored.items()})
 
 
-__all__ = ["check_files", "check_pickled", "check_state_dict", "second_head_in", "second_stack_in"]
+__all__ = ["check_files", "check_pickled", "check_state_dict", "check_unread", "second_head_in", "second_stack_in"]
