@@ -367,7 +367,7 @@ Ctrl-C drops the answer being written. Green: accepted by the step; magenta: cor
   diffusiongemma train data.jsonl --out runs/mine --lora --model google/diffusiongemma-26B-A4B-it --quantize 4bit
   diffusiongemma train data.jsonl --out runs/mine --lora --resume      # after it was killed
 
---out then holds a checkpoint, for --model, or with --lora an adapter, for --adapter of generate, fill, chat and bench.
+--out then holds a checkpoint, for --model and serve, or with --lora an adapter, for --adapter of generate, fill, chat and bench.
 """),
     Command("serve", "answer OpenAI clients: transformers' server with this model", serve_arguments, None, """\
   diffusiongemma serve --port 8001              # the shipped checkpoints, loaded when a request names one
