@@ -1,7 +1,7 @@
 """transformers' own OpenAI-compatible server with this package's model.
 
     diffusiongemma serve                      # the shipped checkpoints, loaded when a request names one
-    diffusiongemma serve FOLDER --port 8001   # loads one and serves it alone
+    diffusiongemma serve FOLDER --port 8001   # loads one and serves it alone; `tools` and the like are the shipped ones
     diffusiongemma serve --allow FOLDER --allow OWNER/NAME
     diffusiongemma serve FOLDER --quantize 4bit --max-memory 0=20GB,cpu=12GB
 
@@ -10,6 +10,9 @@ class; here the Auto classes are registered first. Added are: images where the c
 served by name and no others; FP8, 4 bit and placement (`--quantize`, `--max-memory`, `--offload-folder`), as in the console; limits
 on the size of a request (status 413, `--max-characters`); a reason, in OpenAI's form and with status 400, 404 or 501, for what is
 not answered; and a chat that the model cannot read is refused instead of read in part.
+
+`model` of a request is a name in `/v1/models`, or that of a shipped checkpoint that is served: `"text"`. An adapter is served merged into
+its base (`diffusiongemma train --lora --merge`, or `merge_and_unload` and `save_pretrained`).
 
 **For clients you trust, on this machine or a network of your own.** There is neither a key nor a quota: one request is generated
 at a time, a client may ask for as many tokens as it likes, may unload the models (`/reset`), and may have the server fetch an
@@ -21,7 +24,14 @@ An answer ends by `stop` (an end of turn, a stop string, which is no part of its
 denoising step. What is wrong with one is said with a status, streamed or not, unless its stream has begun.
 
 Sampling: OpenAI's fields, and vLLM's `top_k`, `min_p` and `repetition_penalty`; everything else in `generation_config`, JSON of generation
-settings in a string. Fields that only say who asks and why (`user`, `metadata`, `store`, `name` of a message and the like) change nothing.
+settings in a string. An OpenAI client sends these in `extra_body`:
+
+    client.chat.completions.create(..., extra_body={"generation_config": json.dumps({"max_denoising_steps": 12})})
+
+A request that says no `max_tokens` gets up to 1,024 or what the checkpoint allows, whichever is more, so a checkpoint without an end of its
+own, as "sudoku", needs it said (81). Errors name the settings of `generate`: `max_new_tokens` is `max_tokens`.
+
+Fields that only say who asks and why (`user`, `metadata`, `store`, `name` of a message and the like) change nothing.
 
 The form of an answer: `response_format` (chat completions and completions) and `text` (`/v1/responses`) as OpenAI has them, with
 a JSON schema or any JSON object, and vLLM's `structured_outputs`: one of `json`, `regex`, `choice`, `json_object`, and of our own

@@ -219,6 +219,8 @@ def folders(tmp_path_factory):
         (folder / name).mkdir()
         if config is not None:
             (folder / name / "config.json").write_text(config)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "no_weights").mkdir()
     config = Path(default_checkpoint(), "config.json").read_text(encoding="utf-8")
     for name, text in {"config.json": config, "prompts": "\n \n"}.items():
@@ -231,6 +233,7 @@ WRONG = {  # command line, with {} for the folders above: what standard error mu
     "paint": "'paint'",
     "generate hello --model nothing": "'nothing' is no checkpoint; expected one of ['decisions', 'sudoku', 'text', 'tools'], a folder",
     "generate hello --model {}/no_config": "has no config.json",
+    "generate hello --model {}/adapter": "holds an adapter; expected a checkpoint's: the adapter's base, beside `--adapter`",
     "generate hello --model {}/other_model": "`model_type` 'llama'; expected 'diffusion_gemma'",
     "info --model {}/broken_config": "is not a JSON object",
     "generate hello --dtype int8": "'int8'",

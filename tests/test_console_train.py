@@ -43,7 +43,8 @@ def unseen(data):
 
 
 WRONG = {
-    '{"prompt": "a"': "no JSON",
+    '{"prompt": "a"': 'no JSON .*; expected {"prompt"',
+    "prompt,response": 'no JSON .*; expected {"prompt"',
     "[1, 2]": "a list; expected",
     '{"prompt": "a"}': r"the keys \['prompt'\]",
     '{"prompt": "a", "response": "b", "completion": "c"}': "the keys",
@@ -117,6 +118,7 @@ def test_example_longer_than_the_limit_is_named_before_the_model_is_loaded(data,
 
 
 USAGE = {
+    "--rank 4": "without `--lora`",  # was passed over: all weights were trained
     "--experts": "without `--lora`",
     "--merge": "without `--lora`",
     "--quantize fp8": "without `--lora`",

@@ -32,7 +32,7 @@ def test_decide_gives_json(answers):
     ("arguments", "said"),
     [((), "--question"), (("--question", "refund"), "expected NAME=OPTION,OPTION"), (("--question", "refund=yes"), "expected NAME=OPTION"),
      (("--question", "refund=yes,yes"), "twice"), (("--question", "a=Y,N", "--question", "a=A,B"), "names 'a' twice"),
-     (("--question", "a=Y,N", "--reads", "0"), "integer >= 1"), (("--question", "a=Y,N", "--max-new-tokens", "3"), "expected none")],
+     (("--question", "a=Y,N", "--reads", "0"), "integer >= 1"), (("--question", "a=Y,N", "--max-new-tokens", "3"), "unrecognized")],
 )  # fmt: skip
 def test_decide_names_what_is_wrong(console, arguments, said):
     code, _, error = console("decide", "Is it red?", *arguments)

@@ -26,8 +26,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from generation import Trace
 from modeling_diffusiongemma import default_checkpoint
+from modeling_diffusiongemma.console.arguments import UsageError
 from modeling_diffusiongemma.console.main import main as console
-from modeling_diffusiongemma.console.serve import loading_as, read_checked
+from modeling_diffusiongemma.console.serve import loading_as, named, read_checked
 from modeling_diffusiongemma.console.serve_requests import MAX_BODY, MAX_CHARACTERS, check_chat
 from modeling_diffusiongemma.serve import main
 from modeling_diffusiongemma.weights.fp8 import FP8Experts
@@ -387,6 +388,17 @@ def test_wrong_placement_is_named_before_the_server_runs(options, said, capsys):
         main(options)
     assert said in f"{stop.value} {capsys.readouterr().err}"
     assert console(["serve", *options]) == 2 and said in capsys.readouterr().err
+
+
+def test_one_that_is_loaded_first_is_named_as_by_other_commands(tmp_path):
+    """`serve tools` asked the Hub for a repository `tools`, and `serve nosuch` for one of that name, again and again."""
+    assert named("tools") == default_checkpoint("tools") and named(None) is None
+    for other in ("owner/name@v2", "owner/name:file.gguf", default_checkpoint("sudoku")):
+        assert named(other) == other
+    (tmp_path / "adapter_config.json").touch()
+    for wrong, said in (("nosuch", "'nosuch' is no checkpoint"), (str(tmp_path), "holds an adapter")):
+        with pytest.raises(UsageError, match=f"FORCE_MODEL: .*{said}"):
+            named(wrong)
 
 
 def test_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path):

@@ -235,6 +235,15 @@ def test_repository_is_named_with_its_revision_or_without(served, asked):
     assert json.loads(Door(None, [served], pinned=True).check(json.dumps({"model": asked}).encode(), CHATS)) == {"model": served}
 
 
+def test_shipped_checkpoint_is_asked_for_by_its_name_where_it_is_served():
+    """As `--model` and `--allow` name it; only its path was known, which differs from machine to machine."""
+    door = Door(None, [MODEL])
+    assert json.loads(door.check(b'{"model": "text"}', CHATS)) == {"model": MODEL}
+    with pytest.raises(Refused) as refusal:
+        door.check(b'{"model": "sudoku"}', CHATS)
+    assert refusal.value.args[0] == 404
+
+
 @pytest.mark.parametrize("served, asked", [(MODEL, f"{MODEL}@main"), ("a/b", "a/b@dev"), ("a/b@dev", "a/b")])
 def test_other_revision_and_revision_of_a_folder_are_not_served(served, asked):
     """A folder was loaded a second time, or another folder that no `--allow` named."""

@@ -226,7 +226,7 @@ BAD = {
     "allowed tools": ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "`tool_choice` is {'type': 'allowed_tools'}"),
     "choice of none": ({"tool_choice": "required"}, "`tool_choice` demands a call ('required'), and there are no `tools`"),
     "choice of another": (
-        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "`choice` is 'g'; expected 'auto', 'required' or",
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "`tool_choice`: `choice` is 'g'; expected",
     ),
     "strict without an end": (
         {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}}}]},

@@ -353,7 +353,7 @@ def test_example_calls_functions_until_the_model_answers(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("--tools {}/nowhere", "`--tools`: it is '{}/nowhere'"),
+        ("--tools {}/nowhere", "`--tools`: '{}/nowhere' cannot be read"),
         ("--tools {}/empty.json", "`--tools`: `tools` is []; expected a list of at least one function"),
         ("--tools {}/tools.json --tool-choice pong", "`--tools`: `choice` is 'pong'; expected 'auto', 'required' or one of ['ping']"),
         ("--tools {}/tools.json --schema {}/tools.json", "not allowed with argument"),

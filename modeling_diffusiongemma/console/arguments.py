@@ -19,6 +19,7 @@ from ..checkpoints import shipped
 PROGRAM = "diffusiongemma"
 PIPE_CLOSED = 141  # the exit code 128 + SIGPIPE, as shells count it
 MODEL_TYPE = "diffusion_gemma"
+ADAPTER = "adapter_config.json"  # PEFT's
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 # Run by itself: `from generation.call.presets` would first import the package, and torch with it.
 PRESETS = runpy.run_path(str(Path(importlib.util.find_spec("generation").origin).parent / "call/presets.py"))["PRESETS"]
@@ -41,6 +42,9 @@ def checkpoint_name(given: str) -> CheckpointName:
         return CheckpointName(given, shipped()[given])
     if os.path.isdir(given):
         config = Path(given, "config.json")
+        if Path(given, ADAPTER).is_file() and not config.is_file():
+            expected = "expected a checkpoint's: the adapter's base, beside `--adapter`, or what `train --lora --merge` wrote"
+            raise argparse.ArgumentTypeError(f"the folder {given!r} holds an adapter; {expected}")
         if not config.is_file():
             raise argparse.ArgumentTypeError(f"the folder {given!r} has no config.json; expected a checkpoint's folder")
         try:
@@ -90,7 +94,7 @@ def share(given: str) -> float:
 
 
 def adapter_folder(given: str) -> str:
-    return fitting(given, Path(given, "adapter_config.json").is_file(), "a folder with an adapter_config.json")
+    return fitting(given, Path(given, ADAPTER).is_file(), f"a folder with an {ADAPTER}")
 
 
 def size(given: str) -> str:
@@ -112,10 +116,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on standard output, all else on standard error")
 
 
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """What a command that generates takes."""
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """What a command that runs a model takes."""
     parser.add_argument("--adapter", type=adapter_folder, metavar="FOLDER", help="of PEFT, on top of the model's weights; needs peft")
     parser.add_argument("--seed", type=integer(0), metavar="N", help="same seed, same prompt: same answer (default: a new one)")
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """What a command that writes text takes."""
+    add_weights(parser)
     parser.add_argument("--max-new-tokens", type=integer(1), metavar="N", help="longest answer (default: the checkpoint's)")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="whole settings, from fast to thorough (default: the checkpoint's)")
     parser.add_argument(
@@ -171,7 +180,7 @@ def json_line(about: dict[str, Any]) -> str:
 
 
 __all__ = [
-    "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation",
+    "CheckpointName", "MODEL_TYPE", "PRESETS", "PROGRAM", "UsageError", "add_common", "add_generation", "add_weights",
     "checkpoint_name", "drop", "fitting", "integer", "json_line", "positive", "read_line", "say", "setting", "share", "size", "with_reader",
     "words",
 ]  # fmt: skip

@@ -52,7 +52,7 @@ def read_json_file(name: str, what: str = "a JSON schema") -> Any:
         with open(name, encoding="utf-8-sig") as file:
             return json.load(file)
     except (OSError, RecursionError, ValueError) as error:
-        raise UsageError(f"it is {name!r}: {error}; expected a file with {what}") from error
+        raise UsageError(f"{name!r} cannot be read ({error}); expected a file with {what}") from error
 
 
 def make(argument: str, language: Callable, *given: Any, **fields: Any):

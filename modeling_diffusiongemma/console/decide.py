@@ -10,8 +10,6 @@ from .session import Session, prompt_of
 def run(args: argparse.Namespace) -> int:
     from generation.constraints.languages import Choice
 
-    if args.settings or args.preset is not None or args.max_new_tokens is not None:
-        raise UsageError("`--set`, `--preset` or `--max-new-tokens` is given; expected none of them: no text is generated")
     questions = {}
     for name, options in args.question:
         if name in questions:

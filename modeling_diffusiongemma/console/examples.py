@@ -96,7 +96,7 @@ def read_examples(path: str) -> tuple[list[int], list[dict[str, Any]]]:
             problems.append((place, f"the lone surrogate {letter!r}, which no tokenizer can read; expected text that UTF-8 can write"))
             continue
         except (RecursionError, ValueError) as error:
-            problems.append((place, f"no JSON: {error}"))
+            problems.append((place, f"no JSON ({error}); {FORMS}"))
             continue
         if (what := problem(example)) is not None:
             problems.append((place, what))

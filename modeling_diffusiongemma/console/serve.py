@@ -4,11 +4,11 @@ which what is ours is put while it is built. So is its command line."""
 import argparse
 import base64
 import contextlib
+import functools
 import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
@@ -255,17 +255,28 @@ def complete(server: Serve, ours: argparse.Namespace) -> None:
     placed(manager, ours)  # refused now, not when a request comes
     for kind in (*refused, Exception):
         app.add_exception_handler(kind, refuse)
-    manager.get_model_modality = partial(modality_of, manager.get_model_modality)
+    manager.get_model_modality = functools.partial(modality_of, manager.get_model_modality)
     handlers = ((server._chat_handler, CHAT), (server._completion_handler, COMPLETION), (server._response_handler, RESPONSE))
     for handler, form_fields in handlers:
-        handler.get_processor_inputs_from_messages = partial(read_checked, handler.get_processor_inputs_from_messages)
-        handler.handle_request = partial(answer_asked, handler.handle_request, form_fields, handler.chat_template_kwargs)
-        handler._resolve_model = partial(resolve_checked, handler._resolve_model)
-        handler._build_generation_config = partial(settings_of, handler._build_generation_config)
+        handler.get_processor_inputs_from_messages = functools.partial(read_checked, handler.get_processor_inputs_from_messages)
+        handler.handle_request = functools.partial(answer_asked, handler.handle_request, form_fields, handler.chat_template_kwargs)
+        handler._resolve_model = functools.partial(resolve_checked, handler._resolve_model)
+        handler._build_generation_config = functools.partial(settings_of, handler._build_generation_config)
     pinned = manager.force_model
     models = [pinned] if pinned is not None else [name.path for name in ours.allow] or [*shipped().values()]
     door = Middleware(Door, models=models, pinned=pinned is not None, max_characters=ours.max_characters)
     app.user_middleware.append(door)  # behind those that add headers to every answer
+
+
+def named(given: str | None) -> str | None:
+    """What FORCE_MODEL means: as `--model` of the other commands, or what transformers' server takes beside that: another model's folder,
+    a repository with its revision, a GGUF file."""
+    if given is None or given not in shipped() and ("@" in given or ":" in given or os.path.isfile(os.path.join(given, "config.json"))):
+        return given
+    try:
+        return checkpoint_name(given).path
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"FORCE_MODEL: {error}") from None
 
 
 def make_server(arguments: Sequence[str], program: str) -> Callable[[], None]:
@@ -282,6 +293,10 @@ def make_server(arguments: Sequence[str], program: str) -> Callable[[], None]:
 
     class Server(Serve):
         __doc__ = Serve.__doc__ + OUR_OPTIONS.format(max_characters=f"{MAX_CHARACTERS:,}")
+
+        @functools.wraps(Serve.__init__)  # typer reads the options there
+        def __init__(self, force_model=None, **options):
+            super().__init__(named(force_model), **options)
 
         def start_server(self) -> None:
             """Called with everything built and nothing running (`--non-blocking`)."""

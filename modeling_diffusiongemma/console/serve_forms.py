@@ -62,7 +62,10 @@ def _take_calls(body: dict[str, Any]) -> tuple[str, Language] | None:
     functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
     several = body.get("parallel_tool_calls") is not False
     if called or not several or any(isinstance(function, dict) and function.get("strict") for function in functions):
-        return "tools", ToolCalls(tools, choice, several)
+        try:
+            return "tools", ToolCalls(tools, choice, several)
+        except ValueError as error:
+            raise ValueError(f"`tools` and `tool_choice`: {error}") from error
     return None
 
 

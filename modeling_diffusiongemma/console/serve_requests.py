@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+from ..checkpoints import shipped
+
 MAX_BODY = 32 * 2**20  # bytes; a few photographs
 MAX_CHARACTERS = 2**18  # of text in a request; cut into tokens within two seconds, in which nobody else is answered
 CONTENT_PARTS = ("text", "input_text", "output_text")
@@ -58,12 +60,14 @@ class Door:
     """ASGI middleware before `app` that answers what must not get in, and hands everything else on.
 
     A request may give one of `models` as its `model`, which it may leave out where this is `pinned`; all its strings but images have
-    `max_characters` at most. A repository on the Hub may be named with its revision or without: what is handed on is the name in `models`.
+    `max_characters` at most. A repository on the Hub may be named with its revision or without, and a shipped checkpoint as the console
+    names it: what is handed on is the name in `models`.
     """
 
     def __init__(self, app, models: Sequence[str], pinned: bool = False, max_characters: int = MAX_CHARACTERS):
         self.app, self.models, self.pinned, self.max_characters = app, tuple(models), pinned, max_characters
         self.served = {revised(name): name for name in reversed(self.models)}  # of two the first
+        self.served |= {name: path for name, path in shipped().items() if path in self.models}
 
     async def __call__(self, scope, receive, send) -> None:
         from starlette.responses import JSONResponse
@@ -131,7 +135,7 @@ class Door:
         model = request.get("model")
         if not (isinstance(model, str) or self.pinned and model is None):
             raise Refused(400, f"`model` is {model!r}; expected one of {list(self.models)}")
-        served = None if model is None else self.served.get(revised(model))
+        served = None if model is None else self.served.get(model) or self.served.get(revised(model))
         if served is None and model is not None:
             raise Refused(404, f"`model` is {model!r}, which is not served here; expected one of {list(self.models)}", "model_not_found")
         check_fields(request, path)

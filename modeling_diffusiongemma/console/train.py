@@ -34,6 +34,7 @@ COUNTED = (  # of the command line: what makes another run of it
     "quantize",
 )  # fmt: skip
 LEARNING_RATES = {True: 1.5e-4, False: 5e-5}  # of LoRA: google-deepmind/gemma's Sudoku example; of all weights: TrainingArguments'
+RANK = 8  # PEFT's default
 WARM_UP = 0.1  # of the steps
 KEPT = 2  # checkpoints
 PLOTTED = "pip install 'modeling-diffusiongemma[train]'"
@@ -89,8 +90,8 @@ def with_adapter(model, args: argparse.Namespace):
     """The model with a new LoRA adapter around it."""
     from peft import LoraConfig, get_peft_model
 
-    targets = lora_targets(model, experts=args.experts)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, **targets))
+    rank, targets = args.rank or RANK, lora_targets(model, experts=args.experts)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, **targets))
 
 
 def training_arguments(args: argparse.Namespace, examples: int, device: str) -> TrainingArguments:

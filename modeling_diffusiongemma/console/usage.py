@@ -14,7 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..version import VERSION
-from .arguments import PROGRAM, UsageError, add_common, add_generation, drop, integer, positive, say, share, size, with_reader, words
+from .arguments import (
+    PROGRAM,
+    UsageError,
+    add_common,
+    add_generation,
+    add_weights,
+    drop,
+    integer,
+    positive,
+    say,
+    share,
+    size,
+    with_reader,
+    words,
+)
 from .constrained import add_constraint, add_fields, hint_at_choices
 from .examples import BEGUN, read_examples
 from .placement import DTYPES, add_loading, quantization_name
@@ -185,7 +199,7 @@ def decide_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--canvas-length", type=integer(1), metavar="N", help="narrower canvases, which is faster (default: the model's)")
     parser.add_argument("--raw", action="store_true", help="the answer goes on from the prompt itself, without the chat template")
     add_loading(parser)
-    add_generation(parser)
+    add_weights(parser)
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +262,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="FILE", help='examples, a line each: {"prompt": ..., "response": ...} or {"messages": [...]}')
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the result goes; new or empty, but for --resume")
     parser.add_argument("--lora", action="store_true", help="train an adapter, which needs peft, and leave the weights as they are")
-    parser.add_argument("--rank", type=integer(1), default=8, metavar="N", help="of the adapter's matrices (default: 8)")
+    parser.add_argument("--rank", type=integer(1), metavar="N", help="of the adapter's matrices (default: 8)")
     parser.add_argument("--experts", action="store_true", help="adapt the experts too, beside attention and dense layers")
     parser.add_argument("--merge", action="store_true", help="write a checkpoint with the adapter in its weights, and no adapter")
     parser.add_argument("--eval", metavar="FILE", help="unseen examples: answers are generated and judged before and after")
@@ -271,7 +285,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_check(args: argparse.Namespace) -> None:
-    if not args.lora and (given := [name for name in ("experts", "merge", "quantize") if getattr(args, name)]):
+    if not args.lora and (given := [name for name in ("rank", "experts", "merge", "quantize") if getattr(args, name)]):
         raise UsageError(f"`--{given[0]}` is given without `--lora`; expected both: it is about an adapter")
     if args.merge and args.quantize:
         raise UsageError("`--merge` and `--quantize` are both given; expected one: quantised weights are left as they are")
@@ -353,7 +367,7 @@ Ctrl-C drops the answer being written. Green: accepted by the step; magenta: cor
   diffusiongemma train data.jsonl --out runs/mine --lora --model google/diffusiongemma-26B-A4B-it --quantize 4bit
   diffusiongemma train data.jsonl --out runs/mine --lora --resume      # after it was killed
 
---out then holds a checkpoint, for --model, or with --lora an adapter, for --adapter of generate, fill, chat and bench.
+--out then holds a checkpoint, for --model and serve, or with --lora an adapter, for --adapter of generate, fill, chat and bench.
 """),
     Command("serve", "answer OpenAI clients: transformers' server with this model", serve_arguments, None, """\
   diffusiongemma serve --port 8001              # the shipped checkpoints, loaded when a request names one
