@@ -37,7 +37,7 @@ def test_batches_are_taken_by_the_loss_of_the_recipes_model(name, progress, puzz
     assert bool(losses.diffusion.isfinite()) and (losses.causal is not None) == options["causal"]
 
 
-def test_sudoku_goes_on_with_puzzles_nearly_as_they_are_asked_more_of_which_need_search(puzzles):
+def test_sudoku_goes_on_with_puzzles_nearly_as_they_are_asked_half_of_which_need_search(puzzles):
     recipe = SudokuFurtherRecipe(puzzles)
     some, solutions = recipe.draw(np.random.default_rng(0), 400)
     assert all(sudoku.is_solution(puzzle, solution) for puzzle, solution in zip(some, solutions, strict=True))
@@ -45,7 +45,7 @@ def test_sudoku_goes_on_with_puzzles_nearly_as_they_are_asked_more_of_which_need
     assert 26 <= clues.min() and clues.max() <= 36
     before, _ = SudokuRecipe(puzzles).draw(np.random.default_rng(0), 400)
     needs, usual = (np.mean([not sudoku.singles_only(puzzle) for puzzle in each]) for each in (some, before))
-    assert needs > 0.25 and needs > usual + 0.15
+    assert needs > 0.42 and needs > usual + 0.3
 
 
 @pytest.mark.parametrize("behind, layers", [(0, 1), (1, 3), (2, 2)])
