@@ -71,6 +71,7 @@ class TextRecipe:
     start = None  # the checkpoint to begin with; None: random weights
     overrides = {}  # of its config
     takes_data = False  # it draws its examples
+    # canvases the model wrote itself: (from which share of the steps on, in what share of the batches, at most how many steps deep)
     rollouts = None  # of notes they changed nothing: what is wrong there is the copy of a word never seen
     defaults = {"hidden_size": 192, "layers": 6, "batch_size": 64}
     # canvas, padded length of prompt and response, share of the batches: few shapes, so that each compiles once
@@ -336,7 +337,7 @@ class ToolsFurtherRecipe(ToolsRecipe):
 
     name = "tools-further"
     start = "tools"
-    rollouts = (0.0, 0.5)
+    rollouts = (0.0, 0.5, 24)
     SHAPES = ((1.0, 256, 1.0),)  # rows of a rollout come and go one by one
     TWO_SHARE = 0.4
 
@@ -355,7 +356,7 @@ class SudokuRecipe:
     start = None
     overrides = {}
     takes_data = True
-    rollouts = (0.5, 0.75)  # from half of the steps on, three batches in four are canvases that the model wrote itself
+    rollouts = (0.5, 0.75, 24)
     defaults = {"hidden_size": 128, "layers": 6, "batch_size": 64}
     CELLS = 81
 
@@ -440,13 +441,13 @@ class SudokuRecipe:
 
 class SudokuFurtherRecipe(SudokuRecipe):
     """What the Sudoku checkpoint learned after its first recipe, from which it goes on: puzzles nearly as they are asked, on canvases
-    it wrote itself. A quarter are such as singles do not solve; to these nothing is revealed, since with a few cells more singles do."""
+    it wrote itself. Half are such as singles do not solve; to these nothing is revealed, since with a few cells more singles do."""
 
     name = "sudoku-further"
     start = "sudoku"
-    rollouts = (0.0, 0.75)
+    rollouts = (0.0, 0.75, 40)
     EXTRA_CLUES = (0, 6)  # for the others
-    SEARCH_SHARE = 0.25
+    SEARCH_SHARE = 0.5
 
     def __init__(self, data: str | None = None):
         super().__init__(data)

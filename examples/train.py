@@ -189,7 +189,8 @@ def train(args: argparse.Namespace) -> None:
         batch, options = recipe.batch(rng, count, step / args.steps)
         return {key: value.to(device) for key, value in batch.items()}, options
 
-    rollout, (rollouts_from, rollout_share), saved = Rollout(model, batch_size), recipe.rollouts or (1.0, 0.0), time.time()
+    rollouts_from, rollout_share, depth = recipe.rollouts or (1.0, 0.0, 1)
+    rollout, saved = Rollout(model, batch_size, max_steps=depth), time.time()
     if args.compile and step < args.steps:
         print("compiling the layers: the first steps take minutes (--no-compile: none, and slower steps)", file=sys.stderr, flush=True)
     bar = progress(args.steps, "step", "training", initial=step)
