@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import needs_scaled_product
 
 from modeling_diffusiongemma.weights.fp8_math import (
     E4M3,
@@ -125,6 +126,7 @@ def test_dequantised_product_equals_the_reference_in_float32():
     torch.testing.assert_close(fp8_product(rows, *weight), expected, rtol=1e-5, atol=1e-38)
 
 
+@needs_scaled_product
 @pytest.mark.parametrize("rows", [0, 1, 256])
 def test_scaled_product_of_torch_equals_the_reference(rows):
     """torch's row-wise kernel, on a CPU: the same call as on a GPU."""

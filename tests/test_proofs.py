@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import CPU_HAS_SCALED_PRODUCT, needs_scaled_product
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from generation.call.plan import reads_late
@@ -173,12 +174,13 @@ def test_a_proof_draws_from_nobodys_generator(one):
 def test_proofs_hold_whatever_the_default_dtype_is(monkeypatch):
     """As `from_pretrained` may have set it."""
     interpreted = [KERNEL, LATTICE_KERNEL] if needs_interpreter() is None else []
+    scaled = [SCALED] if CPU_HAS_SCALED_PRODUCT else []
     before = torch.get_default_dtype()
     try:
         for dtype in (torch.float64, torch.bfloat16):
             torch.set_default_dtype(dtype)
             verdict.cache_clear()
-            for one in (*interpreted, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, SCALED):
+            for one in (*interpreted, RECORDED_STEP, LATE_FLAGS, SHARED_KEYS, GROUPED_EXPERTS, *scaled):
                 assert all(difference(*one.prove(CPU, *case), one.tolerance) is None for case in one.cases), one.name
     finally:
         torch.set_default_dtype(before)
@@ -204,6 +206,7 @@ def fp8_case():
     return torch.randn(5, 64, generator=values), torch.arange(5), weight, ends
 
 
+@needs_scaled_product
 def test_of_two_scaled_products_the_one_that_fails_alone_is_replaced(told, monkeypatch):
     """A CPU has the plain one and not the grouped one: as a GPU of which torch supports one of them."""
     inputs, rows, weight, ends = fp8_case()

@@ -22,6 +22,10 @@ needs_flex_attention = pytest.mark.skipif(
     reason="flex_attention on a CPU is compiled: needs a C++ compiler and AVX2",
 )
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+CPU_HAS_SCALED_PRODUCT = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
+needs_scaled_product = pytest.mark.skipif(
+    not CPU_HAS_SCALED_PRODUCT, reason="torch 2.11 has scaled products on GPUs alone, where the package asks for them"
+)
 LAYERS = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": len(LAYERS), "layer_types": list(LAYERS),
