@@ -7,10 +7,12 @@ import torch
 from small_models import PAD, small_model
 from torch import distributed
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.torch_version import TorchVersion
 from transformers import Trainer, TrainingArguments
 
 from modeling_diffusiongemma import BlockDiffusionCollator, block_diffusion_loss
 from modeling_diffusiongemma.training.answers import Answering
+from modeling_diffusiongemma.training.ranks import check_gathering
 from modeling_diffusiongemma.training.trainer import BlockDiffusionTrainer
 
 STEPS, LEARNING_RATE = 4, 1e-2
@@ -127,9 +129,24 @@ def answered(model, arguments, rank):
     return {"answers": answers, "right": metrics["eval_exact_match"], "asked": len(judged), "told": told}
 
 
+def older_torch():
+    """What is said where FSDP2 gathers head and embedding together, as it is, and as a torch before 2.13 would be told."""
+    model, found = small_model(), []
+    fully_shard([model.get_input_embeddings(), model.get_output_embeddings()])
+    for version in (torch.__version__, TorchVersion("2.12.1")):
+        torch.__version__, kept = version, torch.__version__
+        try:
+            check_gathering(model)
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+        torch.__version__ = kept
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = int(os.environ["RANK"])
-    torch.save({"fsdp": fsdp(rank), "trainer": trainer(rank)}, f"{sys.argv[2]}/{rank}.pt")
+    torch.save({"fsdp": fsdp(rank), "trainer": trainer(rank), "older torch": older_torch()}, f"{sys.argv[2]}/{rank}.pt")
     distributed.destroy_process_group()

@@ -73,3 +73,9 @@ def test_trainer_trains_and_evaluates_on_every_rank(ranks):
         assert each["asked"] == len(examples[rank::WORLD])  # its share
         told = "ZeroDivisionError: a checker's"
         assert each["told"] == (told if rank == 1 else f"RuntimeError: evaluation failed in process 1: {told}")
+
+
+def test_a_torch_that_gathers_the_head_for_its_first_call_alone_is_refused_by_name(ranks):
+    for found in ranks:
+        now, then = found["older torch"]
+        assert (not now) == (torch.__version__ >= (2, 13)) and "`torch` is 2.12.1; expected 2.13" in then

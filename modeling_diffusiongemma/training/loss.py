@@ -23,7 +23,7 @@ from ..layers.outputs import PassOutput
 from ..layers.view import View
 from .canvases import IGNORED, check_labels, choose_canvases, conversations, cut_canvases, training_view
 from .pieces import expected_embeddings, token_losses
-from .ranks import gathering_groups, same_draws
+from .ranks import check_gathering, gathering_groups, same_draws
 
 NOISE_MARGIN = 1e-4  # t stays this far from 0 and 1: google-deepmind/gemma
 SELF_CONDITIONING_PROBABILITY = 0.5  # per row: the same source
@@ -135,7 +135,7 @@ def block_diffusion_loss(
 
     Raises:
         ValueError: masks, labels, positions or canvases of the wrong shape or kind, `soft_embeds` without `noised` or beside
-            `self_conditioning_mask`; what is no image.
+            `self_conditioning_mask`; what is no image; weights that FSDP2 shards, with a torch before 2.13.
     """
     only_images("block_diffusion_loss", images)
     model.check_called("the training loss")
@@ -146,6 +146,9 @@ def block_diffusion_loss(
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     documents = conversations(position_ids, input_ids, real)
     check_labels(input_ids, labels, attention_mask, documents)
+    groups = gathering_groups(model)  # asked before a pass leaves weights gathered
+    if groups:
+        check_gathering(model)
     same_draws(model)
     config = model.config.text_config
     canvas_length = model.config.canvas_length if canvas_length is None else canvas_length
@@ -164,7 +167,6 @@ def block_diffusion_loss(
         noised = corrupt(clean.ids, spread, UniformNoise(config.vocab_size) if noise is None else noise).flatten(1)
 
     routing = {"output_router_logits": True} if output_router_logits else {}
-    groups = gathering_groups(model)  # asked before a pass leaves weights gathered
     length = input_ids.shape[1] if causal else int(clean.start.max())
     places = {} if documents is None else {"position_ids": position_ids[:, :length], "documents": documents[:, :length]}
     prefilled = model.prefill(input_ids[:, :length], real[:, :length], cache=DynamicCache(), **places, **images, **routing)

@@ -28,6 +28,20 @@ def gathering_groups(model: nn.Module) -> list:
     return [] if whole else [distributed.group.WORLD]
 
 
+def check_gathering(model: nn.Module) -> None:
+    """Raises ValueError for losses of a model whose head and embedding FSDP2 gathers together, in a torch before 2.13: its hooks gather them
+    for the first call of either, and not again before each was called, however often that is. A head called twice in a row, as here, then
+    meets weights that were given back, in the middle of a backward pass."""
+    if torch.__version__ >= (2, 13):  # torch compares versions, not strings
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    together = (model.get_input_embeddings(), model.get_output_embeddings())
+    states = [each._get_fsdp_state() for each in together if isinstance(each, FSDPModule)]
+    if len(states) == 2 and states[0] is states[1]:
+        raise ValueError(f"`torch` is {torch.__version__}; expected 2.13 or newer for losses of a model that FSDP2 shards")
+
+
 def largest(count: int, groups: list, device: torch.device) -> int:
     """The largest `count` of all ranks in `groups`, which all have to ask; `count` itself where there are none."""
     if not groups:
@@ -122,4 +136,4 @@ def in_step(model: nn.Module, stacks: Sequence[nn.Module], one_pass: Callable[[]
             unit.reshard()
 
 
-__all__ = ["gathering_groups", "in_step", "largest", "same_draws"]
+__all__ = ["check_gathering", "gathering_groups", "in_step", "largest", "same_draws"]
