@@ -29,9 +29,9 @@ def gathering_groups(model: nn.Module) -> list:
 
 
 def check_gathering(model: nn.Module) -> None:
-    """Raises ValueError for losses of a model whose head and embedding FSDP2 gathers together, in a torch before 2.13: its hooks gather them
-    for the first call of either, and not again before each was called, however often that is. A head called twice in a row, as here, then
-    meets weights that were given back, in the middle of a backward pass."""
+    """Raises ValueError for losses of a model whose head and embedding FSDP2 gathers together, in a torch before 2.13: its hooks gather
+    them for the first call of either, and not again before each was called, however often that is. A head called twice in a row, as here,
+    then meets weights that were given back, in the middle of a backward pass."""
     if torch.__version__ >= (2, 13):  # torch compares versions, not strings
         return
     from torch.distributed.fsdp import FSDPModule
