@@ -19,7 +19,6 @@ import math
 import random
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,16 +34,6 @@ from jobs import TEXT_JOBS, sudoku  # isort: skip
 from recipes import RECIPES  # isort: skip
 
 JOBS = (*TEXT_JOBS, "sudoku")
-
-
-@dataclass(frozen=True)
-class Forget:
-    """A callback that takes away what conditions the next step on this one, after every `steps` steps; the canvas stays."""
-
-    steps: int
-
-    def __call__(self, model, step: int, noise_proportion: float, state: dict) -> dict:
-        return {} if (step + 1) % self.steps else {"soft_embeds": torch.zeros_like(state["soft_embeds"])}
 
 
 CANVAS = {"days": 256, "sudoku": 81}  # of the other jobs: 64
@@ -63,8 +52,9 @@ CANDIDATES: dict[str, dict] = {
     "predictor_corrector, joint_threshold 0.1": {"sampler": "predictor_corrector", "joint_threshold": 0.1},
     "predictor_corrector, 2 corrector steps": {"sampler": "predictor_corrector", "corrector_steps": 2},
     "predictor_corrector, none": {"sampler": "predictor_corrector", "corrector_steps": 0},
-    "forget after 12": {"callback_on_step_end": Forget(12)},
-    "preset fast, forget after 12": {**PRESETS["fast"], "callback_on_step_end": Forget(12)},
+    "always conditioned": {"self_conditioning_steps": 48},
+    **{f"self_conditioning_steps {steps}": {"self_conditioning_steps": steps} for steps in (8, 10, 12, 16)},
+    "preset fast, self_conditioning_steps 12": {**PRESETS["fast"], "self_conditioning_steps": 12},
     "predictor_corrector, none, joint_threshold 0.1": {"sampler": "predictor_corrector", "corrector_steps": 0, "joint_threshold": 0.1},
 }
 FIRST_SEED, SUDOKU_SEED = 20_000, 3_000_003

@@ -255,7 +255,7 @@ CUTOFF = number("a probability from 0, below 1", 0, 1 - 1e-9)
 
 # Fields of `DiffusionGenerationConfig`. The bounds of what is allocated are far beyond use.
 FIELDS: dict[str, Kind] = {
-    **dict.fromkeys(("max_new_tokens", "max_length", "patience", "corrector_positions"), integer(1)),
+    **dict.fromkeys(("max_new_tokens", "max_length", "patience", "corrector_positions", "self_conditioning_steps"), integer(1)),
     **dict.fromkeys(
         ("stability_threshold", "corrector_steps", "min_new_tokens", "min_length", "no_repeat_ngram_size", "top_k"), integer(0)
     ),

@@ -364,6 +364,7 @@ def test_other_decodings_refuse_caches_that_they_do_not_make(model, decoding):
         *(({"decoding": "autoregressive", name: value}, name) for name, value in (
             ("max_denoising_steps", 3), ("entropy_bound", 0.3), ("t_min", 0.1), ("t_max", 0.9), ("stability_threshold", 2),
             ("confidence_threshold", 0.1), ("canvas_length", 5), ("sampler", "confidence"), ("joint_threshold", 0.1), ("patience", 3),
+            ("self_conditioning_steps", 3),
             ("ignore_after_eos", False), ("noise", "uniform"), ("sampler_config", {"entropy_bound": 0.3}),
         )),
     ],

@@ -228,11 +228,11 @@ def test_no_logits_and_no_filters_make_an_entropy_that_is_none(seed, spread, tem
 
 def test_the_benchmark_compares_case_by_case_and_keeps_what_it_found(tmp_path):
     kept = tmp_path / "kept.jsonl"
-    arguments = ["sudoku", "units", "--cases", "3", "--batch", "2", "--only", "joint_threshold 0.1", "--only", "forget after 12"]
+    arguments = ["sudoku", "units", "--cases", "3", "--batch", "2", "--only", "joint_threshold 0.1", "--only", "self_conditioning_steps 12"]
     printed = [run_benchmark(*arguments, "--keep", str(kept)) for _ in range(2)]
     lines = [[line for line in text.splitlines() if line.startswith("| ") and "%" in line] for text in printed]
     assert lines[0] == lines[1] and len(lines[0]) == 6 and len(kept.read_text().splitlines()) == 6, "the second run computes nothing anew"
-    assert [line.split(" | ")[0] for line in lines[0][:3]] == ["| released", "| joint_threshold 0.1", "| forget after 12"]
+    assert [line.split(" | ")[0] for line in lines[0][:3]] == ["| released", "| joint_threshold 0.1", "| self_conditioning_steps 12"]
     for line in (lines[0][0], lines[0][3]):
         assert line.endswith("| 1.00 | +0 -0 | 1 |")
 

@@ -348,6 +348,7 @@ BAD = {
     "cache_implementation": ("hybrid", "bogus", True), "mask_token_id": (-1, True, "4", 4.0),
     "eos_token_id": ("1", True, 1.5, [1, "6"], [True]), "pad_token_id": ("0", True, 0.0, -1),
     "sampler": ("top", True), "decoding": ("beam", True), "confidence": (0, 1.01, True, "0.9", NAN), "patience": POSITIVE_INT,
+    "self_conditioning_steps": POSITIVE_INT,
     "canvas_length": POSITIVE_INT, "num_return_sequences": POSITIVE_INT, "min_new_tokens": (-1, True, "3"), "max_time": POSITIVE,
     "temperature": (-0.5, True, "1", NAN), "do_sample": (0, 1, "no"), "ignore_after_eos": (0, 1, "no"),
     "sampler_config": ({}, {"entropy_bound": -1.0}, {"_cls_name": "Other", "entropy_bound": 0.1}, 0.1),

@@ -134,6 +134,18 @@ def test_all_that_the_config_says_of_temperature_and_end_counts():
     assert bool(rollout.state.finished.all()), "all positions are sure at the first step, before the argmax canvas has stood"
 
 
+def test_a_row_forgets_after_as_many_of_its_own_steps_as_the_config_says():
+    model = small_model()
+    model.generation_config.update(self_conditioning_steps=2, confidence_threshold=1e-9)
+    rollout = Rollout(model, rows=2, max_steps=5)
+    conditioned = []
+    for _ in range(5):
+        soft_embeds = rollout.batch(drawn)[2]
+        conditioned.append(bool(soft_embeds.any()))
+        rollout.advance(torch.randn(2, CANVAS, model.config.text_config.vocab_size))
+    assert conditioned == [False, True, False, True, False]
+
+
 def test_all_else_that_the_config_says_counts_or_is_refused():
     """Sampler, noise, filters, `do_sample` and `canvas_length` of the model's generation config were ignored, silently."""
     model = small_model()

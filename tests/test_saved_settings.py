@@ -15,7 +15,7 @@ OWN = "diffusion_generation_config.json"
 INFINITY = float("inf")
 WHOLE, FROM_ONE, FLAG, TOKEN = (0, 1, 7, 2**40), (1, 2, 2**40), (True, False), (0, 5, 2**40)
 VALUES = {
-    **dict.fromkeys(("max_new_tokens", "max_length", "patience", "corrector_positions"), FROM_ONE),
+    **dict.fromkeys(("max_new_tokens", "max_length", "patience", "corrector_positions", "self_conditioning_steps"), FROM_ONE),
     **dict.fromkeys(("max_denoising_steps", "canvas_length", "num_return_sequences"), (1, 48, 2**20)),
     **dict.fromkeys(("stability_threshold", "corrector_steps", "min_new_tokens", "min_length", "no_repeat_ngram_size", "top_k"), WHOLE),
     **dict.fromkeys(("entropy_bound", "confidence_threshold", "joint_threshold", "max_time"), (1, 0.25, 1e-30, INFINITY)),

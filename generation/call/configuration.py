@@ -37,6 +37,7 @@ FURTHER_FIELDS = {  # fields no released file holds: default
     "canvas_length": None,
     "joint_threshold": None,
     "patience": None,
+    "self_conditioning_steps": None,
     "ignore_after_eos": None,
     "noise": "uniform",
     "mask_token_id": None,
@@ -97,6 +98,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         joint_threshold (`float`): nats; a row stops, too, as soon as the entropies of its positions come to less than this together,
             whatever has changed; 0.1, the released entropy bound, saves a seventh to a third of them on text. Default: None, never.
         patience (`int`): a row gives up on a canvas whose mean entropy has reached no new minimum for so many steps. Default: never.
+        self_conditioning_steps (`int`): each step is conditioned on the one before it, but after so many steps of a canvas one begins
+            anew with nothing, and so on: a way out of what steps confirm to one another. Default, and with `max_denoising_steps`: never.
         ignore_after_eos (`bool`): do not wait for positions behind an end of sequence the canvas is sure of. Default: True, but
             False with the reference backend.
         noise (`str`): `"uniform"` random tokens (released) or `"mask"`, the token `mask_token_id`.

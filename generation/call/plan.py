@@ -51,7 +51,7 @@ class Lengths:
 @dataclass(frozen=True)
 class Rules:
     """What a step does. `temperature`: the caller's, which the schedule already holds. `greedy`: take the argmax, not a sample.
-    `sure_end`: as `state.advance` takes it. `eos` int64 (n,)."""
+    `sure_end`, `conditioning_steps`: as `state.advance` takes them. `eos` int64 (n,)."""
 
     max_denoising_steps: int
     temperature: float
@@ -59,6 +59,7 @@ class Rules:
     sampler: Sampler
     stopping: StoppingRule
     sure_end: tuple[torch.Tensor, float] | None
+    conditioning_steps: int | None
     noise: Noise
     shaping: Shaping
     eos: torch.Tensor
@@ -186,6 +187,7 @@ def make_rules(
         sampler=sampler,
         stopping=stopping_of(config) if stopping is None else stopping,
         sure_end=(eos, config.confidence_threshold) if ignores else None,
+        conditioning_steps=config.self_conditioning_steps,
         noise=make_noise(config.noise, vocab_size, config.mask_token_id),
         shaping=build_shaping(config, given, eos, prompt_length, vocab_size),
         eos=eos,

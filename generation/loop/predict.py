@@ -62,8 +62,9 @@ def take_step(model, plan: Plan, view: Any, inputs: StepInputs) -> tuple[Predict
     noise = draws.noise(rules.noise, state.canvas.shape, state.canvas.device)
     uniform = draws.uniforms(state.canvas.shape, state.canvas.device, "acceptance") if rules.sampler.informed else None
     return prediction, advance(
-        state, prediction, inputs.step, rules.max_denoising_steps, noise, rules.sampler, rules.stopping, rules.sure_end, uniform
-    )
+        state, prediction, inputs.step, rules.max_denoising_steps, noise, rules.sampler, rules.stopping, rules.sure_end, uniform,
+        rules.conditioning_steps,
+    )  # fmt: skip
 
 
 def predict(model, plan: Plan, hidden: torch.Tensor, current: torch.Tensor | None, inputs: StepInputs) -> Prediction:

@@ -82,6 +82,7 @@ def advance(
     stopping: StoppingRule,
     sure_end: tuple[torch.Tensor, float] | None = None,
     uniform: torch.Tensor | None = None,
+    conditioning_steps: int | None = None,
 ) -> CanvasState:
     """Makes the next canvas and decides which rows are finished; a row that was finished before stays as it is.
 
@@ -92,13 +93,17 @@ def advance(
         sure_end: end-of-sequence ids and nats: what lies behind such an end the canvas is sure of does not delay the row's
             (`stopping.before_sure_end`).
         uniform: float32 (B, C) in [0, 1), for samplers that are `informed`.
+        conditioning_steps: after so many passes of a row its next one is conditioned on nothing, and so on.
     """
     proposal = check_proposal(sampler, sampler.propose(state.canvas, prediction, noise, uniform, step, max_denoising_steps), state.canvas)
     counted = None if sure_end is None else before_sure_end(prediction, *sure_end)
     done, memory = check_update(stopping, stopping.update(state.memory, prediction, counted), state.memory, state.canvas)
     changed = (prediction.argmax != state.argmax) & (state.passes > 0)[:, None]
+    soft_embeds = prediction.soft_embeds
+    if conditioning_steps is not None:
+        soft_embeds = soft_embeds.masked_fill(((state.passes + 1) % conditioning_steps == 0)[:, None, None], 0)
     fresh = CanvasState(
-        canvas=proposal.canvas, soft_embeds=prediction.soft_embeds, argmax=prediction.argmax, log_probs=prediction.log_probs,
+        canvas=proposal.canvas, soft_embeds=soft_embeds, argmax=prediction.argmax, log_probs=prediction.log_probs,
         entropy=prediction.entropy, changed_at=torch.where(changed, step, state.changed_at), revisions=state.revisions + changed,
         accepted=proposal.accepted, finished=done, passes=state.passes + 1, memory=memory,
         logits=(prediction.raw,) if state.logits else (),

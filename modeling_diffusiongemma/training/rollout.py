@@ -125,7 +125,9 @@ class Rollout:
         prediction = dense_prediction(shaped, draws, self.rules.greedy)._replace(soft_embeds=soft_embeds)
         noise = draws.noise(self.noise, tuple(state.canvas.shape), logits.device)
         steps, sure_end = len(self.temperatures), self.rules.sure_end
-        self.state = advance(state, prediction, 0, steps, noise, self.sampler, self.stopping, sure_end)
+        self.state = advance(
+            state, prediction, 0, steps, noise, self.sampler, self.stopping, sure_end, conditioning_steps=self.rules.conditioning_steps
+        )
 
 
 __all__ = ["Rollout"]
