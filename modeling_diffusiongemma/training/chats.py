@@ -39,7 +39,7 @@ def read_example(example: tuple | Mapping, tokenizer, template_kwargs: Mapping, 
         raise ValueError(f"{name} is {example!r}; expected a pair of prompt and response, or a mapping")
     if len(example) == 1:
         return read_chat(example[0], tokenizer, tools, template_kwargs, name)
-    (kind, prompt), (other, response) = (_kind(part, name) for part in example)
+    (kind, prompt), (other, response) = (_kind(side, name) for side in example)
     if kind != other:
         raise ValueError(f"{name}: prompt and response are of different kinds; expected both as text, as messages or as token ids")
     if kind == "ids":
