@@ -48,12 +48,14 @@ def deepened(model: DiffusionGemmaForMaskedBlockLM, behind: int, layers: int) ->
             if found is None:
                 value.copy_(weights[name])
                 continue
-            stack, layer, part = found[1], int(found[2]), found[3]
-            value.copy_(weights[f"{stack}{order[layer]}.{part}"])
-            if behind <= layer < behind + layers and part in WHAT_IT_ADDS:
+            stack, layer, inner = found[1], int(found[2]), found[3]
+            new = behind <= layer < behind + layers
+            if new and inner in WHAT_IT_ADDS:
                 value.zero_()
-            elif behind <= layer < behind + layers and part == "layer_scalar":
+            elif new and inner == "layer_scalar":
                 value.fill_(1.0)
+            else:
+                value.copy_(weights[f"{stack}{order[layer]}.{inner}"])
     deeper.generation_config = model.generation_config
     return deeper
 

@@ -308,7 +308,7 @@ def test_language_is_named_by_all_that_it_is():
     languages += [ToolCalls(TOOLS, thought=False), ToolCalls([PING])]
     assert len({json.dumps(language.description()) for language in languages}) == len(languages)
     told = ToolCalls([{**PING, "description": "Says so."}])  # to the model; a call of it is the same
-    assert told.description() == ToolCalls([PING]).description() and told == ToolCalls([PING])
+    assert told.description() == ToolCalls([PING]).description() and told != ToolCalls([PING])
     assert calls_expression(read_tools(TOOLS), "auto", True, True, 3) == ToolCalls(TOOLS).expression()
 
 

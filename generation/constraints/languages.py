@@ -26,8 +26,12 @@ class Described:
     """A language that is what its `description` says: mappings that are equal to Python may be others to JSON, in which an order counts and
     1 is not true."""
 
+    def identity(self) -> str:
+        """Of two that are equal the same."""
+        return described(self)
+
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and described(other) == described(self)
+        return type(other) is type(self) and other.identity() == self.identity()
 
     def __hash__(self) -> int:
         return hash(described(self))
@@ -342,6 +346,10 @@ class ToolCalls(Described):
         """All that makes it what it is, as JSON."""
         functions = [[tool["function"]["name"], tool["function"]["parameters"]] for tool in self.tools]
         return ["calls", functions, self.choice, self.parallel, self.thought, self.depth]
+
+    def identity(self) -> str:
+        """With what is said of the tools to the model, which changes no call of them."""
+        return described(self) + json.dumps(self.tools, default=repr)
 
 
 Language: TypeAlias = Regex | JsonSchema | Choice | Template | ToolCalls | Pins
